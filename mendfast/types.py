@@ -1,0 +1,32 @@
+"""The tuples that ops, kernels and the reference pass around."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+EPS = 1e-7
+"""Added to every standard deviation before dividing by it."""
+
+
+class Stats(NamedTuple):
+    """Mean and standard deviation of the rows that an editor normalises by; float32."""
+
+    u_mean: torch.Tensor  # [m]
+    u_std: torch.Tensor  # [m]
+    delta_mean: torch.Tensor  # [n]
+    delta_std: torch.Tensor  # [n]
+
+
+class Block(NamedTuple):
+    """One low-rank block: h = x + max(0, s[mode] * (U V x + b) + o[mode]).
+
+    ``s`` and ``o`` are None in an editor that serves a single layer (scale 1, shift 0).
+    """
+
+    U: torch.Tensor  # [D, R]
+    V: torch.Tensor  # [R, D]
+    b: torch.Tensor  # [D]
+    s: torch.Tensor | None = None  # [modes, D]
+    o: torch.Tensor | None = None  # [modes, D]
