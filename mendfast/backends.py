@@ -16,7 +16,8 @@ import torch
 
 log = logging.getLogger("mendfast")
 
-NAMES = ("auto", "reference", "triton", "cuda")
+NAMES = ("auto", "reference", "aten", "triton", "cuda")
+"""``aten`` is PyTorch's own library calls, any device; ``reference`` the specification, slow."""
 Probe = Callable[[torch.device], "str | None"]
 
 _registry: dict[str, dict[str, Probe]] = {}
@@ -32,7 +33,7 @@ def register(op: str, backends: dict[str, Probe]) -> None:
 
 @contextlib.contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Within the block every op takes backend ``name`` ("auto", "reference", "triton", "cuda")."""
+    """Within the block every op takes backend ``name``, one of :data:`NAMES`."""
     global _override
     previous, _override = _override, _check(name)
     try:
