@@ -1,0 +1,218 @@
+"""Edit: the factors of one update of a model's weights. Attach, apply, revert, sum, save, load."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from .capture import lowrank_updates
+from .files import read_tensors, write_tensors
+from .layers import Layer, check_untied, check_writable, find_layers
+from .ledger import BACKUPS, Update, ledger_of
+
+
+class Factor(NamedTuple):
+    """One weight's update: W <- W - alpha * delta^T u, for W [n, m]."""
+
+    u: torch.Tensor  # [T, m] float32
+    delta: torch.Tensor  # [T, n] float32
+    alpha: float
+
+
+class EditRequest(NamedTuple):
+    """What a model is asked, and what it should answer."""
+
+    prompt: str
+    target: str
+
+
+class Edit:
+    """A low-rank update of some of a model's weights.
+
+    Args:
+        factors: weight name -> (u [T, m], delta [T, n], alpha); the weight of an nn.Linear loses
+            ``alpha * delta.T @ u``, that of a Conv1D the transpose.
+        model_type: the kind of model it was made for (``model.config.model_type``), checked on use.
+        requests: the edits it makes, for people to read.
+
+    The same Edit can be applied to a model once at a time. Edits of one model stack and come out in any order.
+    """
+
+    def __init__(
+        self,
+        factors: Mapping[str, tuple[torch.Tensor, torch.Tensor, float]],
+        model_type: str | None = None,
+        requests: Sequence[tuple[str, str]] = (),
+    ):
+        self.factors = {name: Factor(*factor) for name, factor in factors.items()}
+        self.model_type = model_type
+        self.requests = tuple(EditRequest(*request) for request in requests)
+        for name, (u, delta, _) in self.factors.items():
+            if u.dim() != 2 or delta.dim() != 2 or len(u) != len(delta):
+                raise ValueError(
+                    f"The factors of {name} are {tuple(u.shape)} and {tuple(delta.shape)}; "
+                    "they must be u [T, m] and delta [T, n] with the same T."
+                )
+
+    def __repr__(self) -> str:
+        what = "; ".join(f"{r.prompt!r} -> {r.target!r}" for r in self.requests[:3])
+        more = f"; and {len(self.requests) - 3} more" if len(self.requests) > 3 else ""
+        return f"Edit({len(self.factors)} weights, {self.num_bytes():,} bytes{': ' + what + more if what else ''})"
+
+    def num_bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for f in self.factors.values() for t in (f.u, f.delta))
+
+    def to(self, device: torch.device | str) -> Edit:
+        """A copy with the factors on ``device``."""
+        factors = {name: Factor(u.to(device), d.to(device), a) for name, (u, d, a) in self.factors.items()}
+        return Edit(factors, self.model_type, self.requests)
+
+    @staticmethod
+    def sum(edits: Sequence[Edit]) -> Edit:
+        """The simultaneous edit: the sum of the separate updates, as one low-rank update."""
+        edits = list(edits)
+        if not edits:
+            raise ValueError("Edit.sum was given no edits; pass at least one.")
+        kinds = {edit.model_type for edit in edits} - {None}
+        if len(kinds) > 1:
+            raise ValueError(f"These edits were made for different models ({', '.join(sorted(kinds))}).")
+        names = list(dict.fromkeys(name for edit in edits for name in edit.factors))
+        factors = {}
+        for name in names:
+            parts = [edit.factors[name] for edit in edits if name in edit.factors]
+            alpha = parts[0].alpha
+            if len({(part.u.shape[1], part.delta.shape[1]) for part in parts}) > 1:
+                raise ValueError(f"These edits hold {name} in different shapes; they belong to different models.")
+            # One alpha for all: what differs goes into delta.
+            alpha = alpha if all(part.alpha == alpha for part in parts) else 1.0
+            deltas = [part.delta if part.alpha == alpha else part.delta * part.alpha for part in parts]
+            device = parts[0].u.device
+            factors[name] = Factor(
+                torch.cat([part.u.to(device) for part in parts]), torch.cat([d.to(device) for d in deltas]), alpha
+            )
+        return Edit(factors, next(iter(kinds), None), [r for edit in edits for r in edit.requests])
+
+    # -- on a model ----------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def attached(self, model: nn.Module) -> Iterator[nn.Module]:
+        """Within the block ``model`` answers as edited; its weights are not touched, nor copied.
+
+        Works on frozen, quantised and sharded weights too. Blocks nest: the updates add up.
+        """
+        layers = self._layers(model)
+        factors = {
+            layer.name: tuple(t.to(layer.weight.device) for t in self.factors[layer.name][:2])
+            + (self.factors[layer.name].alpha,)
+            for layer in layers
+        }
+        with lowrank_updates(layers, factors):
+            yield model
+
+    def apply_(
+        self, model: nn.Module, *, backup: str = "cpu", rounding: str = "nearest", seed: int = 0
+    ) -> Edit:
+        """Write the update into the model's weights, all of them or none.
+
+        Args:
+            backup: where the bits of the unedited weights are kept for :meth:`revert_`: "cpu" (pinned when
+                the weights are on a GPU, copied asynchronously), "device", or "none" (no way back). One copy
+                of each edited weight, however many edits are stacked.
+            rounding: "nearest", or "stochastic", which keeps small updates of 16-bit weights from vanishing.
+            seed: of stochastic rounding.
+
+        Raises:
+            ValueError: before anything is written: the edit is applied already, was made for another model,
+                holds NaN or infinity, or a weight can't be written in place (quantised, sharded, tied, meta).
+        """
+        if backup not in BACKUPS:
+            raise ValueError(f"backup is {backup!r}; choose one of {', '.join(BACKUPS)}.")
+        if rounding not in ("nearest", "stochastic"):
+            raise ValueError(f"rounding is {rounding!r}; choose 'nearest' or 'stochastic'.")
+        layers = self._layers(model)
+        for layer in layers:
+            check_writable(layer)
+        check_untied(model, layers)
+        self._check_finite()
+        updates = [
+            Update(layer, *self.factors[layer.name], rounding=rounding, seed=seed + i)
+            for i, layer in enumerate(layers)
+        ]
+        ledger_of(model).apply(self, updates, backup)
+        return self
+
+    def revert_(self, model: nn.Module) -> Edit:
+        """Take the update out again: the weights become, bit for bit, what they would be without this edit.
+
+        Other edits may have been applied before or since, and stay.
+
+        Raises:
+            ValueError: the edit is not applied to ``model``, was applied without a backup, or something else
+                has written to the weights since (then no order of updates gives what the caller wants).
+        """
+        ledger_of(model).revert(self)
+        return self
+
+    def fidelity(self, model: nn.Module) -> dict[str, float]:
+        """Per weight ||applied - intended|| / ||intended||: what rounding cost. The edit must be applied, with
+        a backup. 16-bit weights lose the part of an update that is below half a unit in their last place."""
+        return ledger_of(model).fidelity(self)
+
+    def _layers(self, model: nn.Module) -> list[Layer]:
+        kind = getattr(getattr(model, "config", None), "model_type", None)
+        if self.model_type is not None and kind is not None and kind != self.model_type:
+            raise ValueError(f"This edit was made for a {self.model_type} model; this one is a {kind}.")
+        layers = find_layers(model, list(self.factors))
+        for layer in layers:
+            u, delta, _ = self.factors[layer.name]
+            if (u.shape[1], delta.shape[1]) != layer.shape:
+                raise ValueError(
+                    f"This edit was made for another model: it holds {layer.name} with {u.shape[1]} inputs and "
+                    f"{delta.shape[1]} outputs, and here it has {layer.m} and {layer.n}."
+                )
+        return layers
+
+    def _check_finite(self) -> None:
+        bad = [
+            name
+            for name, (u, delta, alpha) in self.factors.items()
+            if not (torch.isfinite(torch.tensor(alpha)) and u.isfinite().all() and delta.isfinite().all())
+        ]
+        if bad:
+            raise ValueError(f"The factors of {', '.join(bad)} hold NaN or infinity; nothing was written.")
+
+    # -- on disk -------------------------------------------------------------------------------------------
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file: the factors, and in its metadata the requests. Atomic."""
+        tensors = {}
+        for name, (u, delta, alpha) in self.factors.items():
+            tensors[f"{name}:u"], tensors[f"{name}:delta"] = u, delta
+            tensors[f"{name}:alpha"] = torch.tensor(alpha, dtype=torch.float64)
+        metadata = {
+            "format": "mendfast.edit",
+            "format_version": "1",
+            "model_type": self.model_type or "",
+            "requests": json.dumps([list(request) for request in self.requests]),
+            "weights": json.dumps(list(self.factors)),
+        }
+        write_tensors(path, tensors, metadata)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Edit:
+        """Read what :meth:`save` wrote."""
+        tensors, metadata = read_tensors(path, "edit")
+        try:
+            factors = {
+                name: Factor(tensors[f"{name}:u"], tensors[f"{name}:delta"], tensors[f"{name}:alpha"].item())
+                for name in json.loads(metadata["weights"])
+            }
+            return cls(factors, metadata["model_type"] or None, json.loads(metadata["requests"]))
+        except (KeyError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path} says that it is a mendfast edit but lacks {error}; save it again.") from error

@@ -1,0 +1,328 @@
+"""MendEditor: what a user holds."""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .capture import Factors, capture
+from .config import MendConfig
+from .edit import Edit, EditRequest
+from .files import read_tensors, write_tensors
+from .labels import collate, encode_pair, pad_token_id
+from .layers import device_of, find_layers
+from .network import EditorNetwork
+from .objective import IGNORE, Batch, context_length, model_kind, nll, target_rows, to_device
+
+log = logging.getLogger("mendfast")
+
+WEIGHTS_FILE, CONFIG_FILE = "editor.safetensors", "mend_config.json"
+
+
+class MendEditor(nn.Module):
+    """A trained network that turns the gradient of one example into an edit of a model's weights.
+
+    Owns its own parameters and statistics alone; the model is referred to, never registered, and never put
+    into train mode. Make one with :meth:`from_model` (new) or :meth:`from_pretrained` (trained); both are in
+    eval mode. In train mode each pass moves the running statistics.
+
+    Source: Mitchell et al., "Fast Model Editing at Scale", ICLR 2022, section 3 and Algorithms 1 and 2.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: Any = None, config: MendConfig | None = None):
+        super().__init__()
+        self.config = config or MendConfig()
+        self._outside = (model, tokenizer)  # a tuple, so that nn.Module registers neither
+        self.kind = model_kind(model)
+        self.layers = find_layers(model, self.config.layers)
+        if self.config.layers is None:
+            self.config.layers = [layer.name for layer in self.layers]
+            log.info("mendfast edits %s", ", ".join(self.config.layers))
+        groups = defaultdict(list)
+        for layer in self.layers:
+            groups[layer.shape if self.config.shared else layer.name].append(layer)
+        self.networks = nn.ModuleDict()
+        self._groups: dict[str, list] = {}
+        for key, members in groups.items():
+            name = str(key).replace(".", "#")
+            modes = len(members) if self.config.shared else None
+            self.networks[name] = EditorNetwork(*members[0].shape, modes, self.config)
+            self._groups[name] = members
+        self.alpha_multiplier = nn.Parameter(torch.ones(len(self.layers)))
+        self.to(device_of(self.layers))
+        self.eval()
+
+    # -- making, saving ------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_model(cls, model: nn.Module, tokenizer: Any = None, config: MendConfig | None = None) -> MendEditor:
+        """A new, untrained editor of ``model``; at initialisation it passes the normalised gradient on.
+
+        Args:
+            model: a Hugging Face causal language model, encoder-decoder, or sequence classifier.
+            tokenizer: its tokenizer; needed for :meth:`edit`, not for :meth:`edit_tokens`.
+            config: which layers, and the network's shape; by default the MLP matrices of the last blocks.
+
+        Raises:
+            ValueError, TypeError: an unknown layer or one that is no matrix; a model without an output head.
+        """
+        return cls(model, tokenizer, config)
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, model: nn.Module, tokenizer: Any = None) -> MendEditor:
+        """The editor that :meth:`save_pretrained` wrote to a directory, or that a Hub repository holds."""
+        directory = Path(source)
+        if not directory.is_dir():
+            from huggingface_hub import snapshot_download
+
+            try:
+                directory = Path(snapshot_download(str(source), allow_patterns=[WEIGHTS_FILE, CONFIG_FILE]))
+            except Exception as error:
+                raise FileNotFoundError(
+                    f"{source!r} is no directory here, and the Hub did not give it either: {error}"
+                ) from error
+        if not (directory / CONFIG_FILE).is_file():
+            raise FileNotFoundError(f"{directory} holds no {CONFIG_FILE}: no editor was saved there.")
+        editor = cls(model, tokenizer, MendConfig.load(directory / CONFIG_FILE))
+        tensors, metadata = read_tensors(directory / WEIGHTS_FILE, "editor")
+        if metadata.get("model_type") not in ("", None, model.config.model_type):
+            raise ValueError(
+                f"{source} is an editor for a {metadata['model_type']} model; this one is a "
+                f"{model.config.model_type}."
+            )
+        editor.load_tensors(tensors, str(source))
+        return editor
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write the editor (not the model) as safetensors and JSON."""
+        directory = Path(directory)
+        metadata = {
+            "format": "mendfast.editor",
+            "format_version": "1",
+            "model_type": self.model.config.model_type,
+        }
+        write_tensors(directory / WEIGHTS_FILE, self.state_dict(), metadata)
+        self.config.save(directory / CONFIG_FILE)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Upload what :meth:`save_pretrained` writes; ``options`` as ``huggingface_hub.HfApi.create_repo``."""
+        import tempfile
+
+        from huggingface_hub import HfApi
+
+        api = HfApi()
+        api.create_repo(repo_id, exist_ok=True, **options)
+        with tempfile.TemporaryDirectory() as directory:
+            self.save_pretrained(directory)
+            return str(api.upload_folder(repo_id=repo_id, folder_path=directory))
+
+    def load_tensors(self, tensors: Mapping[str, torch.Tensor], source: str) -> None:
+        """``load_state_dict`` whose errors say that the editor is for another model, and where it differs."""
+        own = self.state_dict()
+        wrong = [
+            f"{name} is {tuple(tensors[name].shape) if name in tensors else 'missing'}, here {tuple(own[name].shape)}"
+            for name in own
+            if name not in tensors or tensors[name].shape != own[name].shape
+        ] + [f"{name} is not known here" for name in tensors if name not in own]
+        if wrong:
+            raise ValueError(f"{source} is an editor for another model: {'; '.join(wrong[:3])}.")
+        self.load_state_dict(dict(tensors))
+
+    # -- what it is ----------------------------------------------------------------------------------------
+
+    @property
+    def model(self) -> nn.Module:
+        return self._outside[0]
+
+    @property
+    def tokenizer(self) -> Any:
+        return self._outside[1]
+
+    @property
+    def device(self) -> torch.device:
+        return self.alpha_multiplier.device
+
+    def alphas(self) -> torch.Tensor:
+        """The learned step size of each layer, in the order of ``config.layers``: [layers]."""
+        return self.config.step_size * self.alpha_multiplier
+
+    # -- editing (Algorithm 2) -----------------------------------------------------------------------------
+
+    def edit(
+        self, prompt: str | Sequence[EditRequest | tuple[str, str]], target: str | None = None
+    ) -> Edit:
+        """The edit that makes the model answer ``prompt`` with ``target``; the model is untouched.
+
+        ``edit(prompt, target)`` or ``edit([EditRequest(prompt, target), ...])``, which gives the sum of the
+        separate edits. Use the result with ``attached``, ``apply_`` and ``revert_``.
+
+        Raises:
+            ValueError: an empty target, one that becomes no tokens, one that is longer than the context, a
+                model that holds NaN.
+            TypeError: no tokenizer, or something that is not text.
+        """
+        if isinstance(prompt, str):
+            if target is None:
+                raise TypeError("edit(prompt, target) needs the target: what the model should answer.")
+            requests = [EditRequest(prompt, target)]
+        elif target is not None:
+            raise TypeError("edit takes one prompt and its target, or a list of EditRequest(prompt, target).")
+        else:
+            requests = [EditRequest(*request) for request in prompt]
+        if not requests:
+            raise ValueError("edit was given no requests; pass at least one.")
+        edit = self.edit_tokens(self.tokenize(requests))
+        edit.requests = tuple(requests)
+        return edit
+
+    def tokenize(self, requests: Sequence[EditRequest | tuple[str, str]]) -> dict[str, torch.Tensor]:
+        """The batch (input_ids, attention_mask, labels) that stands for the requests, right-padded."""
+        if self.tokenizer is None:
+            raise TypeError("This editor has no tokenizer; pass one to from_model, or use edit_tokens.")
+        prompts = [self.config.prompt_template.replace("{prompt}", prompt) for prompt, _ in requests]
+        if self.kind == "classifier":
+            batch = dict(self.tokenizer(prompts, padding=True, return_tensors="pt"))
+            return {**batch, "labels": torch.tensor([self._class(target) for _, target in requests])}
+        examples = [
+            encode_pair(
+                self.tokenizer,
+                prompt,
+                target,
+                encoder_decoder=self.kind == "encoder-decoder",
+                separator=self.config.separator,
+                append_eos=self.config.append_eos,
+                max_length=context_length(self.model),
+            )
+            for prompt, (_, target) in zip(prompts, requests, strict=True)
+        ]
+        return collate(examples, pad_token_id=pad_token_id(self.tokenizer))
+
+    def _class(self, target: str) -> int:
+        names = {str(name).lower(): int(i) for name, i in (self.model.config.label2id or {}).items()}
+        if self.model.config.num_labels == 1:
+            names = {"false": 0, "0": 0, "true": 1, "1": 1}
+        try:
+            return names[str(target).strip().lower()]
+        except KeyError:
+            raise ValueError(f"The classifier has no label {target!r}; it has {', '.join(names)}.") from None
+
+    def edit_tokens(self, batch: Batch) -> Edit:
+        """The edit for tokenised examples: the sum of the separate updates. The model is untouched.
+
+        Args:
+            batch: "input_ids" [B, S], "attention_mask" [B, S] and "labels" [B, S] (-100 = not a target, as
+                Hugging Face has them: unshifted for a causal model, the decoder's for an encoder-decoder,
+                [B] for a classifier), any integer type.
+
+        Raises:
+            ValueError: labels that are all -100, inputs longer than the context, NaN in the model.
+        """
+        captured = self.gradients(batch)
+        for name, (_, delta) in captured.items():
+            if not delta.isfinite().all():
+                raise ValueError(
+                    f"The gradient at {name} holds NaN or infinity: the model's weights or its loss on this "
+                    "example are not finite. Check the model, or load it in float32 or bfloat16."
+                )
+        with torch.no_grad():
+            rows = self.transform(captured)
+        alphas = self.alphas().tolist()
+        factors = {name: (u, delta, alpha) for (name, (u, delta, _)), alpha in zip(rows.items(), alphas, strict=True)}
+        return Edit(factors, self.model.config.model_type)
+
+    def gradients(self, batch: Batch) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """u [B, S, m] and delta [B, S, n] of every layer, for the loss that ``config.loss_reduction`` names.
+
+        One forward and one backward pass; no gradient below the first edited layer, none of a parameter.
+        """
+        self._check(batch)
+        batch = to_device(batch, self.model.get_input_embeddings().weight.device)
+        size = batch["labels"].shape[0]
+        with capture(self.model, self.layers, size) as captured:
+            rows = target_rows(self.model, batch)
+            # Samples do not interact, so the gradient of the sum is each edit's own gradient.
+            loss = nll(rows, size).sum()
+            if self.config.loss_reduction == "batch":
+                loss = nll(rows._replace(sample=torch.zeros_like(rows.sample)), 1).sum()
+            return captured.rows(loss)
+
+    def _check(self, batch: Batch) -> None:
+        missing = [name for name in ("input_ids", "labels") if name not in batch]
+        if missing:
+            raise ValueError(f"The batch lacks {', '.join(missing)}; it has {', '.join(batch)}.")
+        labels = batch["labels"]
+        # A causal model predicts every token but the first.
+        targets = labels[:, 1:] if self.kind == "causal" else labels
+        if self.kind != "classifier":
+            if targets.dim() != 2:
+                raise ValueError(f"labels have the shape {tuple(labels.shape)}; they must be [batch, tokens].")
+            empty = (targets == IGNORE).all(-1).nonzero().flatten().tolist()
+            if empty:
+                raise ValueError(
+                    f"The labels of sample {', '.join(map(str, empty))} are all -100: there is nothing to learn. "
+                    "Set the target tokens' labels to their ids."
+                )
+        limit, length = context_length(self.model), batch["input_ids"].shape[-1]
+        if limit is not None and length > limit:
+            raise ValueError(f"The input has {length} tokens and the model takes {limit}; shorten the prompt.")
+
+    # -- the network ---------------------------------------------------------------------------------------
+
+    def transform(
+        self, captured: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
+    ) -> dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """Captured u [B, S, m], delta [B, S, n] -> u~ [N, m], delta~ [N, n], sample [N], for each layer.
+
+        Rows whose u or delta is all zero (padding, tokens that the loss does not reach) are left out. The
+        layers of one shape go through their network in one batch of rows.
+        """
+        rows = {}
+        for key, members in self._groups.items():
+            us, deltas, samples = [], [], []
+            for layer in members:
+                u, delta = captured[layer.name]
+                keep = (u != 0).any(-1) & (delta != 0).any(-1)
+                us.append(u[keep])
+                deltas.append(delta[keep])
+                samples.append(keep.nonzero()[:, 0])
+            network, sizes = self.networks[key], [len(s) for s in samples]
+            u, delta = torch.cat(us).float().to(self.device), torch.cat(deltas).float().to(self.device)
+            mode = torch.repeat_interleave(
+                torch.arange(len(members), device=u.device), torch.tensor(sizes, device=u.device)
+            )
+            if self.training:
+                network.observe(u, delta)
+            u, delta = network(u, delta, mode if network.modes else None)
+            for layer, u, delta, sample in zip(members, u.split(sizes), delta.split(sizes), samples, strict=True):
+                rows[layer.name] = (u, delta, sample.to(u.device))
+        return {layer.name: rows[layer.name] for layer in self.layers}
+
+    def group_factors(self, batch: Batch, group_size: int = 1) -> dict[str, Factors]:
+        """Differentiable factors of B independent edits, for :func:`mendfast.capture.lowrank_updates`.
+
+        Each group of ``group_size`` consecutive samples is one edit, the sum of its samples' updates:
+        u [B / group_size, T, m], delta [B / group_size, T, n] (rows of zeros fill up), alpha a scalar tensor.
+        """
+        size = batch["labels"].shape[0]
+        if size % group_size:
+            raise ValueError(f"{size} edits can't be put into groups of {group_size}; pass a multiple.")
+        groups, alphas, factors = size // group_size, self.alphas(), {}
+        for (name, (u, delta, sample)), alpha in zip(
+            self.transform(self.gradients(batch)).items(), alphas, strict=True
+        ):
+            group = sample // group_size
+            counts = torch.bincount(group, minlength=groups)
+            width = int(counts.max()) if len(group) else 0
+            place = torch.arange(len(group), device=group.device) - (counts.cumsum(0) - counts)[group]
+            slot = group * width + place
+            factors[name] = tuple(
+                rows.new_zeros(groups * width, rows.shape[-1]).index_copy(0, slot, rows).view(groups, width, -1)
+                for rows in (u, delta)
+            ) + (alpha,)
+        return factors

@@ -1,0 +1,142 @@
+"""Which weights of a model are edited: by name, or the MLP matrices of its last blocks."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+LAST_BLOCKS = 3
+LAST_BLOCKS_PER_STACK = 2  # encoder-decoders
+_ATTENTION = ("attn", "attention")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One edited weight: W maps m inputs to n outputs."""
+
+    name: str  # of the weight, "transformer.h.3.mlp.c_fc.weight"
+    module: nn.Module
+    m: int
+    n: int
+    layout: str  # "out_in": W is [n, m] (nn.Linear); "in_out": [m, n] (Conv1D)
+
+    @property
+    def weight(self) -> nn.Parameter:
+        return self.module.weight
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.m, self.n
+
+
+def find_layers(model: nn.Module, names: Sequence[str] | None) -> list[Layer]:
+    """The named weights ("….weight", or the module's name), or :func:`choose_layers` for None."""
+    if names is None:
+        names = choose_layers(model)
+    modules = dict(model.named_modules())
+    return [_find(modules, name) for name in names]
+
+
+def is_matrix(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Linear, Conv1D))
+
+
+def _find(modules: dict[str, nn.Module], name: str) -> Layer:
+    path = name.removesuffix(".weight")
+    module = modules.get(path)
+    if module is None:
+        matrices = [f"{p}.weight" for p, m in modules.items() if is_matrix(m)]
+        near = difflib.get_close_matches(name, matrices, n=3, cutoff=0.5) or matrices[-3:]
+        raise ValueError(f"The model has no layer {name!r}. Near matches: {', '.join(near)}.")
+    if isinstance(module, Conv1D):
+        m, n = module.weight.shape
+        return Layer(f"{path}.weight", module, m, n, "in_out")
+    if isinstance(module, nn.Linear):
+        return Layer(f"{path}.weight", module, module.in_features, module.out_features, "out_in")
+    raise ValueError(
+        f"Layer {name!r} is a {type(module).__name__}, not a matrix that can be edited; "
+        "name the weight of an nn.Linear or of a Hugging Face Conv1D."
+    )
+
+
+def stacks(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
+    """The model's stacks of blocks, in order of registration: one, or an encoder's and a decoder's."""
+    found: list[tuple[str, nn.ModuleList]] = []
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{outer}.") for outer, _ in found)
+        if isinstance(module, nn.ModuleList) and not inside and len({type(block) for block in module}) == 1:
+            if any(is_matrix(m) for m in module.modules()):
+                found.append((name, module))
+    return found
+
+
+def choose_layers(model: nn.Module) -> list[str]:
+    """Names of the MLP matrices of the last three blocks, or of the last two of each of two stacks."""
+    found = stacks(model)
+    if not found:
+        raise ValueError(
+            f"{type(model).__name__} has no stack of blocks to choose layers from; "
+            "name the weights in MendConfig(layers=[...])."
+        )
+    last = LAST_BLOCKS if len(found) == 1 else LAST_BLOCKS_PER_STACK
+    names = []
+    for stack, blocks in found:
+        for i, block in list(enumerate(blocks))[-last:]:
+            names += [
+                f"{stack}.{i}.{path}.weight"
+                for path, module in block.named_modules()
+                if is_matrix(module) and not any(word in path.lower() for word in _ATTENTION)
+            ]
+    if not names:
+        raise ValueError(
+            f"The last blocks of {type(model).__name__} hold no MLP matrices that mendfast knows; "
+            "name the weights in MendConfig(layers=[...])."
+        )
+    return names
+
+
+def check_writable(layer: Layer) -> None:
+    """A ValueError that says why a weight can't be written in place, and what to do instead."""
+    weight, instead = layer.weight, "attach the edit instead: with edit.attached(model): ..."
+    kind = type(weight.data).__name__
+    if hasattr(weight, "quant_state") or not weight.dtype.is_floating_point or weight.dtype.itemsize < 2:
+        raise ValueError(f"{layer.name} is quantised ({weight.dtype}) and can't be edited in place; {instead}")
+    if weight.is_meta:
+        raise ValueError(
+            f"{layer.name} is on the meta device and holds no numbers; load the model's weights first. "
+            f"If a device map offloads them, {instead}"
+        )
+    if kind == "DTensor" or hasattr(weight, "device_mesh"):
+        raise ValueError(f"{layer.name} is sharded over devices and can't be edited in place; {instead}")
+    expected = (layer.n, layer.m) if layer.layout == "out_in" else (layer.m, layer.n)
+    if tuple(weight.shape) != expected:
+        raise ValueError(f"{layer.name} is stored as {tuple(weight.shape)}, not as {expected}; {instead}")
+
+
+def check_untied(model: nn.Module, layers: Sequence[Layer]) -> None:
+    """Writing a weight that another module reads too would edit both: refuse."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    for layer in layers:
+        others = [name for name in names.get(id(layer.weight), []) if name != layer.name]
+        if others:
+            raise ValueError(
+                f"{layer.name} is tied to {', '.join(others)}: writing it would change both. "
+                "Attach the edit instead: with edit.attached(model): ..."
+            )
+
+
+def device_of(layers: Sequence[Layer]) -> torch.device:
+    devices = {layer.weight.device for layer in layers}
+    if len(devices) > 1:
+        raise ValueError(
+            f"The edited layers lie on several devices ({', '.join(sorted(map(str, devices)))}); "
+            "load the model so that its last blocks share one device."
+        )
+    return devices.pop()

@@ -1,0 +1,116 @@
+"""The editor network of one weight shape, over rows stacked from all layers of that shape."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from . import ops
+from .config import MendConfig
+from .types import EPS, Block, Stats
+
+BLOCKS = 2
+
+
+class LowRankBlock(nn.Module):
+    """Parameters of one block; see :class:`mendfast.types.Block`."""
+
+    def __init__(self, dim: int, modes: int | None, config: MendConfig):
+        super().__init__()
+        rank = min(config.rank, dim)
+        self.U = nn.Parameter(torch.zeros(dim, rank))
+        self.V = nn.Parameter(torch.randn(rank, dim))
+        if config.scale_v:
+            self.V.data.mul_(dim**-0.5)
+        if not config.identity_init:
+            nn.init.xavier_uniform_(self.U, gain=nn.init.calculate_gain("relu"))
+            nn.init.xavier_uniform_(self.V)
+        self.b = nn.Parameter(torch.zeros(dim))
+        self.s = nn.Parameter(torch.ones(modes, dim)) if modes else None
+        self.o = nn.Parameter(torch.zeros(modes, dim)) if modes else None
+
+    def tuple(self) -> Block:
+        return Block(self.U, self.V, self.b, self.s, self.o)
+
+
+class EditorNetwork(nn.Module):
+    """Maps (u, delta) rows to (u~, delta~) rows (Mitchell et al. 2022, equation 3).
+
+    Args:
+        m: width of u, the layers' input size.
+        n: width of delta, the layers' output size.
+        modes: number of layers that share the network, each with its own scale and shift; None for one
+            layer without them.
+        config: rank, ``sides``, ``normalize``, ``identity_init``, ``precision``.
+
+    The statistics (``count``, and mean, std and M2 of both sides) are buffers; :meth:`observe` moves them.
+    Before two rows were seen, means are 0 and deviations 1.
+    """
+
+    def __init__(self, m: int, n: int, modes: int | None, config: MendConfig):
+        super().__init__()
+        self.m, self.n, self.modes = m, n, modes
+        self.normalize, self.precision, self.residual = config.normalize, config.precision, config.identity_init
+        self.sides = config.sides
+        if self.sides == "smaller":
+            self.sides = "delta" if m > n else "u"
+
+        def blocks(dim: int) -> nn.ModuleList:
+            return nn.ModuleList(LowRankBlock(dim, modes, config) for _ in range(BLOCKS))
+
+        self.both = blocks(m + n) if self.sides == "both" else None
+        self.u = blocks(m) if self.sides in ("u", "separate") else None
+        self.delta = blocks(n) if self.sides in ("delta", "separate") else None
+
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
+        for side, width in (("u", m), ("delta", n)):
+            self.register_buffer(f"{side}_mean", torch.zeros(width))
+            self.register_buffer(f"{side}_std", torch.ones(width))
+            self.register_buffer(f"{side}_m2", torch.zeros(width))
+
+    @torch.no_grad()
+    def observe(self, u: torch.Tensor, delta: torch.Tensor) -> None:  # [N, m], [N, n]
+        """Merge rows into the running statistics."""
+        seen = self.count.clone()
+        ops.running_stats_(seen, self.u_mean, self.u_m2, u)
+        ops.running_stats_(self.count, self.delta_mean, self.delta_m2, delta)
+        # Written without a branch on the count, which may live on a GPU: with fewer than two rows std stays 1.
+        for std, m2 in ((self.u_std, self.u_m2), (self.delta_std, self.delta_m2)):
+            std.copy_(torch.where(self.count > 1, (m2 / (self.count - 1)).sqrt(), torch.ones_like(m2)))
+
+    def stats(self) -> Stats | None:
+        if not self.normalize:
+            return None
+        return Stats(self.u_mean, self.u_std, self.delta_mean, self.delta_std)
+
+    def forward(
+        self,
+        u: torch.Tensor,  # [N, m]
+        delta: torch.Tensor,  # [N, n]
+        mode: torch.Tensor | None = None,  # [N] int64: each row's layer
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The transformed rows, float32. Rows that are padding must have been left out by the caller."""
+        u, delta = u.float(), delta.float()
+        if self.both is not None:
+            return self._run(u, delta, self.stats(), self.both, mode)
+        # One side at a time: the other has width 0; a side without a network is normalised, no more.
+        stats = self.stats()
+        stats_u = stats and Stats(stats.u_mean, stats.u_std, stats.delta_mean[:0], stats.delta_std[:0])
+        stats_delta = stats and Stats(stats.u_mean[:0], stats.u_std[:0], stats.delta_mean, stats.delta_std)
+        new_u, _ = self._run(u, delta[:, :0], stats_u, self.u, mode)
+        _, new_delta = self._run(u[:, :0], delta, stats_delta, self.delta, mode)
+        return new_u, new_delta
+
+    def _run(self, u, delta, stats, blocks, mode):
+        if blocks is None:
+            if stats is None:
+                return u, delta
+            return (u - stats.u_mean) / (stats.u_std + EPS), (delta - stats.delta_mean) / (stats.delta_std + EPS)
+        tuples = [block.tuple() for block in blocks]
+        return ops.editor_mlp(
+            u, delta, stats, tuples, mode, precision=self.precision, residual=self.residual
+        )
+
+    def extra_repr(self) -> str:
+        rows = int(self.count)
+        return f"m={self.m}, n={self.n}, modes={self.modes}, sides={self.sides!r}, rows seen={rows}"

@@ -1,0 +1,133 @@
+"""A model's forward pass on a tokenised batch: the logits that a loss needs, and no others."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from . import ops
+
+IGNORE = -100
+Batch = Mapping[str, torch.Tensor]
+
+
+class Rows(NamedTuple):
+    """Logits of the kept positions, stacked over the batch."""
+
+    logits: torch.Tensor  # [K, V]
+    labels: torch.Tensor | None  # [K] int64
+    sample: torch.Tensor  # [K] int64: the sample that each row belongs to
+
+
+def model_kind(model: nn.Module) -> str:
+    """"classifier", "encoder-decoder" or "causal"."""
+    if "SequenceClassification" in type(model).__name__:
+        return "classifier"
+    if getattr(model.config, "is_encoder_decoder", False):
+        return "encoder-decoder"
+    if model.get_output_embeddings() is None:
+        raise TypeError(
+            f"{type(model).__name__} has no output head that mendfast can edit; use a causal language model, "
+            "an encoder-decoder for generation, or a sequence classifier."
+        )
+    return "causal"
+
+
+def context_length(model: nn.Module) -> int | None:
+    """The longest input that the model takes, None where there is no limit (T5's relative positions)."""
+    for name in ("max_position_embeddings", "n_positions", "n_ctx"):
+        length = getattr(model.config, name, None)
+        if isinstance(length, int) and length > 0 and model.config.model_type not in ("t5", "mt5", "umt5"):
+            return length
+    return None
+
+
+def to_device(batch: Batch, device: torch.device) -> dict[str, torch.Tensor]:
+    return {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+
+
+def target_rows(model: nn.Module, batch: Batch, *, positions: torch.Tensor | None = None) -> Rows:
+    """Run the model and return the rows that predict a label (!= -100), with those labels."""
+    labels = batch.get("labels")
+    if labels is None:
+        raise ValueError("The batch has no labels; pass them as Hugging Face does, -100 on what is not a target.")
+    kind = model_kind(model)
+    if kind == "classifier":
+        logits = _classes(_forward(model, batch, kind, None))
+        if logits.shape[0] != labels.shape[0]:
+            raise ValueError(f"A classifier's labels are one per sample; these are {tuple(labels.shape)}.")
+        return Rows(logits, labels.reshape(-1).long(), torch.arange(len(logits), device=logits.device))
+    if kind == "causal":
+        # Position s predicts token s + 1.
+        labels = torch.cat([labels[:, 1:], labels.new_full((labels.shape[0], 1), IGNORE)], dim=1)
+    keep = labels != IGNORE
+    logits = _forward(model, batch, kind, keep)
+    return Rows(logits, labels[keep], keep.nonzero()[:, 0])
+
+
+def kept_rows(model: nn.Module, batch: Batch) -> Rows:
+    """Run the model and return the rows at every position that the (decoder's) attention mask keeps."""
+    kind = model_kind(model)
+    if kind == "classifier":
+        logits = _classes(_forward(model, batch, kind, None))
+        return Rows(logits, None, torch.arange(len(logits), device=logits.device))
+    if kind == "causal":
+        keep = batch.get("attention_mask", torch.ones_like(batch["input_ids"])) != 0
+    elif "decoder_attention_mask" in batch:
+        keep = batch["decoder_attention_mask"] != 0
+    elif "labels" in batch:
+        keep = batch["labels"] != IGNORE
+    else:
+        keep = torch.ones_like(batch["decoder_input_ids"], dtype=torch.bool)
+    return Rows(_forward(model, batch, kind, keep), None, keep.nonzero()[:, 0])
+
+
+def per_sample_mean(values: torch.Tensor, sample: torch.Tensor, batch_size: int) -> torch.Tensor:
+    """Mean of each sample's rows: [K], [K] -> [B]; 0 for a sample without rows."""
+    sums = values.new_zeros(batch_size).index_add(0, sample, values)
+    counts = torch.bincount(sample, minlength=batch_size).clamp(min=1)
+    return sums / counts
+
+
+def nll(rows: Rows, batch_size: int) -> torch.Tensor:
+    """Mean negative log-likelihood of each sample's labels: [B]."""
+    return per_sample_mean(ops.token_nll_rows(rows.logits, rows.labels), rows.sample, batch_size)
+
+
+def _classes(logits: torch.Tensor) -> torch.Tensor:
+    """One logit z stands for the two classes (0, z), so that every head is a softmax."""
+    return torch.cat([torch.zeros_like(logits), logits], dim=-1) if logits.shape[-1] == 1 else logits
+
+
+def _forward(model: nn.Module, batch: Batch, kind: str, keep: torch.Tensor | None) -> torch.Tensor:
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    if kind == "classifier":
+        return model(**inputs).logits
+    if kind == "encoder-decoder" and "decoder_input_ids" not in inputs:
+        inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=batch["labels"])
+    if kind == "causal" and "attention_mask" in inputs and "position_ids" not in inputs:
+        if "position_ids" in inspect.signature(model.forward).parameters:
+            # Left padding must not move the positions, as generate() knows but a plain forward does not.
+            inputs["position_ids"] = (inputs["attention_mask"].long().cumsum(-1) - 1).clamp(min=0)
+    with _head_rows(model, keep) as selected:
+        logits = model(**inputs, use_cache=False).logits
+    return logits[0] if selected else logits[keep]
+
+
+@contextlib.contextmanager
+def _head_rows(model: nn.Module, keep: torch.Tensor) -> Iterator[bool]:
+    """Let the output head see the kept positions alone: a vocabulary of logits is the largest tensor there is."""
+    head = model.get_output_embeddings()
+    if head is None or head._forward_hooks:  # an edited head needs its rows as samples
+        yield False
+        return
+    handle = head.register_forward_pre_hook(lambda module, args: (args[0][keep].unsqueeze(0), *args[1:]))
+    try:
+        yield True
+    finally:
+        handle.remove()
