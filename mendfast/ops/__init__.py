@@ -1,0 +1,19 @@
+"""The ops: each has the name and arguments of its twin in :mod:`mendfast.reference`, and a ``backend``."""
+
+from ._common import checking
+from .editor_mlp import editor_mlp
+from .kl_divergence import kl_divergence, kl_divergence_rows
+from .lowrank_linear import lowrank_linear
+from .running_stats import running_stats_
+from .token_nll import token_nll, token_nll_rows
+
+__all__ = [
+    "checking",
+    "editor_mlp",
+    "kl_divergence",
+    "kl_divergence_rows",
+    "lowrank_linear",
+    "running_stats_",
+    "token_nll",
+    "token_nll_rows",
+]
