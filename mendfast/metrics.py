@@ -1,0 +1,103 @@
+"""How good an edit is: edit success, generality, drawdown, as Mitchell et al. (2022, section 2) define them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from .editor import MendEditor
+from .objective import Batch, nll, target_rows, to_device
+
+Pair = tuple[str, str]
+
+
+def all_correct(model: nn.Module, batch: Batch) -> torch.Tensor:
+    """Teacher-forced exact match of each sample's labels: [B] bool, on the CPU."""
+    rows = target_rows(model, batch)
+    wrong = (rows.logits.argmax(-1) != rows.labels).long()
+    return (wrong.new_zeros(len(batch["input_ids"])).index_add(0, rows.sample, wrong) == 0).cpu()
+
+
+@torch.no_grad()
+def correct(editor: MendEditor, pairs: Sequence[Pair], batch_size: int = 256) -> torch.Tensor:
+    """Whether the model (as it is now, edits attached included) answers each prompt with its target: [N] bool."""
+    found = []
+    for start in range(0, len(pairs), batch_size):
+        batch = to_device(editor.tokenize(pairs[start : start + batch_size]), editor.device)
+        found.append(all_correct(editor.model, batch))
+    return torch.cat(found) if found else torch.zeros(0, dtype=torch.bool)
+
+
+@torch.no_grad()
+def losses(editor: MendEditor, pairs: Sequence[Pair]) -> torch.Tensor:
+    """Mean negative log-likelihood of each target: [N]."""
+    batch = to_device(editor.tokenize(pairs), editor.device)
+    return nll(target_rows(editor.model, batch), len(pairs))
+
+
+@dataclass
+class Score:
+    """Averages over edits, 0 to 1."""
+
+    edit_success: float
+    generality: float
+    drawdown: float
+    n: int
+    lists: dict[str, list[float]] = field(default_factory=dict, repr=False)
+
+    def to_dict(self) -> dict[str, float | int]:
+        return {
+            "edit_success": self.edit_success,
+            "generality": self.generality,
+            "drawdown": self.drawdown,
+            "n": self.n,
+        }
+
+
+class Scorer:
+    """Collects what edits did. Drawdown is the share of answers, right before the edit, that it lost,
+    less the share, wrong before, that it mended (accuracy before minus accuracy after)."""
+
+    def __init__(self) -> None:
+        self.success: list[float] = []
+        self.generality: list[float] = []
+        self.drawdown: list[float] = []
+
+    @torch.no_grad()
+    def add(
+        self,
+        editor: MendEditor,
+        edited: contextlib.AbstractContextManager,
+        edits: Sequence[Pair],
+        rephrased: Sequence[Pair],
+        unrelated: Sequence[Pair],
+    ) -> None:
+        """Measure one edit (or one batch of simultaneous edits) within the context ``edited``.
+
+        All the questions go through the model in one batch before and one after.
+        """
+        before = correct(editor, unrelated).float()
+        with edited:
+            after = correct(editor, [*edits, *rephrased, *unrelated]).float()
+        n, r = len(edits), len(rephrased)
+        self.success.append(after[:n].mean().item())
+        if r:
+            self.generality.append(after[n : n + r].mean().item())
+        if unrelated:
+            self.drawdown.append((before - after[n + r :]).mean().item())
+
+    def score(self) -> Score:
+        def mean(values: list[float]) -> float:
+            return sum(values) / len(values) if values else float("nan")
+
+        return Score(
+            mean(self.success),
+            mean(self.generality),
+            mean(self.drawdown),
+            len(self.success),
+            {"edit_success": self.success, "generality": self.generality, "drawdown": self.drawdown},
+        )

@@ -1,0 +1,118 @@
+"""A small base model from question and answer pairs, so that there is something to edit without a download."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import nn
+from tqdm import tqdm
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
+
+from ..labels import collate, encode_pair, pad_token_id
+from ..objective import model_kind, target_rows
+
+EOS, PAD = "<eos>", "<pad>"
+
+
+def train_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer with <eos> and <pad>."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[PAD, EOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=EOS, pad_token=PAD)
+
+
+def small_gpt2(vocab_size: int, *, width: int, depth: int, heads: int, context: int = 64) -> GPT2LMHeadModel:
+    """A randomly initialised GPT-2 of the given size, without dropout."""
+    config = GPT2Config(
+        vocab_size=vocab_size, n_positions=context, n_embd=width, n_layer=depth, n_head=heads,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=1, eos_token_id=1, pad_token_id=0,
+    )  # fmt: skip
+    return GPT2LMHeadModel(config)
+
+
+def small_t5(vocab_size: int, *, width: int, depth: int, heads: int) -> T5ForConditionalGeneration:
+    """A randomly initialised T5 of the given size, without dropout."""
+    config = T5Config(
+        vocab_size=vocab_size, d_model=width, d_ff=4 * width, d_kv=width // heads, num_layers=depth,
+        num_decoder_layers=depth, num_heads=heads, dropout_rate=0.0, pad_token_id=0, eos_token_id=1,
+        decoder_start_token_id=0,
+    )  # fmt: skip
+    return T5ForConditionalGeneration(config)
+
+
+def _batches(lengths: Sequence[int], size: int, generator: torch.Generator) -> Iterator[list[int]]:
+    """Index batches without end: each epoch shuffled, then sorted by length within runs of 32 batches."""
+    while True:
+        order = torch.randperm(len(lengths), generator=generator).tolist()
+        runs = [sorted(order[i : i + 32 * size], key=lengths.__getitem__) for i in range(0, len(order), 32 * size)]
+        batches = [run[i : i + size] for run in runs for i in range(0, len(run), size)]
+        for i in torch.randperm(len(batches), generator=generator).tolist():
+            yield batches[i]
+
+
+def fit_base_model(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerFast,
+    pairs: Sequence[tuple[str, str]],
+    *,
+    steps: int,
+    batch_size: int = 64,
+    learning_rate: float = 3e-3,
+    warmup: int = 100,
+    question_weight: float = 0.0,
+    seed: int = 0,
+    progress: bool = True,
+) -> float:
+    """Train ``model`` in place to answer each prompt with its target; returns the last loss.
+
+    AdamW without weight decay, linear warm-up and decay, gradients clipped at norm 1. The loss is the mean over
+    answer tokens, plus ``question_weight`` times that over the questions' tokens (causal models).
+    """
+    kind = model_kind(model)
+    examples = [
+        encode_pair(tokenizer, p, t, encoder_decoder=kind == "encoder-decoder", append_eos=True) for p, t in pairs
+    ]
+    lengths = [len(example["input_ids"]) for example in examples]
+    generator = torch.Generator().manual_seed(seed)
+    batches = _batches(lengths, batch_size, generator)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0, betas=(0.9, 0.98))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / warmup, max(0.02, (steps - step) / max(1, steps - warmup)))
+    )
+    model.train()
+    bar = tqdm(range(steps), desc="base model", unit="step", disable=not progress)
+    value = math.nan
+    for step in bar:
+        batch = collate([examples[i] for i in next(batches)], pad_token_id=pad_token_id(tokenizer))
+        answer = batch["labels"] != -100
+        if question_weight and kind == "causal":
+            batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+        rows = target_rows(model, batch)
+        losses = torch.nn.functional.cross_entropy(rows.logits.float(), rows.labels, reduction="none")
+        if question_weight and kind == "causal":
+            shifted = torch.cat([batch["labels"][:, 1:], batch["labels"][:, :1] * 0 - 100], 1) != -100
+            is_answer = torch.cat([answer[:, 1:], answer[:, :1] & False], 1)[shifted]
+            loss = losses[is_answer].mean() + question_weight * losses[~is_answer].mean()
+        else:
+            loss = losses.mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 20 == 0 or step == steps - 1:
+            value = loss.item()
+            bar.set_postfix(loss=f"{value:.4f}")
+    model.eval()
+    return value

@@ -1,0 +1,101 @@
+"""What the loop trains on: edits drawn from facts in several wordings."""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+Pair = tuple[str, str]
+
+
+@dataclass(frozen=True)
+class Item:
+    """One fact that the base model knows, in one or more wordings."""
+
+    wordings: tuple[str, ...]
+    answer: str
+    relation: str | int | None = None  # items of one relation share the answers that an edit may name
+    entity: str | None = None
+
+
+class Draw(NamedTuple):
+    """Requests of one meta-training step: edits, what they should answer, what they should leave alone."""
+
+    inner: list[Pair]  # B
+    outer: list[Pair]  # B * r
+    loc: list[Pair]  # B * q
+
+
+class FactSampler:
+    """Draws edits: a fact, another answer of its relation, another wording, and facts to leave alone.
+
+    A draw depends on (seed, step) alone, so that a resumed run sees the same data.
+
+    Args:
+        items: the facts to edit.
+        outer: rephrased questions per edit, in other wordings than the edited one where there are others.
+        loc: neighbours per edit: in turn any fact, one of the same entity, one of the same relation.
+        neighbours: the facts that neighbours come from; ``items`` by default.
+        include_inner: the edited question itself is trained for too, with this probability each draw.
+    """
+
+    def __init__(
+        self,
+        items: Sequence[Item],
+        *,
+        outer: int = 1,
+        loc: int = 3,
+        neighbours: Sequence[Item] | None = None,
+        include_inner: float = 0.25,
+        seed: int = 0,
+    ):
+        if not items:
+            raise ValueError("There are no facts to draw edits from.")
+        self.items, self.outer, self.loc, self.seed = list(items), outer, loc, seed
+        self.neighbours = list(neighbours or items)
+        self.include_inner = include_inner
+        self._of_relation, self._of_entity, answers = defaultdict(list), defaultdict(list), defaultdict(dict)
+        for item in self.neighbours:
+            self._of_relation[item.relation].append(item)
+            self._of_entity[item.entity].append(item)
+        for item in [*self.items, *self.neighbours]:
+            answers[item.relation][item.answer] = None
+        self._answers = {relation: list(values) for relation, values in answers.items()}
+        self._all_answers = list(dict.fromkeys(answer for values in self._answers.values() for answer in values))
+
+    def draw(self, step: int, size: int) -> Draw:
+        rng = random.Random(f"{self.seed}:{step}")
+        chosen = rng.sample(self.items, size) if size <= len(self.items) else rng.choices(self.items, k=size)
+        inner, outer, loc = [], [], []
+        for item in chosen:
+            target = self._other_answer(rng, item)
+            wording = rng.choice(item.wordings)
+            inner.append((wording, target))
+            others = [w for w in item.wordings if w != wording] or [wording]
+            for _ in range(self.outer):
+                outer.append((wording if rng.random() < self.include_inner else rng.choice(others), target))
+            for i in range(self.loc):
+                neighbour = self._neighbour(rng, item, i)
+                loc.append((rng.choice(neighbour.wordings), neighbour.answer))
+        return Draw(inner, outer, loc)
+
+    def _other_answer(self, rng: random.Random, item: Item) -> str:
+        pool = self._answers[item.relation]
+        pool = pool if len(pool) > 1 else self._all_answers
+        for _ in range(50):
+            if (answer := rng.choice(pool)) != item.answer:
+                return answer
+        raise ValueError(f"All answers of {item.relation!r} are {item.answer!r}; an edit needs another one.")
+
+    def _neighbour(self, rng: random.Random, item: Item, turn: int) -> Item:
+        pool = (self.neighbours, self._of_entity[item.entity], self._of_relation[item.relation])[turn % 3]
+        if turn % 3 == 1 and item.entity is None:
+            pool = self.neighbours
+        for _ in range(10):
+            other = rng.choice(pool) if pool else item
+            if (other.entity, other.relation, other.wordings[0]) != (item.entity, item.relation, item.wordings[0]):
+                return other
+        return rng.choice(self.neighbours)

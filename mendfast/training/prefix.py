@@ -1,0 +1,74 @@
+"""Run the frozen part once: the blocks below the first edited layer are computed once per batch of tokens."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator, Sequence
+
+from torch import nn
+
+from ..layers import Layer, stacks
+
+log = logging.getLogger("mendfast")
+
+
+class FrozenPrefix:
+    """The blocks of a model whose outputs no edit of ``layers`` changes.
+
+    >>> prefix = FrozenPrefix(model, layers)
+    >>> with prefix.recorded(): model(**batch)      # keeps the last frozen block's output
+    >>> with prefix.replayed(): model(**batch)      # the frozen blocks are not run again
+
+    Of an encoder-decoder with edits in its encoder, the decoder sees edited states and none of it is frozen.
+    ``blocks`` is empty, and both contexts do nothing, where the model has no stack of blocks to split.
+    """
+
+    def __init__(self, model: nn.Module, layers: Sequence[Layer]):
+        self.blocks: list[nn.Module] = []
+        self._ends: list[tuple[list[nn.Module], nn.Module]] = []
+        self._kept: dict[nn.Module, object] = {}
+        for name, blocks in stacks(model):
+            edited = [
+                int(layer.name[len(name) + 1 :].split(".")[0])
+                for layer in layers
+                if layer.name.startswith(f"{name}.")
+            ]
+            frozen = list(blocks)[: min(edited, default=len(blocks))]
+            if frozen:
+                self._ends.append((frozen, frozen[-1]))
+                self.blocks += frozen
+            if edited:
+                break
+        if not self.blocks:
+            log.info("%s has no blocks below its edited layers to reuse: it runs whole", type(model).__name__)
+
+    @contextlib.contextmanager
+    def recorded(self) -> Iterator[None]:
+        """A forward pass within the block keeps what the frozen blocks put out."""
+
+        def keep(module: nn.Module, args: tuple, output: object) -> None:
+            self._kept[module] = output
+
+        handles = [last.register_forward_hook(keep) for _, last in self._ends]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @contextlib.contextmanager
+    def replayed(self) -> Iterator[None]:
+        """A forward pass within the block, on the same tokens, takes that output for theirs."""
+        stubbed = []
+        try:
+            for blocks, last in self._ends:
+                kept = self._kept[last]
+                for block in blocks:
+                    block.forward = lambda *args, kept=kept, **kwargs: kept
+                    stubbed.append(block)
+            yield
+        finally:
+            for block in stubbed:
+                del block.forward
+            self._kept.clear()
