@@ -1,0 +1,195 @@
+"""(prompt, target) -> (input_ids, attention_mask, labels): the one place that says which tokens are learned.
+
+Decoder-only models read prompt and target as one text. The two are tokenised together, never the target
+alone: on its own it may get a BOS, lose the space before it, or split into other tokens than in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+IGNORE = -100
+
+
+def encode_pair(
+    tokenizer: Any,
+    prompt: str,
+    target: str,
+    *,
+    encoder_decoder: bool = False,
+    separator: str = " ",
+    append_eos: bool = False,
+    max_length: int | None = None,
+) -> dict[str, list[int]]:
+    """One example as Hugging Face models take it; labels are unshifted, -100 on what is not a target.
+
+    Decoder-only: ``input_ids`` are those of prompt + separator + target, ``labels`` the same ids from the
+    first token on in which the text with the target differs from the prompt alone, so a token that merges
+    across the boundary belongs to the target. What the tokenizer puts in front by itself (BOS, CLS) stays,
+    once; what it puts at the end by itself (EOS, SEP) is left out, so that ``append_eos`` alone decides whether
+    the model is to learn to stop. Encoder-decoder: ``input_ids`` from the prompt and ``labels`` from the
+    target, each as the tokenizer makes them (``text_target=``), its own EOS included.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer; its padding and truncation settings play no part.
+        separator: text between prompt and target (decoder-only). Left out where the prompt is empty or ends
+            in whitespace, or the target starts with whitespace.
+        append_eos: end the target with one EOS token, a label like the others.
+        max_length: the most tokens that the model takes, on either side of an encoder-decoder; None: any.
+
+    Returns:
+        "input_ids", "attention_mask" (all ones) and "labels", lists of int. The first two have one length; in
+        an encoder-decoder labels have their own.
+
+    Raises:
+        TypeError: prompt, target or separator is not a str.
+        ValueError: an empty or whitespace target, one that becomes no tokens, one that nothing comes before,
+            one longer than ``max_length``; ``append_eos`` with a tokenizer that has no EOS.
+    """
+    for name, text in (("prompt", prompt), ("target", target), ("separator", separator)):
+        if not isinstance(text, str):
+            raise TypeError(f"The {name} is {text!r}, of type {type(text).__name__}; it must be a str.")
+    if not target.strip():
+        raise ValueError(f"The target is {target!r}, which says nothing; pass the answer that is to be learned.")
+    if encoder_decoder:
+        ids = list(tokenizer(prompt, padding=False, truncation=False)["input_ids"])
+        if not ids:
+            raise ValueError(f"The prompt {prompt!r} becomes no tokens with this tokenizer; pass another.")
+        if not _target_ids(tokenizer, target, add_special_tokens=False):
+            raise _no_tokens(target)
+        labels = _target_ids(tokenizer, target)
+        if append_eos:
+            _end(labels, tokenizer)
+        _check_length("The prompt has", ids, max_length, "Shorten the prompt.")
+        _check_length("The target has", labels, max_length, "Shorten the target.")
+        return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
+
+    if not prompt or prompt[-1].isspace() or target[0].isspace():
+        separator = ""
+    alone = _ids(tokenizer, prompt)
+    text = prompt + separator + target
+    together = _ids(tokenizer, text)
+    start = next((i for i, (a, b) in enumerate(zip(alone, together, strict=False)) if a != b), len(alone))
+    if start >= len(together):
+        raise _no_tokens(target)
+    front = _front(tokenizer, text, together)
+    ids, start = front + together, start + len(front)
+    if append_eos:
+        _end(ids, tokenizer)
+    if start == 0 and len(ids) == 1:
+        raise ValueError(
+            f"Nothing comes before the target {target!r}, a single token, so no model can predict it: pass "
+            "a prompt, or a tokenizer that adds a BOS token."
+        )
+    advice = f"The target takes {len(ids) - start} of them; shorten one or the other."
+    _check_length("Prompt and target have", ids, max_length, advice)
+    return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": [IGNORE] * start + ids[start:]}
+
+
+def collate(
+    examples: Sequence[Mapping[str, Sequence[int]]],
+    *,
+    pad_token_id: int,
+    padding_side: str = "right",
+    encoder_decoder: bool | None = None,
+) -> dict[str, torch.Tensor]:
+    """Pad examples of :func:`encode_pair` into one batch of int64 tensors.
+
+    Args:
+        examples: at least one; all for the same kind of model.
+        pad_token_id: see :func:`pad_token_id`; masked, so its value does not matter to the model.
+        padding_side: "right" or "left", for the inputs. The labels of a decoder-only model follow them; those
+            of an encoder-decoder are always padded right, since its decoder counts positions from the left.
+        encoder_decoder: which of the two the examples are for; None: seen from the examples, where labels
+            that are no copy of the inputs mean an encoder-decoder.
+
+    Returns:
+        "input_ids" [B, S], "attention_mask" [B, S] (0 on padding) and "labels" [B, S], or [B, L] for an
+        encoder-decoder (-100 on padding).
+
+    Raises:
+        ValueError: no examples, an unknown padding side, lengths within an example that do not agree.
+    """
+    if padding_side not in ("right", "left"):
+        raise ValueError(f'padding_side is {padding_side!r}; it must be "right" or "left".')
+    if not examples:
+        raise ValueError("collate was given no examples; pass at least one.")
+    if encoder_decoder is None:
+        encoder_decoder = not all(_aligned(example) for example in examples)
+    for i, example in enumerate(examples):
+        lengths = {name: len(example[name]) for name in ("input_ids", "attention_mask", "labels")}
+        tied = [length for name, length in lengths.items() if name != "labels" or not encoder_decoder]
+        if len(set(tied)) > 1:
+            found = ", ".join(f"{name} {length}" for name, length in lengths.items())
+            raise ValueError(f"The lengths within example {i} do not agree: {found}. encode_pair makes them agree.")
+    sides = {"labels": "right"} if encoder_decoder else {}
+    fills = {"input_ids": pad_token_id, "attention_mask": 0, "labels": IGNORE}
+    return {
+        name: _pad([example[name] for example in examples], fill, sides.get(name, padding_side))
+        for name, fill in fills.items()
+    }
+
+
+def pad_token_id(tokenizer: Any) -> int:
+    """The id to pad with: the tokenizer's own, else its EOS (GPT-2), BOS or UNK, else 0.
+
+    Padding is masked and carries no label, so any id of the vocabulary serves; nothing is added to the
+    tokenizer, and no embedding is resized.
+    """
+    for name in ("pad_token_id", "eos_token_id", "bos_token_id", "unk_token_id"):
+        index = getattr(tokenizer, name, None)
+        if index is not None:
+            return int(index)
+    return 0
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False, padding=False, truncation=False)["input_ids"])
+
+
+def _target_ids(tokenizer: Any, target: str, **options: Any) -> list[int]:
+    return list(tokenizer(text_target=target, padding=False, truncation=False, **options)["input_ids"])
+
+
+def _front(tokenizer: Any, text: str, bare: list[int]) -> list[int]:
+    """The special tokens that the tokenizer puts before ``text``, whose ids without any are ``bare``."""
+    whole = list(tokenizer(text, padding=False, truncation=False)["input_ids"])
+    at = next((i for i in range(len(whole) - len(bare) + 1) if whole[i : i + len(bare)] == bare), 0)
+    front = whole[:at]
+    # A prompt that is spelled with its BOS (a chat template's output) has it already.
+    return front[:-1] if front and front[-1] == bare[0] else front
+
+
+def _end(ids: list[int], tokenizer: Any) -> None:
+    eos = getattr(tokenizer, "eos_token_id", None)
+    if eos is None:
+        raise ValueError("append_eos needs an EOS token, which this tokenizer lacks; set tokenizer.eos_token.")
+    if ids[-1] != eos:
+        ids.append(eos)
+
+
+def _aligned(example: Mapping[str, Sequence[int]]) -> bool:
+    ids, labels = example["input_ids"], example["labels"]
+    return len(ids) == len(labels) and all(b in (IGNORE, a) for a, b in zip(ids, labels, strict=True))
+
+
+def _pad(rows: Sequence[Sequence[int]], fill: int, side: str) -> torch.Tensor:
+    padded = torch.full((len(rows), max(map(len, rows))), fill, dtype=torch.long)
+    for target, row in zip(padded, rows, strict=True):
+        kept = slice(len(row)) if side == "right" else slice(len(target) - len(row), None)
+        target[kept] = torch.tensor(row, dtype=torch.long)
+    return padded
+
+
+def _check_length(what: str, ids: list[int], limit: int | None, advice: str) -> None:
+    if limit is not None and len(ids) > limit:
+        raise ValueError(f"{what} {len(ids)} tokens and the limit is {limit}. {advice}")
+
+
+def _no_tokens(target: str) -> ValueError:
+    return ValueError(
+        f"The target {target!r} becomes no tokens with this tokenizer; pass one that it can spell."
+    )
