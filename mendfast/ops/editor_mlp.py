@@ -197,28 +197,68 @@ def _normalise(u, delta, stats, kind) -> torch.Tensor:
     return z
 
 
-def _of_rows(table, mode, kind):
-    """The rows' own s or o; one mode broadcasts instead of being copied N times."""
-    table = table.to(kind)
-    return table if table.shape[0] == 1 else table.index_select(0, mode)
+def _parts(mode, n_rows) -> list[tuple]:
+    """Runs of rows with one mode, as (mode, start, end); else one part whose mode is the tensor.
+
+    Rows come stacked layer by layer. A run broadcasts its s and o, and needs no copy of them per row.
+    """
+    if mode is None:
+        return [(0, 0, n_rows)]
+    if mode.device.type == "cpu":
+        values, counts = torch.unique_consecutive(mode, return_counts=True)
+        if 8 * values.shape[0] <= n_rows:
+            ends = counts.cumsum(0).tolist()
+            return list(zip(values.tolist(), [0, *ends], ends, strict=False))
+    return [(mode, 0, n_rows)]
 
 
-def _affine(w, scale, shift):
-    if scale is None:
-        return w if shift is None else w + shift
-    return w * scale if shift is None else torch.addcmul(shift, w, scale)
+def _of(table, index) -> torch.Tensor:
+    return table.index_select(0, index) if torch.is_tensor(index) else table[index]
+
+
+def _affine(w, s, o, parts) -> torch.Tensor:
+    """s[mode] * w + o[mode], where absent s is 1 and absent o is 0."""
+    if s is None and o is None:
+        return w
+    out = torch.empty_like(w)
+    for index, start, end in parts:
+        rows, target = w[start:end], out[start:end]
+        if s is None:
+            torch.add(rows, _of(o, index), out=target)
+        elif o is None:
+            torch.mul(rows, _of(s, index), out=target)
+        else:
+            torch.addcmul(_of(o, index), rows, _of(s, index), out=target)
+    return out
+
+
+def _sum_by_mode(rows, parts, modes) -> torch.Tensor:
+    """[N, D] -> [modes, D]; mixed modes by a product with a one-hot matrix, fast and deterministic."""
+    if torch.is_tensor(parts[0][0]):
+        mode = parts[0][0]
+        one_hot = mode == torch.arange(modes, device=mode.device, dtype=mode.dtype).unsqueeze(1)
+        return one_hot.to(rows.dtype) @ rows
+    out = rows.new_zeros(modes, rows.shape[1])
+    for index, start, end in parts:
+        out[index].add_(rows[start:end].sum(0))
+    return out
+
+
+def _widened(block, kind) -> Block:
+    return Block(*(None if p is None else p.to(kind) for p in block))
 
 
 def _aten_fwd(u, delta, stats, blocks, mode, residual, keep) -> list[torch.Tensor]:
     kind = _kind(u, blocks[0] if blocks else ())
     x = _normalise(u, delta, stats, kind)
+    parts = _parts(mode, u.shape[0])
     saved = []
     for block in blocks:
-        t = x @ block.V.to(kind).T
-        w = torch.addmm(block.b.to(kind), t, block.U.to(kind).T)
-        scale = None if block.s is None else _of_rows(block.s, mode, kind)
-        shift = None if block.o is None else _of_rows(block.o, mode, kind)
-        act = _affine(w, scale, shift).clamp(min=0)
+        U, V, b, s, o = _widened(block, kind)
+        t = x @ V.T
+        w = (t @ U.T).add_(b)  # on the CPU addmm takes nearly twice as long
+        pre = _affine(w, s, o, parts)
+        act = pre.clamp(min=0) if pre is w else pre.clamp_(min=0)
         if keep:
             saved += [x, t, w]
         x = act.add_(x) if residual else act
@@ -226,37 +266,30 @@ def _aten_fwd(u, delta, stats, blocks, mode, residual, keep) -> list[torch.Tenso
     return [x[:, :m].to(u.dtype, copy=True), x[:, m:].to(delta.dtype, copy=True), *saved]
 
 
-def _per_mode(rows, mode, modes) -> torch.Tensor:
-    """[N, D] -> [modes, D], summed by mode; a product with a one-hot matrix is fast and deterministic."""
-    if modes == 1:
-        return rows.sum(0, keepdim=True)
-    one_hot = mode == torch.arange(modes, device=mode.device, dtype=mode.dtype).unsqueeze(1)
-    return one_hot.to(rows.dtype) @ rows
-
-
 def _aten_bwd(grad_u, grad_delta, u, delta, stats, blocks, saved, mode, residual, needs_rows):
     kind = _kind(u, blocks[0] if blocks else ())
     grad = torch.cat([grad_u.to(kind), grad_delta.to(kind)], dim=1)
+    parts = _parts(mode, u.shape[0])
     grads: list[list[torch.Tensor]] = []
     for i in reversed(range(len(blocks))):
-        block = blocks[i]
+        U, V, _, s, o = _widened(blocks[i], kind)
         x, t, w = saved[3 * i : 3 * i + 3]
-        scale = None if block.s is None else _of_rows(block.s, mode, kind)
-        shift = None if block.o is None else _of_rows(block.o, mode, kind)
-        gated = grad * (_affine(w, scale, shift) >= 0)
-        d_w = gated if scale is None else gated * scale
-        d_t = d_w @ block.U.to(kind)
+        pre = _affine(w, s, o, parts)
+        gated = torch.ge(pre, 0, out=torch.empty_like(w)).mul_(grad)
+        d_w = gated if s is None else _affine(gated, s, None, parts)
+        d_t = d_w @ U
         own = [d_w.T @ t, d_t.T @ x, d_w.sum(0)]
-        if block.s is not None:
-            own.append(_per_mode(gated * w, mode, block.s.shape[0]))
-        if block.o is not None:
-            own.append(_per_mode(gated, mode, block.o.shape[0]))
+        if s is not None:
+            own.append(_sum_by_mode(gated * w, parts, s.shape[0]))
+        if o is not None:
+            own.append(_sum_by_mode(gated, parts, o.shape[0]))
         grads.insert(0, own)
         if i or needs_rows:
-            d_x = d_t @ block.V.to(kind)
+            d_x = d_t @ V
             grad = d_x.add_(grad) if residual else d_x
-    out = [g.to(p.dtype) for own, block in zip(grads, blocks, strict=True)
-           for g, p in zip(own, (p for p in block if p is not None), strict=True)]  # fmt: skip
+    out = []
+    for own, block in zip(grads, blocks, strict=True):
+        out += [g.to(p.dtype) for g, p in zip(own, (p for p in block if p is not None), strict=True)]
     if needs_rows:
         if stats:
             grad = grad / torch.cat([stats[1], stats[3]]).add_(EPS)

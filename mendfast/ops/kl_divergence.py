@@ -8,7 +8,7 @@ from torch.autograd.function import once_differentiable
 from .. import backends
 from ..reference.kl_divergence import kl_divergence_rows as _reference_rows
 from . import _common
-from .token_nll import CHUNK, kept_rows
+from .token_nll import row_chunks
 
 
 def kl_divergence_rows(
@@ -95,31 +95,36 @@ def _kind(logits) -> torch.dtype:
 
 def _aten_fwd(base_logits, logits, keep):
     kind = _kind(logits)
-    kl, lse_base, lse = (logits.new_zeros(keep.shape, dtype=kind) for _ in range(3))
-    b, s = kept_rows(keep)
-    step = max(1, CHUNK // logits.shape[-1])
-    for i in range(0, b.shape[0], step):
-        at = (b[i : i + step], s[i : i + step])
+    shape, flat = keep.shape, base_logits.is_contiguous() and logits.is_contiguous()
+    if flat:
+        base_logits, logits, keep = base_logits.flatten(0, 1), logits.flatten(0, 1), keep.flatten()
+    kl, lse_base, lse = (torch.zeros(keep.shape, dtype=kind, device=logits.device) for _ in range(3))
+    for at in row_chunks(keep.view(shape), logits.shape[-1], flat):
         p, q = base_logits[at].to(kind), logits[at].to(kind)
-        lse_p, lse_q = p.logsumexp(-1, keepdim=True), q.logsumexp(-1, keepdim=True)
-        p.sub_(lse_p)
-        gap = p - q.sub_(lse_q)
-        rows = p.exp_().mul_(gap).sum(-1)
+        top_p, top_q = p.amax(-1, keepdim=True), q.amax(-1, keepdim=True)
+        p, q = p - top_p, q - top_q
+        gap = p - q
+        weights = p.exp_()
+        sum_p, sum_q = weights.sum(-1), q.exp_().sum(-1)
+        # one logarithm of the quotient: of two like sums nothing is lost in a difference
+        rows = gap.mul_(weights).sum(-1) / sum_p + (sum_q / sum_p).log()
         kl[at] = rows.where(keep[at], 0)
-        lse_base[at], lse[at] = lse_p.squeeze(1), lse_q.squeeze(1)
-    return kl, lse_base, lse
+        lse_base[at], lse[at] = sum_p.log() + top_p.squeeze(1), sum_q.log() + top_q.squeeze(1)
+    return kl.view(shape), lse_base.view(shape), lse.view(shape)
 
 
 def _aten_bwd(grad, base_logits, logits, keep, lse_base, lse):
-    kind = lse.dtype
     out = torch.zeros(logits.shape, dtype=logits.dtype, device=logits.device)
-    b, s = kept_rows(keep)
-    step = max(1, CHUNK // logits.shape[-1])
-    for i in range(0, b.shape[0], step):
-        at = (b[i : i + step], s[i : i + step])
-        p = base_logits[at].to(kind).sub_(lse_base[at].unsqueeze(1)).exp_()
-        q = logits[at].to(kind).sub_(lse[at].unsqueeze(1)).exp_()
-        out[at] = q.sub_(p).mul_(grad[at].to(kind).where(keep[at], 0).unsqueeze(1)).to(out.dtype)
+    shape, flat = keep.shape, base_logits.is_contiguous() and logits.is_contiguous()
+    grad = grad.to(lse.dtype).where(keep, 0)
+    whole = out
+    if flat:
+        base_logits, logits, whole = (x.flatten(0, 1) for x in (base_logits, logits, out))
+        lse_base, lse, grad = lse_base.flatten(), lse.flatten(), grad.flatten()
+    for at in row_chunks(keep.view(shape), logits.shape[-1], flat):
+        p = (base_logits[at] - lse_base[at].unsqueeze(1)).exp_()
+        q = (logits[at] - lse[at].unsqueeze(1)).exp_()
+        whole[at] = q.sub_(p).mul_(grad[at].unsqueeze(1)).to(out.dtype)
     return out
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch.autograd.function import once_differentiable
 
@@ -10,8 +12,8 @@ from ..reference.token_nll import IGNORE
 from ..reference.token_nll import token_nll_rows as _reference_rows
 from . import _common
 
-CHUNK = 1 << 20
-"""Logits worked on at a time outside Triton: temporaries stay this small and in the cache."""
+CHUNK = 1 << 18
+"""Logits worked on at a time outside Triton: temporaries of a megabyte are reused, larger ones paged in anew."""
 
 
 def token_nll_rows(
@@ -95,41 +97,52 @@ def _check_values(labels, vocabulary) -> None:
             )
 
 
-def kept_rows(keep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Indices [K], [K] of the rows worth computing: on the CPU the kept ones, elsewhere all, without a wait."""
-    if keep.device.type == "cpu":
-        return keep.nonzero(as_tuple=True)
-    return torch.ones_like(keep, dtype=torch.bool).nonzero_static(size=keep.numel()).unbind(1)
+def row_chunks(keep: torch.Tensor, vocabulary: int, flat: bool) -> Iterator[slice | torch.Tensor | tuple]:
+    """Indices of the rows worth computing, some at a time, into [B * S, .] tensors or ("flat" False) [B, S, .].
+
+    On the CPU those are the kept ones; elsewhere all, since which are kept can't be known without a wait.
+    """
+    step = max(1, CHUNK // vocabulary)
+    on_cpu = keep.device.type == "cpu"
+    if flat and (not on_cpu or bool(keep.all())):
+        for i in range(0, keep.numel(), step):
+            yield slice(i, i + step)
+        return
+    index = (keep if on_cpu else torch.ones_like(keep)).flatten().nonzero().squeeze(1)
+    for at in index.split(step):
+        yield at if flat else (at // keep.shape[1], at % keep.shape[1])
 
 
 def _aten_fwd(logits, labels):
     kind = torch.promote_types(logits.dtype, torch.float32)
     keep = labels != IGNORE
-    nll = logits.new_zeros(labels.shape, dtype=kind)
-    lse = logits.new_zeros(labels.shape, dtype=kind)
-    b, s = kept_rows(keep)
-    step = max(1, CHUNK // logits.shape[-1])
-    for i in range(0, b.shape[0], step):
-        at = (b[i : i + step], s[i : i + step])
+    shape, flat = labels.shape, logits.is_contiguous()
+    if flat:
+        logits, labels, keep = logits.flatten(0, 1), labels.flatten(), keep.flatten()
+    nll, lse = (torch.zeros(labels.shape, dtype=kind, device=logits.device) for _ in range(2))
+    for at in row_chunks(keep.view(shape), logits.shape[-1], flat):
         rows = logits[at].to(kind)
         part = rows.logsumexp(-1)
         target = labels[at].clamp(min=0).long().unsqueeze(1)
         lse[at] = part
         nll[at] = (part - rows.gather(1, target).squeeze(1)).where(keep[at], 0)
-    return nll, lse
+    return nll.view(shape), lse.view(shape)
 
 
 def _aten_bwd(grad, logits, labels, lse):
     keep = labels != IGNORE
     out = torch.zeros(logits.shape, dtype=logits.dtype, device=logits.device)
-    b, s = kept_rows(keep)
-    step = max(1, CHUNK // logits.shape[-1])
-    for i in range(0, b.shape[0], step):
-        at = (b[i : i + step], s[i : i + step])
-        rows = logits[at].to(lse.dtype).sub_(lse[at].unsqueeze(1)).exp_()
-        target = labels[at].clamp(min=0).long().unsqueeze(1)
-        rows.scatter_add_(1, target, rows.new_full((), -1.0).expand(target.shape))
-        out[at] = rows.mul_(grad[at].to(lse.dtype).where(keep[at], 0).unsqueeze(1)).to(out.dtype)
+    shape, flat = labels.shape, logits.is_contiguous()
+    grad = grad.to(lse.dtype).where(keep, 0)
+    target = labels.clamp(min=0).long()
+    whole = out
+    if flat:
+        logits, whole = logits.flatten(0, 1), out.view(-1, logits.shape[-1])
+        target, lse, grad = target.flatten(), lse.flatten(), grad.flatten()
+    for at in row_chunks(keep.view(shape), logits.shape[-1], flat):
+        rows = (logits[at] - lse[at].unsqueeze(1)).exp_()
+        rows.scatter_add_(1, target[at].unsqueeze(1), rows.new_full((1, 1), -1.0).expand(rows.shape[0], 1))
+        whole[at] = rows.mul_(grad[at].unsqueeze(1)).to(out.dtype)
     return out
 
 
