@@ -29,9 +29,9 @@ def encode_pair(
     Decoder-only: ``input_ids`` are those of prompt + separator + target, ``labels`` the same ids from the
     first token on in which the text with the target differs from the prompt alone, so a token that merges
     across the boundary belongs to the target. What the tokenizer puts in front by itself (BOS, CLS) stays,
-    once; what it puts at the end by itself (EOS, SEP) is left out, so that ``append_eos`` alone decides whether
-    the model is to learn to stop. Encoder-decoder: ``input_ids`` from the prompt and ``labels`` from the
-    target, each as the tokenizer makes them (``text_target=``), its own EOS included.
+    once; what it puts at the end by itself (EOS, SEP) is left out, so that ``append_eos`` alone decides
+    whether the model is to learn to stop. Encoder-decoder: ``input_ids`` from the prompt and ``labels`` from
+    the target, each as the tokenizer makes them (``text_target=``), its own EOS included.
 
     Args:
         tokenizer: a Hugging Face tokenizer; its padding and truncation settings play no part.
@@ -41,8 +41,8 @@ def encode_pair(
         max_length: the most tokens that the model takes, on either side of an encoder-decoder; None: any.
 
     Returns:
-        "input_ids", "attention_mask" (all ones) and "labels", lists of int. The first two have one length; in
-        an encoder-decoder labels have their own.
+        "input_ids", "attention_mask" (all ones) and "labels", lists of int. The first two share a length; an
+        encoder-decoder's labels have their own.
 
     Raises:
         TypeError: prompt, target or separator is not a str.
@@ -53,7 +53,7 @@ def encode_pair(
         if not isinstance(text, str):
             raise TypeError(f"The {name} is {text!r}, of type {type(text).__name__}; it must be a str.")
     if not target.strip():
-        raise ValueError(f"The target is {target!r}, which says nothing; pass the answer that is to be learned.")
+        raise ValueError(f"The target is {target!r}, which says nothing; pass the answer to be learned.")
     if encoder_decoder:
         ids = list(tokenizer(prompt, padding=False, truncation=False)["input_ids"])
         if not ids:
@@ -101,8 +101,8 @@ def collate(
     Args:
         examples: at least one; all for the same kind of model.
         pad_token_id: see :func:`pad_token_id`; masked, so its value does not matter to the model.
-        padding_side: "right" or "left", for the inputs. The labels of a decoder-only model follow them; those
-            of an encoder-decoder are always padded right, since its decoder counts positions from the left.
+        padding_side: "right" or "left", for the inputs. A decoder-only model's labels follow them; those of
+            an encoder-decoder are always padded right, since its decoder counts positions from the left.
         encoder_decoder: which of the two the examples are for; None: seen from the examples, where labels
             that are no copy of the inputs mean an encoder-decoder.
 
@@ -124,7 +124,7 @@ def collate(
         tied = [length for name, length in lengths.items() if name != "labels" or not encoder_decoder]
         if len(set(tied)) > 1:
             found = ", ".join(f"{name} {length}" for name, length in lengths.items())
-            raise ValueError(f"The lengths within example {i} do not agree: {found}. encode_pair makes them agree.")
+            raise ValueError(f"The lengths within example {i} do not agree: {found}. Use encode_pair.")
     sides = {"labels": "right"} if encoder_decoder else {}
     fills = {"input_ids": pad_token_id, "attention_mask": 0, "labels": IGNORE}
     return {
@@ -166,7 +166,7 @@ def _front(tokenizer: Any, text: str, bare: list[int]) -> list[int]:
 def _end(ids: list[int], tokenizer: Any) -> None:
     eos = getattr(tokenizer, "eos_token_id", None)
     if eos is None:
-        raise ValueError("append_eos needs an EOS token, which this tokenizer lacks; set tokenizer.eos_token.")
+        raise ValueError("append_eos needs an EOS token; the tokenizer has none: set tokenizer.eos_token.")
     if ids[-1] != eos:
         ids.append(eos)
 

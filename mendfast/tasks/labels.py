@@ -1,4 +1,4 @@
-"""Labels for the tasks: :mod:`mendfast.labels`, which the editor needs too and which therefore lies below both."""
+"""Labels for the tasks: :mod:`mendfast.labels`, which lies below because the editor needs it too."""
 
 from ..labels import IGNORE, collate, encode_pair, pad_token_id
 
