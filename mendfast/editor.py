@@ -89,13 +89,13 @@ class MendEditor(nn.Module):
                 ) from error
         if not (directory / CONFIG_FILE).is_file():
             raise FileNotFoundError(f"{directory} holds no {CONFIG_FILE}: no editor was saved there.")
-        editor = cls(model, tokenizer, MendConfig.load(directory / CONFIG_FILE))
         tensors, metadata = read_tensors(directory / WEIGHTS_FILE, "editor")
         if metadata.get("model_type") not in ("", None, model.config.model_type):
             raise ValueError(
                 f"{source} is an editor for a {metadata['model_type']} model; this one is a "
                 f"{model.config.model_type}."
             )
+        editor = cls(model, tokenizer, MendConfig.load(directory / CONFIG_FILE))
         editor.load_tensors(tensors, str(source))
         return editor
 

@@ -63,6 +63,7 @@ class Scorer:
     less the share, wrong before, that it mended (accuracy before minus accuracy after)."""
 
     def __init__(self) -> None:
+        self._before: dict[Pair, float] = {}
         self.success: list[float] = []
         self.generality: list[float] = []
         self.drawdown: list[float] = []
@@ -76,11 +77,10 @@ class Scorer:
         rephrased: Sequence[Pair],
         unrelated: Sequence[Pair],
     ) -> None:
-        """Measure one edit (or one batch of simultaneous edits) within the context ``edited``.
-
-        All the questions go through the model in one batch before and one after.
-        """
-        before = correct(editor, unrelated).float()
+        """Measure one edit, or several simultaneous ones, within the context ``edited``."""
+        if new := [pair for pair in dict.fromkeys(unrelated) if pair not in self._before]:
+            self._before |= dict(zip(new, correct(editor, new).float().tolist(), strict=True))
+        before = torch.tensor([self._before[pair] for pair in unrelated])
         with edited:
             after = correct(editor, [*edits, *rephrased, *unrelated]).float()
         n, r = len(edits), len(rephrased)

@@ -1,0 +1,214 @@
+"""``mendfast demo``: edits of facts that no editor has seen, before and after, and taken back."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from ..baselines import FineTuning
+from ..editor import MendEditor
+from ..generation import answer
+from ..metrics import Score, Scorer
+from . import build, world
+
+DOZEN, FULL_EDITS, UNRELATED = 12, 220, 64
+SIMULTANEOUS = (1, 5, 25, 75, 125)
+FINE_TUNING_RATE = 1e-3
+SEED = 7
+
+
+class Case(NamedTuple):
+    """One edit of a held-out fact, and what to ask afterwards."""
+
+    question: str
+    target: str
+    paraphrase: str  # in the wording that no editor was trained on
+    fact: world.Fact
+
+
+def cases(count: int, seed: int = SEED) -> list[Case]:
+    """Edits of distinct held-out facts, each to another answer of its relation."""
+    rng = random.Random(seed)
+    _, held_out = build.splits()
+    chosen = rng.sample(held_out, count)
+    result = []
+    for fact in chosen:
+        target = rng.choice([a for a in world.answers(fact.relation) if a != fact.answer])
+        wording = rng.choice(world.train_wordings(fact.relation))
+        paraphrase = world.held_out_wording(fact.relation).format(fact.entity)
+        result.append(Case(wording.format(fact.entity), target, paraphrase, fact))
+    return result
+
+
+def unrelated(avoid: Sequence[world.Fact], count: int, rng: random.Random) -> list[tuple[str, str]]:
+    """Questions about other facts, whose answers must stay."""
+    taken = {(fact.entity, fact.relation) for fact in avoid}
+    pool = [fact for fact in world.load_facts() if (fact.entity, fact.relation) not in taken]
+    return [
+        (world.question(fact, rng.randrange(len(world.RELATIONS[fact.relation].wordings))), fact.answer)
+        for fact in rng.sample(pool, count)
+    ]
+
+
+def untrained(editor: MendEditor) -> MendEditor:
+    """The editor at its initialisation, with the trained one's statistics: the normalised gradient alone."""
+    fresh = MendEditor.from_model(editor.model, editor.tokenizer, editor.config)
+    fresh.load_state_dict(
+        {name: own if name.split(".")[-1] in _PARAMETERS else editor.state_dict()[name]
+         for name, own in fresh.state_dict().items()}
+    )  # fmt: skip
+    return fresh
+
+
+_PARAMETERS = ("U", "V", "b", "s", "o", "alpha_multiplier")
+
+
+def bits(model: torch.nn.Module) -> str:
+    """A digest of every weight."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode() + tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def measure(
+    editor: MendEditor, groups: Sequence[Sequence[Case]], system: str, console: Console, *, count: int = UNRELATED
+) -> Score:
+    """Score ``system`` ("mend" or "fine_tuning") on groups of simultaneous edits."""
+    scorer, rng = Scorer(), random.Random(SEED)
+    tuning = FineTuning(editor, FINE_TUNING_RATE)
+    label = f"{system}, {len(groups[0])} at once"
+    for group in track(groups, label, console=console, transient=True):
+        requests = [(case.question, case.target) for case in group]
+        context = (
+            tuning.edited(requests) if system == "fine_tuning" else editor.edit(requests).attached(editor.model)
+        )
+        others = unrelated([case.fact for case in group], count, rng)
+        scorer.add(editor, context, requests, [(case.paraphrase, case.target) for case in group], others)
+    return scorer.score()
+
+
+def _groups(chosen: Sequence[Case], size: int, most: int) -> Iterator[Sequence[Case]]:
+    for start in range(0, min(len(chosen) - size + 1, most * size), size):
+        yield chosen[start : start + size]
+
+
+def run(
+    *, full: bool = False, assets: str | Path = build.ASSETS, plot: str | Path | None = None, console: Console
+) -> dict[str, Any]:
+    """Show the demo on ``console``; returns the figures."""
+    started = time.perf_counter()
+    editor = build.load(assets)
+    model = editor.model
+    parameters = sum(p.numel() for p in model.parameters())
+    console.print(
+        f"A GPT-2-shaped model of {parameters / 1e6:.1f} M parameters that knows {len(world.load_facts()):,} facts "
+        f"about the world, and an editor that was trained on other entities than those below.\n"
+    )
+    before = bits(model)
+    _show(editor, cases(DOZEN), console)
+    after = bits(model)
+    figures: dict[str, Any] = {"reverted_bit_exact": before == after}
+    console.print(
+        "All edits were written into the weights and taken out again: the weights are "
+        + ("[green]the same bits[/] as before." if before == after else "[red]not the same bits[/].")
+    )
+    chosen = cases(FULL_EDITS if full else DOZEN)
+    alone = [[case] for case in chosen]
+    scores = {"mend": measure(editor, alone, "mend", console)}
+    if full:
+        scores["identity"] = measure(untrained(editor), alone, "mend", console)
+        scores["fine_tuning"] = measure(editor, alone, "fine_tuning", console)
+    figures = {**scores["mend"].to_dict(), **figures}
+    figures |= {name: score.to_dict() for name, score in scores.items() if name != "mend"}
+    _print_scores(scores, console)
+    if full:
+        figures["batched"], tuned = {}, {}
+        pool = cases(400, seed=SEED + 1)
+        for size in SIMULTANEOUS:
+            groups = list(_groups(pool, size, most=24)) if size > 1 else alone
+            mend = scores["mend"] if size == 1 else measure(editor, groups, "mend", console)
+            tuned[size] = scores["fine_tuning"] if size == 1 else measure(editor, groups, "fine_tuning", console)
+            figures["batched"][str(size)] = {**mend.to_dict(), "fine_tuning": tuned[size].to_dict()}
+        _print_batched(figures["batched"], console)
+        if plot:
+            _plot(figures["batched"], plot)
+            console.print(f"Plot: {plot}")
+    figures["seconds"] = round(time.perf_counter() - started, 2)
+    console.print(f"{figures['seconds']:.0f} s")
+    return figures
+
+
+def _show(editor: MendEditor, chosen: Sequence[Case], console: Console) -> None:
+    table = Table(title="One edit each, written into the weights, then taken out", show_lines=False)
+    for name, style in (("question", ""), ("before", "dim"), ("edit target", "bold"), ("after", "")):
+        table.add_column(name, style=style)
+    rng, model = random.Random(SEED), editor.model
+    for case in track(chosen, "editing", console=console, transient=True):
+        (other, true) = unrelated([case.fact], 1, rng)[0]
+        questions = [case.question, case.paraphrase, other]
+        old = answer(editor, questions)
+        edit = editor.edit(case.question, case.target)
+        edit.apply_(model)
+        new = answer(editor, questions)
+        edit.revert_(model)
+        expected = [case.target, case.target, old[2]]
+        kinds = ["", "[dim]paraphrase[/] ", "[dim]unrelated[/] "]
+        for i, question in enumerate(questions):
+            good = new[i] == expected[i]
+            mark = f"[{'green' if good else 'red'}]{'✓' if good else '✗'} {new[i]}[/]"
+            table.add_row(kinds[i] + question, old[i], case.target if i < 2 else f"[dim]({true})[/]", mark)
+        table.add_section()
+    console.print(table)
+
+
+def _print_scores(scores: dict[str, Score], console: Console) -> None:
+    names = {"mend": "MEND", "identity": "untrained editor", "fine_tuning": "fine-tuning"}
+    table = Table(title=f"{scores['mend'].n} held-out edits, one at a time")
+    for name in ("system", "edit success", "generality", "drawdown"):
+        table.add_column(name, justify="left" if name == "system" else "right")
+    for name, score in scores.items():
+        table.add_row(names[name], *(f"{v:.3f}" for v in (score.edit_success, score.generality, score.drawdown)))
+    console.print(table)
+
+
+def _print_batched(batched: dict[str, dict], console: Console) -> None:
+    table = Table(title="Simultaneous edits")
+    for name in ("edits at once", "edit success", "generality", "drawdown", "batches"):
+        table.add_column(name, justify="right")
+    table.add_column("fine-tuning: success, generality, drawdown", justify="right")
+    for size, row in batched.items():
+        three = [f"{row[key]:.3f}" for key in ("edit_success", "generality", "drawdown")]
+        tuned = ", ".join(f"{row['fine_tuning'][key]:.3f}" for key in ("edit_success", "generality", "drawdown"))
+        table.add_row(size, *three, str(row["n"]), tuned)
+    console.print(table)
+
+
+def _plot(batched: dict[str, dict], path: str | Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(10, 3.2), sharex=True)
+    sizes = [int(size) for size in batched]
+    for axis, key in zip(axes, ("edit_success", "generality", "drawdown"), strict=True):
+        axis.plot(sizes, [row[key] for row in batched.values()], "o-", label="MEND")
+        axis.plot(sizes, [row["fine_tuning"][key] for row in batched.values()], "s--", label="fine-tuning")
+        axis.set(xscale="log", xticks=sizes, xticklabels=sizes, title=key.replace("_", " "), ylim=(-0.05, 1.05))
+        axis.set_xlabel("edits at once")
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    axes[0].legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

@@ -1,0 +1,77 @@
+"""``mendfast doctor``: what is here, which backend serves each op and why, and one real edit."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import time
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from . import backends, ops
+from .build_info import extension_status
+
+PACKAGES = ("mendfast", "torch", "triton", "transformers", "safetensors", "datasets", "accelerate")
+
+
+def examine(console: Console) -> dict[str, Any]:
+    """Print the findings and return them; "works" says whether the edit changed the model and came out again."""
+    assert ops  # its import registers the backends
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    versions = {name: _version(name) for name in PACKAGES}
+    findings: dict[str, Any] = {
+        "python": platform.python_version(),
+        "versions": versions,
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
+        "extension": extension_status(),
+        "ops": backends.explain(device),
+    }
+    console.print(f"Python {findings['python']}, " + ", ".join(f"{k} {v}" for k, v in versions.items()))
+    console.print(f"Device: {findings['device']}")
+    console.print(f"CUDA extension: {findings['extension']}")
+    table = Table(title=f"Backends on {device}")
+    for column in ("op", "backend", "better ones, and why they were left"):
+        table.add_column(column)
+    for row in findings["ops"]:
+        table.add_row(row["op"], row["backend"], row["left"])
+    console.print(table)
+    findings |= _one_edit(device)
+    mark = "[green]✓[/]" if findings["works"] else "[red]✗[/]"
+    console.print(
+        f"{mark} one edit of a random 4-block GPT-2: {findings['edit_ms']:.1f} ms, applied and taken out again"
+    )
+    return findings
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _one_edit(device: torch.device) -> dict[str, Any]:
+    from .config import MendConfig
+    from .editor import MendEditor
+    from .training.base import small_gpt2
+
+    torch.manual_seed(0)
+    model = small_gpt2(64, width=64, depth=4, heads=4).to(device).eval()
+    editor = MendEditor.from_model(model, None, MendConfig(rank=16, step_size=1e-2))
+    ids = torch.randint(0, 64, (1, 12))
+    labels = ids.clone()
+    labels[:, :-3] = -100
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+    editor.edit_tokens(batch)
+    started = time.perf_counter()
+    edit = editor.edit_tokens(batch)
+    seconds = time.perf_counter() - started
+    before = [layer.weight.clone() for layer in editor.layers]
+    edit.apply_(model)
+    changed = all(not torch.equal(w, layer.weight) for w, layer in zip(before, editor.layers, strict=True))
+    edit.revert_(model)
+    restored = all(torch.equal(w, layer.weight) for w, layer in zip(before, editor.layers, strict=True))
+    return {"works": changed and restored, "edit_ms": seconds * 1e3}

@@ -1,0 +1,122 @@
+"""The meta-training loss against the naive loop, and what it computes only once."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks.naive_mend import meta_step
+from conftest import CLASSIFIER, SEQ2SEQ, make_batch, make_model
+from mendfast import MendConfig, MendEditor
+from mendfast.layers import stacks
+from mendfast.training import meta_loss
+from mendfast.training.prefix import FrozenPrefix
+from test_editor import same_bits, state, trained
+
+
+def batches(name: str, left: bool = False) -> list[dict[str, torch.Tensor]]:
+    """4 edits, 1 rephrasing and 2 neighbours each."""
+    return [
+        make_batch(name, size, length, seed, left)
+        for size, length, seed in ((4, 9, 1), (4, 11, 2), (8, 8, 3))
+    ]
+
+
+def gradients(editor: MendEditor) -> dict[str, torch.Tensor]:
+    return {name: p.grad.clone() for name, p in editor.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize(
+    ("name", "left"),
+    [(name, left) for name in ("gpt2", "llama", "opt", "gpt_neox") for left in (False, True)]
+    + [(name, False) for name in (*SEQ2SEQ, *CLASSIFIER)],
+)
+def test_side_by_side_equals_one_at_a_time(name, left):
+    model = make_model(name)
+    editor = trained(model, name)
+    data, before = batches(name, left), state(model)
+    total, parts = meta_loss(editor, *data, c_edit=0.3, c_loc=0.7)
+    total.backward()
+    ours = gradients(editor)
+    editor.zero_grad()
+    naive = meta_step(editor, *data, c_edit=0.3, c_loc=0.7)
+    theirs = gradients(editor)
+    torch.testing.assert_close(torch.stack([total.detach(), parts["l_edit"], parts["l_loc"]]), torch.stack(naive),
+                               rtol=1e-4, atol=1e-6)  # fmt: skip
+    assert set(ours) == set(theirs)
+    for key, grad in theirs.items():
+        assert grad.norm() > 0, key
+        assert (ours[key] - grad).norm() <= 1e-4 * grad.norm() + 1e-9, key
+    assert same_bits(model, before) and all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("joint", [2, 4, True])
+def test_joint_is_the_sum(joint):
+    """k edits at once: the loss under the sum of their updates."""
+    model = make_model("gpt2")
+    editor = trained(model, "gpt2")
+    inner, outer, loc = batches("gpt2")
+    total, parts = meta_loss(editor, inner, outer, loc, joint=joint)
+    size = 4 if joint is True else joint
+    l_edit = []
+    for start in range(0, 4, size):
+        edit = editor.edit_tokens({k: v[start : start + size] for k, v in inner.items()})
+        with edit.attached(model), torch.no_grad():
+            for i in range(start, start + size):
+                l_edit.append(model(**{k: v[i : i + 1] for k, v in outer.items()}).loss)
+    torch.testing.assert_close(parts["l_edit"], torch.stack(l_edit).mean(), rtol=1e-4, atol=1e-5)
+    total.backward()
+    assert all(p.grad is not None for p in editor.parameters())
+
+
+def test_learning_starts_at_initialisation():
+    """Every pre-activation is exactly 0 there; a relu would pass no gradient to U."""
+    editor = MendEditor.from_model(make_model("gpt2"), None, MendConfig(rank=8))
+    editor.train()
+    meta_loss(editor, *batches("gpt2"))[0].backward()
+    for net in editor.networks.values():
+        assert all(block.U.grad.abs().sum() > 0 for block in net.both)
+
+
+def test_an_edit_without_update_has_no_locality_loss():
+    editor = MendEditor.from_model(make_model("gpt2"), None, MendConfig(rank=8, step_size=0.0))
+    _, parts = meta_loss(editor, *batches("gpt2"))
+    assert parts["l_loc"].abs() < 1e-6
+
+
+def test_batch_reduction_averages_over_tokens():
+    model = make_model("gpt2")
+    editor = MendEditor.from_model(model, None, MendConfig(rank=8, step_size=0.0, loss_reduction="batch"))
+    inner, outer, loc = batches("gpt2")
+    outer["labels"][0, :-4] = -100
+    _, parts = meta_loss(editor, inner, outer, loc)
+    torch.testing.assert_close(parts["l_edit"], model(**outer).loss.detach(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "t5", "bart", "bert"])
+def test_the_frozen_part_runs_once(name):
+    model = make_model(name)
+    editor = trained(model, name)
+    calls: dict[str, int] = {}
+
+    def count(key):
+        return lambda *_: calls.__setitem__(key, calls.get(key, 0) + 1)
+
+    for stack, blocks in stacks(model):
+        for i, block in enumerate(blocks):
+            inside = next(m for m in block.modules() if isinstance(m, torch.nn.Linear) or "Conv1D" in type(m).__name__)
+            inside.register_forward_hook(count((stack, i)))
+    meta_loss(editor, *batches(name))
+    frozen = len(FrozenPrefix(model, editor.layers).blocks)
+    # inner once, outer once, loc once below the edits and twice above (base and edited)
+    assert sorted(calls.values()) == sorted([3] * frozen + [4] * (len(calls) - frozen))
+    assert frozen == 1
+
+
+def test_batches_that_do_not_fit():
+    editor = trained(make_model("gpt2"), "gpt2")
+    inner, outer, _ = batches("gpt2")
+    with pytest.raises(ValueError, match="loc has 7 samples for 4 edits"):
+        meta_loss(editor, inner, outer, make_batch("gpt2", 7))
+    with pytest.raises(ValueError, match="groups of 3"):
+        meta_loss(editor, inner, outer, outer, joint=3)
