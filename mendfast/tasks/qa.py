@@ -210,7 +210,7 @@ _GAP = re.compile(r"[\s,]*")
 def _hub_records(name: str) -> Records:
     dataset, _, split = name.partition(":")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", dataset):
-        raise ValueError(f"{name!r} is no file here, nor a Hub dataset's name: owner/name, owner/name:split.")
+        raise ValueError(f"{name!r} is no file here, nor a Hub dataset's name (owner/name:split).")
     try:
         from datasets import load_dataset
     except ImportError as error:
