@@ -1,7 +1,8 @@
 """The editor network over stacked rows: checks, choice of backend, autograd.
 
-Kept for the backward pass, per block: its input x, the products t = V x (N x R) and w = U t + b (N x D).
-Recomputing w would read U once more, D x R numbers; keeping it costs N x D, which is less whenever N < R.
+Kept for the backward pass, per block: the products t = V x (N x R) and w = U t + b (N x D), and from the second
+block on its input x (N x D). Making w anew would read U once more, D x R numbers; keeping it costs N x D, which is
+less whenever N < R. The first block's input is made anew from the rows.
 """
 
 from __future__ import annotations
@@ -53,10 +54,23 @@ def editor_mlp(
     shifted = bool(blocks) and blocks[0].o is not None
     flat = [p for block in blocks for p in block if p is not None]
     config = (len(blocks), scaled, shifted, len(stats or ()), precision, residual, chosen)
-    if torch.is_grad_enabled() and (u.requires_grad or delta.requires_grad or any(p.requires_grad for p in flat)):
+    if torch.is_grad_enabled() and (
+        u.requires_grad or delta.requires_grad or any(p.requires_grad for p in flat)
+    ):
         return _EditorMLP.apply(config, mode, u, delta, *(stats or ()), *flat)
     out = torch.ops.mendfast.editor_mlp_fwd(
-        u, delta, list(stats or ()), flat, mode, len(blocks), scaled, shifted, precision, residual, False, chosen
+        u,
+        delta,
+        list(stats or ()),
+        flat,
+        mode,
+        len(blocks),
+        scaled,
+        shifted,
+        precision,
+        residual,
+        False,
+        chosen,
     )
     return out[0], out[1]
 
@@ -98,7 +112,9 @@ class _EditorMLP(torch.autograd.Function):
 def _check(u, delta, stats, blocks, mode, precision) -> None:
     """Everything that shapes and dtypes can tell."""
     if precision not in _common.PRECISIONS:
-        raise ValueError(f"editor_mlp: precision {precision!r} is unknown; use {', '.join(_common.PRECISIONS)}.")
+        raise ValueError(
+            f"editor_mlp: precision {precision!r} is unknown; use {', '.join(_common.PRECISIONS)}."
+        )
     if u.dim() != 2 or delta.dim() != 2 or u.shape[0] != delta.shape[0]:
         raise ValueError(
             f"editor_mlp: u and delta must be [N, m] and [N, n] with one N; got {tuple(u.shape)} "
@@ -110,10 +126,14 @@ def _check(u, delta, stats, blocks, mode, precision) -> None:
         if rows.dtype not in _common.ROW_DTYPES:
             raise TypeError(f"editor_mlp: {name} is {rows.dtype}; use float32, bfloat16 or float16 rows.")
     if u.device != delta.device:
-        raise ValueError(f"editor_mlp: u is on {u.device} and delta on {delta.device}; move them to one device.")
+        raise ValueError(
+            f"editor_mlp: u is on {u.device} and delta on {delta.device}; move them to one device."
+        )
     m, n = u.shape[1], delta.shape[1]
     if stats is not None:
-        for name, value, width in zip(("u_mean", "u_std", "delta_mean", "delta_std"), stats, (m, m, n, n), strict=True):
+        for name, value, width in zip(
+            ("u_mean", "u_std", "delta_mean", "delta_std"), stats, (m, m, n, n), strict=True
+        ):
             if value.shape != (width,):
                 raise ValueError(
                     f"editor_mlp: stats.{name} has shape {tuple(value.shape)}, and the rows are {width} wide; "
@@ -135,7 +155,9 @@ def _check(u, delta, stats, blocks, mode, precision) -> None:
             if not value.dtype.is_floating_point or value.dtype == torch.float16:
                 raise TypeError(f"editor_mlp: blocks[{i}].{name} is {value.dtype}; use float32 or bfloat16.")
         if (block.s is not None) != scaled or (block.o is not None) != shifted:
-            raise ValueError(f"editor_mlp: blocks[{i}] differs from blocks[0] in having s or o; give all or none.")
+            raise ValueError(
+                f"editor_mlp: blocks[{i}] differs from blocks[0] in having s or o; give all or none."
+            )
         for name in ("s", "o"):
             value = getattr(block, name)
             if value is None:
@@ -148,7 +170,9 @@ def _check(u, delta, stats, blocks, mode, precision) -> None:
                 )
     if modes is not None:
         if mode is None:
-            raise ValueError(f"editor_mlp: s or o is given for {modes} modes, so mode [N] is needed, one per row.")
+            raise ValueError(
+                f"editor_mlp: s or o is given for {modes} modes, so mode [N] is needed, one per row."
+            )
         if mode.shape != u.shape[:1] or mode.dtype.is_floating_point or mode.dtype == torch.bool:
             raise ValueError(
                 f"editor_mlp: mode must be integers of shape [{u.shape[0]}]; got {mode.dtype} {tuple(mode.shape)}."
@@ -260,7 +284,7 @@ def _aten_fwd(u, delta, stats, blocks, mode, residual, keep) -> list[torch.Tenso
         pre = _affine(w, s, o, parts)
         act = pre.clamp(min=0) if pre is w else pre.clamp_(min=0)
         if keep:
-            saved += [x, t, w]
+            saved += [x, t, w] if saved else [t, w]
         x = act.add_(x) if residual else act
     m = u.shape[1]
     return [x[:, :m].to(u.dtype, copy=True), x[:, m:].to(delta.dtype, copy=True), *saved]
@@ -273,7 +297,7 @@ def _aten_bwd(grad_u, grad_delta, u, delta, stats, blocks, saved, mode, residual
     grads: list[list[torch.Tensor]] = []
     for i in reversed(range(len(blocks))):
         U, V, _, s, o = _widened(blocks[i], kind)
-        x, t, w = saved[3 * i : 3 * i + 3]
+        x, t, w = saved[3 * i - 1 : 3 * i + 2] if i else (_normalise(u, delta, stats, kind), *saved[:2])
         pre = _affine(w, s, o, parts)
         gated = torch.ge(pre, 0, out=torch.empty_like(w)).mul_(grad)
         d_w = gated if s is None else _affine(gated, s, None, parts)
@@ -328,8 +352,8 @@ def _fwd_fake(u, delta, stats, params, mode, count, scaled, shifted, precision, 
         width = u.shape[1] + delta.shape[1]
         kind = _kind(u, params)
         for block in _unflatten(params, count, scaled, shifted):
-            shapes = ((u.shape[0], width), (u.shape[0], block.V.shape[0]), (u.shape[0], width))
-            out += [u.new_empty(shape, dtype=kind) for shape in shapes]
+            widths = (width, block.V.shape[0], width)[len(out) == 2 :]  # the first block has no x
+            out += [u.new_empty((u.shape[0], w), dtype=kind) for w in widths]
     return out
 
 

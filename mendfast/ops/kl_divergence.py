@@ -40,7 +40,9 @@ def kl_divergence(
     nothing gives 0. Errors and gradients as in :func:`kl_divergence_rows`.
     """
     if logits.dim() == 2 and mask.dim() == 1:  # one position of each sample
-        return kl_divergence(base_logits.unsqueeze(1), logits.unsqueeze(1), mask.unsqueeze(1), backend=backend)
+        return kl_divergence(
+            base_logits.unsqueeze(1), logits.unsqueeze(1), mask.unsqueeze(1), backend=backend
+        )
     if logits.dim() != 3:
         raise ValueError(f"kl_divergence: logits must be [B, S, V]; got {tuple(logits.shape)}.")
     keep = mask != 0

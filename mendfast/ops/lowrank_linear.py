@@ -60,13 +60,17 @@ class _LowRankLinear(torch.autograd.Function):
 def _check(y, x, u, delta, alpha) -> None:
     shapes = f"y {tuple(y.shape)}, x {tuple(x.shape)}, u {tuple(u.shape)}, delta {tuple(delta.shape)}"
     if u.dim() not in (2, 3) or delta.dim() != u.dim() or u.shape[:-1] != delta.shape[:-1]:
-        raise ValueError(f"lowrank_linear: u and delta must be [T, m], [T, n] or [B, T, m], [B, T, n]; got {shapes}.")
+        raise ValueError(
+            f"lowrank_linear: u and delta must be [T, m], [T, n] or [B, T, m], [B, T, n]; got {shapes}."
+        )
     if y.dim() != x.dim() or y.shape[:-1] != x.shape[:-1]:
         raise ValueError(f"lowrank_linear: y and x must agree in all but the last dimension; got {shapes}.")
     if x.shape[-1] != u.shape[-1] or y.shape[-1] != delta.shape[-1]:
         raise ValueError(f"lowrank_linear: x and u must be equally wide, and y and delta; got {shapes}.")
     if u.dim() == 3 and (x.dim() != 3 or x.shape[0] != u.shape[0]):
-        raise ValueError(f"lowrank_linear: factors per sample need x [B, S, m] with the same B; got {shapes}.")
+        raise ValueError(
+            f"lowrank_linear: factors per sample need x [B, S, m] with the same B; got {shapes}."
+        )
     for name, value in (("y", y), ("x", x), ("u", u), ("delta", delta)):
         if value.dtype not in _common.ROW_DTYPES:
             raise TypeError(f"lowrank_linear: {name} is {value.dtype}; use float32, bfloat16 or float16.")

@@ -58,7 +58,9 @@ def _check(count, mean, m2, rows, mask) -> None:
 
 def _check_values(rows, mask) -> None:
     if mask is not None and _common.checks_values(rows) and not bool(mask.any()):
-        raise ValueError(f"running_stats_: the mask leaves none of the {rows.shape[0]} rows; check the labels.")
+        raise ValueError(
+            f"running_stats_: the mask leaves none of the {rows.shape[0]} rows; check the labels."
+        )
 
 
 def _aten(count, mean, m2, rows, mask) -> None:

@@ -168,7 +168,9 @@ def _fwd_fake(logits, labels, backend):
     return logits.new_empty(labels.shape, dtype=kind), logits.new_empty(labels.shape, dtype=kind)
 
 
-_common.define("token_nll_fwd(Tensor logits, Tensor labels, str backend) -> (Tensor, Tensor)", _fwd, _fwd_fake)
+_common.define(
+    "token_nll_fwd(Tensor logits, Tensor labels, str backend) -> (Tensor, Tensor)", _fwd, _fwd_fake
+)
 _common.define(
     "token_nll_bwd(Tensor grad, Tensor logits, Tensor labels, Tensor lse, str backend) -> Tensor",
     _bwd,

@@ -1,0 +1,30 @@
+"""How the kernels over the vocabulary are cut: rows of [B, S, V] logits, each read by one or more programs."""
+
+from __future__ import annotations
+
+import torch
+import triton
+
+from . import configs
+
+
+def plan(logits: torch.Tensor) -> tuple[configs.SweepConfig, int, int]:
+    """(configuration, splits, chunk): few rows are split along the vocabulary so that they fill the chip."""
+    batch, length, vocabulary = logits.shape
+    config = configs.lookup("vocabulary_fwd", logits.device, batch * length)
+    wanted = triton.cdiv(configs.sm_count(logits.device) * config.programs_per_sm, batch * length)
+    blocks = triton.cdiv(vocabulary, config.block_d)
+    chunk = triton.cdiv(blocks, min(wanted, blocks)) * config.block_d
+    return config, triton.cdiv(vocabulary, chunk), chunk
+
+
+def row_major(logits: torch.Tensor) -> torch.Tensor:
+    return logits if logits.stride(-1) == 1 else logits.contiguous()
+
+
+def check(op: str, **tensors: torch.Tensor) -> None:
+    for name, value in tensors.items():
+        if value.dtype == torch.float64:
+            raise TypeError(
+                f"{op}: {name} are float64, which the Triton kernels don't serve; use backend='aten'."
+            )
