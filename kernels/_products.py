@@ -6,11 +6,12 @@ All of them are one contraction, ``acc[o, n] = sum_k A[o, k] B[n, k]``, under di
     expand    y = c W + r        o: wide side   n: rows   k: rank
     outer     W' = x^T c         o: wide side   n: rank   k: rows
 
-A is the operand that comes from registers, and so may have either dimension contiguous; rows stand on the side
-that tensor cores take in eights, so that 20 rows cost 32 and not 64.
+A is the operand that comes from registers, and so may have either dimension contiguous; rows stand on the
+side that tensor cores take in eights, so that 20 rows cost 32 and not 64.
 
-A wide side may lie in two tensors, u [N, m] and delta [N, n]. A tile or a split belongs to one of them, never to
-both, so each program picks its pointers once. Splits of a long reduction are summed from a workspace, in order.
+A wide side may lie in two tensors, u [N, m] and delta [N, n]. A tile or a split belongs to one of them, never
+to both, so each program picks its pointers once. Splits of a long reduction are summed from a workspace, in
+order.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How the kernels over the vocabulary are cut: rows of [B, S, V] logits, each read by one or more programs."""
+"""How the kernels over the vocabulary are cut: rows of [B, S, V] logits, each for one program or more."""
 
 from __future__ import annotations
 

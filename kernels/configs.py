@@ -1,9 +1,9 @@
 """Block sizes of every kernel per GPU generation: frozen, validated, one table.
 
-None of the shipped values was chosen by timing: no kernel of this package has run on a GPU yet. They follow from
-counting (tiles that fill the chip, shared memory, registers without spills as ``mendfast.kernels.aot`` reports).
-``python -m mendfast.kernels.tune`` times the valid ones and writes a table that is read here. The precision of a
-product is an argument of the ops and never a field of a configuration.
+None of the shipped values was chosen by timing: no kernel of this package has run on a GPU yet. They follow
+from counting (tiles that fill the chip, shared memory, registers without spills as ``mendfast.kernels.aot``
+reports). ``python -m mendfast.kernels.tune`` times the valid ones and writes a table that is read here. The
+precision of a product is an argument of the ops and never a field of a configuration.
 """
 
 from __future__ import annotations
@@ -176,7 +176,7 @@ def sm_count(device: torch.device) -> int:
 
 
 def lookup(kernel: str, device: torch.device, rows: int, precision: str | None = None) -> Config:
-    """The configuration of ``kernel`` on ``device`` for ``rows`` rows: the timed one, else the shipped one."""
+    """The configuration of ``kernel`` on ``device`` for so many rows: the timed one, else the shipped."""
     if device.type != "cuda":
         return INTERPRETER[kernel].for_rows(rows)
     name, arch, _, limit = _device(torch.cuda._utils._get_device_index(device, True))

@@ -1,13 +1,13 @@
 """The editor network over stacked rows, forward and backward.
 
-Few rows (an edit): the time is that of reading U and V once. A block takes three launches, x V^T split over the
-chip with the normalisation in its prologue, the sum of the splits, t U^T with everything else in its epilogue.
-Many rows: the products are bound by arithmetic, a library does them, and one kernel does the rest; see
-:func:`uses_library` for the line between the two.
+Few rows (an edit): the time is that of reading U and V once. A block takes three launches, x V^T split over
+the chip with the normalisation in its prologue, the sum of the splits, t U^T with everything else in its
+epilogue. Many rows: the products are bound by arithmetic, a library does them, and one kernel does the rest;
+see :func:`uses_library` for the line between the two.
 
-Kept between the passes, per block: t = V x (N x R), w = U t + b (N x D), and from the second block on its input x
-(N x D). Making w anew would read U again, D x R numbers, more than N x D as long as N < R; the first input is
-made anew from the rows, in the prologue that reads them. Masks and pre-activations follow from w.
+Kept between the passes, per block: t = V x (N x R), w = U t + b (N x D), and from the second block on its
+input x (N x D). Making w anew would read U again, D x R numbers, more than N x D as long as N < R; the first
+input is made anew from the rows, in the prologue that reads them. Masks and pre-activations follow from w.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from . import configs
 from ._library import matmul
 from ._products import _contract, expand, outer, project, row_major
 
-LIBRARY_ROWS = {"ieee": 64, "tf32x3": 256, "tf32": 512}
+LIBRARY_ROWS = {"ieee": 64, "tf32x3": 256, "tf32": 1024}
 
 
 def uses_library(n_rows: int, precision: str) -> bool:
     """Whether the products go to a library GEMM: when the rows are well past the balance of the chip.
 
     A row costs 2 operations per parameter of 4 bytes. On an H100 (3.35 TB/s; by the data sheet 67 Tflop/s
-    float32, 495 dense TF32) arithmetic takes longer than reading the parameter from 40 rows on in ieee, from 98
-    in tf32x3, from 295 in tf32. The lines are the next powers of two past twice those, for ieee past once: plain
-    multiply-adds are what a library does best. Counted, not measured.
+    float32, 495 dense TF32) arithmetic takes longer than reading the parameter from 40 rows on in ieee, from
+    98 in tf32x3, from 295 in tf32. The lines are the next powers of two past twice those, for ieee past once:
+    plain multiply-adds are what a library does best. Counted, not measured.
     """
     return n_rows > LIBRARY_ROWS[precision]
 
@@ -264,7 +264,8 @@ def _block_fwd(t, block, mode, x, stats, out, w, residual, keep, precision, by_l
         _editor_block_fwd_kernel[grid](
             t, U, b, b if s is None else s.contiguous(), b if o is None else o.contiguous(),
             b if mode is None else mode, *x, mean0, std0, mean1, std1, *out, w,
-            n_rows, rank, m, n, tiles0, x[0].stride(0), x[1].stride(0), out[0].stride(0), out[1].stride(0), EPS,
+            n_rows, rank, m, n, tiles0,
+            x[0].stride(0), x[1].stride(0), out[0].stride(0), out[1].stride(0), EPS,
             MATMUL=not by_library, NORM=bool(stats), RESIDUAL=residual, HAS_MODE=mode is not None,
             HAS_S=s is not None, HAS_O=o is not None, KEEP=keep,
             BLOCK_O=block_o, BLOCK_N=block_n, BLOCK_K=block_k, PRECISION=precision,
@@ -273,7 +274,7 @@ def _block_fwd(t, block, mode, x, stats, out, w, residual, keep, precision, by_l
 
 
 def forward(u, delta, stats, blocks, mode, precision, residual, keep) -> list[torch.Tensor]:
-    """[out_u, out_delta], and if ``keep`` what :func:`backward` needs: t, w of the first block, x, t, w of others."""
+    """[out_u, out_delta], and if ``keep`` what :func:`backward` takes: t, w of block 0, x, t, w of others."""
     check_dtypes(u, delta, blocks)
     stats = _float_stats(stats)
     n_rows, m = u.shape
@@ -387,7 +388,8 @@ def _gate(g, w, block, mode, d_w, full, store) -> tuple[torch.Tensor, torch.Tens
     grid = (tiles0 + triton.cdiv(n, config.block_d), modes)
     with torch.cuda.device_of(w):
         _editor_gate_bwd_kernel[grid](
-            *g, w, w if block.s is None else block.s.contiguous(), w if block.o is None else block.o.contiguous(),
+            *g, w,
+            w if block.s is None else block.s.contiguous(), w if block.o is None else block.o.contiguous(),
             w if mode is None else mode, d_w, full if store else d_w, d_s, d_o,
             n_rows, m, n, tiles0, g[0].stride(0), g[1].stride(0),
             HAS_MODE=mode is not None, HAS_S=block.s is not None, HAS_O=block.o is not None, STORE_G=store,

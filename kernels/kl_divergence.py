@@ -3,8 +3,8 @@
     KL = sum_v e_v (p_v - q_v) / Z_p - (max_p - max_q) + log(Z_q / Z_p),   e_v = exp(p_v - max_p)
     dKL / dq_v = exp(q_v - lse_q) - exp(p_v - lse_p)
 
-Neither softmax is ever stored. A row is split over programs where there are few rows; a second kernel puts the
-parts together in order. Positions that aren't kept are not read.
+Neither softmax is ever stored. A row is split over programs where there are few rows; a second kernel puts
+the parts together in order. Positions that aren't kept are not read.
 """
 
 from __future__ import annotations

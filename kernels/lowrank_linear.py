@@ -7,7 +7,8 @@
     du = -alpha e^T x,   ddelta = -alpha c^T dout      outer
     dalpha = -sum c * e
 
-Nothing is larger than the layer's own inputs and outputs. The rows are read in their dtype, multiplied in float32.
+Nothing is larger than the layer's own inputs and outputs. The rows are read in their dtype, multiplied in
+float32.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def _check(**tensors) -> None:
     for name, value in tensors.items():
         if value.dtype == torch.float64:
             raise TypeError(
-                f"lowrank_linear: {name} is float64, which the Triton kernels don't serve; use backend='aten'."
+                f"lowrank_linear: {name} is float64, which Triton's kernels don't serve; use backend='aten'."
             )
 
 

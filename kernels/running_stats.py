@@ -4,8 +4,8 @@ Chan, Golub and LeVeque (1979), for the parts a and b of a sample:
 
     d = mean_b - mean_a;   mean = mean_a + d n_b / (n_a + n_b);   M2 = M2_a + M2_b + d^2 n_a n_b / (n_a + n_b)
 
-Each tile of rows is centred on its own mean in registers, so that a mean far larger than the deviations costs no
-digits. Splits of the rows are merged in order: the same rows give the same bits.
+Each tile of rows is centred on its own mean in registers, so that a mean far larger than the deviations costs
+no digits. Splits of the rows are merged in order: the same rows give the same bits.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def running_stats_(count, mean, m2, rows, mask) -> None:
     for name, value in (("mean", mean), ("m2", m2), ("rows", rows)):
         if value.dtype == torch.float64:
             raise TypeError(
-                f"running_stats_: {name} is float64, which the Triton kernels don't serve; use backend='aten'."
+                f"running_stats_: {name} is float64, which Triton's kernels don't serve; use backend='aten'."
             )
         if name != "rows" and not value.is_contiguous():
             raise ValueError(f"running_stats_: {name} must be contiguous, since it is written in place.")

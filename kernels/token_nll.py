@@ -2,8 +2,8 @@
 
     nll = log sum_v exp(x_v) - x_label;     d nll / d x_v = exp(x_v - lse) - [v = label]
 
-A row is split over programs where there are few rows; each keeps (max, sum of exp(x - max)), and a second kernel
-puts the parts together in order. Rows without a label are not read.
+A row is split over programs where there are few rows; each keeps (max, sum of exp(x - max)), and a second
+kernel puts the parts together in order. Rows without a label are not read.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ def backward(grad, logits, labels, lse) -> torch.Tensor:  # [B, S, V]
     config = configs.lookup("vocabulary_bwd", logits.device, labels.numel())
     with torch.cuda.device_of(logits):
         _token_nll_bwd_kernel[(labels.numel(), triton.cdiv(logits.shape[2], config.block_d))](
-            grad.contiguous(), logits, labels, lse, out, logits.shape[1], logits.shape[2], *logits.stride()[:2],
-            BLOCK_V=config.block_d, num_warps=config.warps,
+            grad.contiguous(), logits, labels, lse, out, logits.shape[1], logits.shape[2],
+            *logits.stride()[:2], BLOCK_V=config.block_d, num_warps=config.warps,
         )  # fmt: skip
     return out

@@ -1,8 +1,8 @@
 """The editor network over stacked rows: checks, choice of backend, autograd.
 
-Kept for the backward pass, per block: the products t = V x (N x R) and w = U t + b (N x D), and from the second
-block on its input x (N x D). Making w anew would read U once more, D x R numbers; keeping it costs N x D, which is
-less whenever N < R. The first block's input is made anew from the rows.
+Kept for the backward pass, per block: the products t = V x (N x R) and w = U t + b (N x D), and from the
+second block on its input x (N x D). Making w anew would read U once more, D x R numbers; keeping it costs N x
+D, which is less whenever N < R. The first block's input is made anew from the rows.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def _check(u, delta, stats, blocks, mode, precision) -> None:
         ):
             if value.shape != (width,):
                 raise ValueError(
-                    f"editor_mlp: stats.{name} has shape {tuple(value.shape)}, and the rows are {width} wide; "
+                    f"editor_mlp: stats.{name} has shape {tuple(value.shape)}; the rows are {width} wide: "
                     "use the statistics of this layer's shape."
                 )
     scaled = bool(blocks) and blocks[0].s is not None
@@ -175,7 +175,7 @@ def _check(u, delta, stats, blocks, mode, precision) -> None:
             )
         if mode.shape != u.shape[:1] or mode.dtype.is_floating_point or mode.dtype == torch.bool:
             raise ValueError(
-                f"editor_mlp: mode must be integers of shape [{u.shape[0]}]; got {mode.dtype} {tuple(mode.shape)}."
+                f"editor_mlp: mode must be integers, [{u.shape[0]}]; got {mode.dtype} {tuple(mode.shape)}."
             )
 
 
@@ -333,8 +333,8 @@ def _fwd(u, delta, stats, params, mode, count, scaled, shifted, precision, resid
         return _aten_fwd(u, delta, stats, blocks, mode, residual, keep)
 
 
-def _bwd(grad_u, grad_delta, u, delta, stats, params, saved, mode, count, scaled, shifted, precision, residual,
-         needs_rows, backend):  # fmt: skip
+def _bwd(grad_u, grad_delta, u, delta, stats, params, saved, mode, count, scaled, shifted, precision,
+         residual, needs_rows, backend):  # fmt: skip
     blocks = _unflatten(params, count, scaled, shifted)
     with _common.full_precision(u.device):
         if backend == "triton":
@@ -364,14 +364,14 @@ def _bwd_fake(grad_u, grad_delta, u, delta, stats, params, saved, mode, count, s
 
 
 _common.define(
-    "editor_mlp_fwd(Tensor u, Tensor delta, Tensor[] stats, Tensor[] params, Tensor? mode, int count, bool scaled, "
-    "bool shifted, str precision, bool residual, bool keep, str backend) -> Tensor[]",
+    "editor_mlp_fwd(Tensor u, Tensor delta, Tensor[] stats, Tensor[] params, Tensor? mode, int count, "
+    "bool scaled, bool shifted, str precision, bool residual, bool keep, str backend) -> Tensor[]",
     _fwd,
     _fwd_fake,
 )
 _common.define(
-    "editor_mlp_bwd(Tensor grad_u, Tensor grad_delta, Tensor u, Tensor delta, Tensor[] stats, Tensor[] params, "
-    "Tensor[] saved, Tensor? mode, int count, bool scaled, bool shifted, str precision, bool residual, "
+    "editor_mlp_bwd(Tensor grad_u, Tensor grad_delta, Tensor u, Tensor delta, Tensor[] stats, "
+    "Tensor[] params, Tensor[] saved, Tensor? mode, int count, bool scaled, bool shifted, str precision, bool residual, "
     "bool needs_rows, str backend) -> Tensor[]",
     _bwd,
     _bwd_fake,

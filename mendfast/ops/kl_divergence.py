@@ -77,8 +77,8 @@ class _KL(torch.autograd.Function):
 def _check(base_logits, logits, keep) -> None:
     if base_logits.shape != logits.shape:
         raise ValueError(
-            f"kl_divergence: base_logits {tuple(base_logits.shape)} and logits {tuple(logits.shape)} must have "
-            "one shape; run both models on the same tokens."
+            f"kl_divergence: base_logits {tuple(base_logits.shape)} and logits {tuple(logits.shape)} must "
+            "have one shape; run both models on the same tokens."
         )
     if keep is not None and keep.shape != logits.shape[:-1]:
         raise ValueError(
@@ -151,13 +151,14 @@ def _fwd_fake(base_logits, logits, keep, backend):
 
 
 _common.define(
-    "kl_divergence_fwd(Tensor base_logits, Tensor logits, Tensor keep, str backend) -> (Tensor, Tensor, Tensor)",
+    "kl_divergence_fwd(Tensor base_logits, Tensor logits, Tensor keep, str backend) "
+    "-> (Tensor, Tensor, Tensor)",
     _fwd,
     _fwd_fake,
 )
 _common.define(
-    "kl_divergence_bwd(Tensor grad, Tensor base_logits, Tensor logits, Tensor keep, Tensor lse_base, Tensor lse, "
-    "str backend) -> Tensor",
+    "kl_divergence_bwd(Tensor grad, Tensor base_logits, Tensor logits, Tensor keep, Tensor lse_base, "
+    "Tensor lse, str backend) -> Tensor",
     _bwd,
     lambda grad, base_logits, logits, keep, lse_base, lse, backend: logits.new_empty(logits.shape),
 )

@@ -13,7 +13,7 @@ from ..reference.token_nll import token_nll_rows as _reference_rows
 from . import _common
 
 CHUNK = 1 << 18
-"""Logits worked on at a time outside Triton: temporaries of a megabyte are reused, larger ones paged in anew."""
+"""Logits worked on at a time outside Triton: temporaries of a megabyte stay in the cache."""
 
 
 def token_nll_rows(
@@ -98,7 +98,7 @@ def _check_values(labels, vocabulary) -> None:
 
 
 def row_chunks(keep: torch.Tensor, vocabulary: int, flat: bool) -> Iterator[slice | torch.Tensor | tuple]:
-    """Indices of the rows worth computing, some at a time, into [B * S, .] tensors or ("flat" False) [B, S, .].
+    """Indices of the rows worth computing, some at a time, into [B * S, .] tensors (``flat``) or [B, S, .].
 
     On the CPU those are the kept ones; elsewhere all, since which are kept can't be known without a wait.
     """
