@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from . import backends, ops
-from .build_info import extension_status
+from .build_info import build_info
 
 PACKAGES = ("mendfast", "torch", "triton", "transformers", "safetensors", "datasets", "accelerate")
 
@@ -26,12 +26,17 @@ def examine(console: Console) -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": versions,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
-        "extension": extension_status(),
+        "extension": build_info(),
         "ops": backends.explain(device),
     }
     console.print(f"Python {findings['python']}, " + ", ".join(f"{k} {v}" for k, v in versions.items()))
     console.print(f"Device: {findings['device']}")
-    console.print(f"CUDA extension: {findings['extension']}")
+    built = findings["extension"]
+    console.print(
+        f"CUDA extension: built by nvcc {built['nvcc']} for {', '.join(built['targets'])}"
+        if built["built"]
+        else f"CUDA extension: left out, {built['reason']}"
+    )
     table = Table(title=f"Backends on {device}")
     for column in ("op", "backend", "better ones, and why they were left"):
         table.add_column(column)

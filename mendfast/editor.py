@@ -134,6 +134,13 @@ class MendEditor(nn.Module):
             raise ValueError(f"{source} is an editor for another model: {'; '.join(wrong[:3])}.")
         self.load_state_dict(dict(tensors))
 
+    def untrained(self) -> MendEditor:
+        """This editor at its initialisation, with the statistics of now: it passes the normalised gradient on."""
+        fresh = MendEditor(self.model, self.tokenizer, self.config)
+        for name, buffer in self.named_buffers():
+            fresh.get_buffer(name).copy_(buffer)
+        return fresh
+
     # -- what it is ----------------------------------------------------------------------------------------
 
     @property
@@ -185,23 +192,27 @@ class MendEditor(nn.Module):
         """The batch (input_ids, attention_mask, labels) that stands for the requests, right-padded."""
         if self.tokenizer is None:
             raise TypeError("This editor has no tokenizer; pass one to from_model, or use edit_tokens.")
-        prompts = [self.config.prompt_template.replace("{prompt}", prompt) for prompt, _ in requests]
         if self.kind == "classifier":
+            prompts = [self.config.prompt_template.replace("{prompt}", prompt) for prompt, _ in requests]
             batch = dict(self.tokenizer(prompts, padding=True, return_tensors="pt"))
             return {**batch, "labels": torch.tensor([self._class(target) for _, target in requests])}
-        examples = [
-            encode_pair(
-                self.tokenizer,
-                prompt,
-                target,
-                encoder_decoder=self.kind == "encoder-decoder",
-                separator=self.config.separator,
-                append_eos=self.config.append_eos,
-                max_length=context_length(self.model),
-            )
-            for prompt, (_, target) in zip(prompts, requests, strict=True)
-        ]
-        return collate(examples, pad_token_id=pad_token_id(self.tokenizer))
+        return collate(
+            [self.encode(*request) for request in requests],
+            pad_token_id=pad_token_id(self.tokenizer),
+            encoder_decoder=self.kind == "encoder-decoder",
+        )
+
+    def encode(self, prompt: str, target: str) -> dict[str, list[int]]:
+        """One request as token ids and labels, by the template, separator and EOS of the configuration."""
+        return encode_pair(
+            self.tokenizer,
+            self.config.prompt_template.replace("{prompt}", prompt),
+            target,
+            encoder_decoder=self.kind == "encoder-decoder",
+            separator=self.config.separator,
+            append_eos=self.config.append_eos,
+            max_length=context_length(self.model),
+        )
 
     def _class(self, target: str) -> int:
         names = {str(name).lower(): int(i) for name, i in (self.model.config.label2id or {}).items()}

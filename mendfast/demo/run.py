@@ -59,19 +59,6 @@ def unrelated(avoid: Sequence[world.Fact], count: int, rng: random.Random) -> li
     ]
 
 
-def untrained(editor: MendEditor) -> MendEditor:
-    """The editor at its initialisation, with the trained one's statistics: the normalised gradient alone."""
-    fresh = MendEditor.from_model(editor.model, editor.tokenizer, editor.config)
-    fresh.load_state_dict(
-        {name: own if name.split(".")[-1] in _PARAMETERS else editor.state_dict()[name]
-         for name, own in fresh.state_dict().items()}
-    )  # fmt: skip
-    return fresh
-
-
-_PARAMETERS = ("U", "V", "b", "s", "o", "alpha_multiplier")
-
-
 def bits(model: torch.nn.Module) -> str:
     """A digest of every weight."""
     digest = hashlib.sha256()
@@ -126,7 +113,7 @@ def run(
     alone = [[case] for case in chosen]
     scores = {"mend": measure(editor, alone, "mend", console)}
     if full:
-        scores["identity"] = measure(untrained(editor), alone, "mend", console)
+        scores["identity"] = measure(editor.untrained(), alone, "mend", console)
         scores["fine_tuning"] = measure(editor, alone, "fine_tuning", console)
     figures = {**scores["mend"].to_dict(), **figures}
     figures |= {name: score.to_dict() for name, score in scores.items() if name != "mend"}

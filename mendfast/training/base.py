@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -15,6 +16,7 @@ from ..labels import collate, encode_pair, pad_token_id
 from ..objective import model_kind, target_rows
 
 EOS, PAD = "<eos>", "<pad>"
+_IN_BLOCK = re.compile(r"\.(h|block|layer|layers)\.\d+\.")
 
 
 def train_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -36,7 +38,7 @@ def small_gpt2(vocab_size: int, *, width: int, depth: int, heads: int, context: 
     """A randomly initialised GPT-2 of the given size, without dropout."""
     config = GPT2Config(
         vocab_size=vocab_size, n_positions=context, n_embd=width, n_layer=depth, n_head=heads,
-        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=1, eos_token_id=1, pad_token_id=0,
+        activation_function="gelu_pytorch_tanh", resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=1, eos_token_id=1, pad_token_id=0,
     )  # fmt: skip
     return GPT2LMHeadModel(config)
 
@@ -61,6 +63,38 @@ def _batches(lengths: Sequence[int], size: int, generator: torch.Generator) -> I
             yield batches[i]
 
 
+class Orthogonal(torch.optim.Optimizer):
+    """Momentum whose matrix updates are orthogonalised (Muon: Jordan et al. 2024).
+
+    Small models learn facts in less than half of AdamW's steps. PyTorch's own Muon iterates in bfloat16,
+    which a CPU without such units emulates: a step took seven times as long as with float32 here.
+    """
+
+    def __init__(self, params: Iterable[nn.Parameter], lr: float, momentum: float = 0.95):
+        super().__init__(params, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                state, gradient = self.state[parameter], parameter.grad
+                moment = state.setdefault("moment", torch.zeros_like(gradient))
+                moment.lerp_(gradient, 1 - group["momentum"])
+                update = _orthogonal(gradient.lerp(moment, group["momentum"]))
+                rows, columns = parameter.shape
+                parameter.add_(update, alpha=-group["lr"] * max(1, columns / rows) ** 0.5)
+
+
+def _orthogonal(matrix: torch.Tensor) -> torch.Tensor:
+    """The nearest matrix with singular values near 1: five Newton-Schulz steps of degree five."""
+    x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
+    x = x / (x.norm() + 1e-7)
+    for _ in range(5):
+        square = x @ x.T
+        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
+    return x.T if matrix.shape[0] > matrix.shape[1] else x
+
+
 def fit_base_model(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerFast,
@@ -69,14 +103,16 @@ def fit_base_model(
     steps: int,
     batch_size: int = 64,
     learning_rate: float = 3e-3,
-    warmup: int = 100,
+    matrix_rate: float = 0.02,
+    warmup: int = 50,
     question_weight: float = 0.0,
     seed: int = 0,
     progress: bool = True,
 ) -> float:
     """Train ``model`` in place to answer each prompt with its target; returns the last loss.
 
-    AdamW without weight decay, linear warm-up and decay, gradients clipped at norm 1. The loss is the mean over
+    Orthogonalised momentum for the blocks' matrices, AdamW without weight decay for the rest, linear warm-up
+    and decay, gradients clipped at norm 1. The loss is the mean over
     answer tokens, plus ``question_weight`` times that over the questions' tokens (causal models).
     """
     kind = model_kind(model)
@@ -86,10 +122,18 @@ def fit_base_model(
     lengths = [len(example["input_ids"]) for example in examples]
     generator = torch.Generator().manual_seed(seed)
     batches = _batches(lengths, batch_size, generator)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / warmup, max(0.02, (steps - step) / max(1, steps - warmup)))
-    )
+    inner = [p for name, p in model.named_parameters() if p.dim() == 2 and _IN_BLOCK.search(name)]
+    outer = [p for name, p in model.named_parameters() if not (p.dim() == 2 and _IN_BLOCK.search(name))]
+    optimizers = [
+        Orthogonal(inner, matrix_rate),
+        torch.optim.AdamW(outer, lr=learning_rate, weight_decay=0.0, betas=(0.9, 0.98)),
+    ]
+    schedules = [
+        torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: min((step + 1) / warmup, max(0.02, (steps - step) / max(1, steps - warmup)))
+        )
+        for optimizer in optimizers
+    ]
     model.train()
     bar = tqdm(range(steps), desc="base model", unit="step", disable=not progress)
     value = math.nan
@@ -106,11 +150,12 @@ def fit_base_model(
             loss = losses[is_answer].mean() + question_weight * losses[~is_answer].mean()
         else:
             loss = losses.mean()
-        optimizer.zero_grad(set_to_none=True)
+        model.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
+        for optimizer, schedule in zip(optimizers, schedules, strict=True):
+            optimizer.step()
+            schedule.step()
         if step % 20 == 0 or step == steps - 1:
             value = loss.item()
             bar.set_postfix(loss=f"{value:.4f}")

@@ -1,0 +1,191 @@
+"""The meta-training loop: it learns, resumes to the same bits after a kill, and stops on nonsense."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from make_qa import ANSWERS, WORDINGS
+from mendfast import MendConfig, MendEditor
+from mendfast.training import FactSampler, Item, TrainConfig, Trainer, TrainingError
+from mendfast.training.base import fit_base_model, small_gpt2, small_t5, train_tokenizer
+
+PEOPLE = ("Anna Marsh", "Bela Novak", "Carl Olsen", "Dora Petit", "Emil Quirk", "Fay Rossi")
+
+
+def facts() -> list[Item]:
+    rng = random.Random(0)
+    return [
+        Item(tuple(w.format(person) for w in wordings), rng.choice(ANSWERS[relation]), relation, person)
+        for person in PEOPLE
+        for relation, wordings in WORDINGS.items()
+    ]
+
+
+@pytest.fixture(scope="module")
+def base():
+    items = facts()
+    pairs = [(w, item.answer) for item in items for w in item.wordings]
+    torch.manual_seed(0)
+    tokenizer = train_tokenizer([f"{p} {t}" for p, t in pairs], 320)
+    model = small_gpt2(len(tokenizer), width=48, depth=3, heads=4)
+    loss = fit_base_model(model, tokenizer, pairs, steps=250, batch_size=32, warmup=20, progress=False)
+    assert loss < 0.5
+    return model, tokenizer
+
+
+def make(base, **config) -> tuple[MendEditor, TrainConfig]:
+    torch.manual_seed(0)
+    editor = MendEditor.from_model(
+        *base, MendConfig(rank=32, step_size=2e-3, scale_v=True, append_eos=True)
+    )
+    defaults = dict(steps=6, batch_size=4, joint=[1, 2], validate_every=3, validation_size=4, checkpoint_every=2)
+    return editor, TrainConfig(**{**defaults, **config})
+
+
+def test_it_learns(base, tmp_path):
+    editor, config = make(base, steps=60, batch_size=8, joint=[1], validate_every=30, learning_rate=2e-3)
+    sampler = FactSampler(facts())
+    Trainer(editor, sampler, config, output=tmp_path, validation=FactSampler(facts(), seed=5), progress=False).run()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 61))
+    first, last = (sum(line["loss"] for line in part) for part in (lines[:10], lines[-10:]))
+    assert last < 0.7 * first
+    assert lines[59]["val_loss"] < lines[29]["val_loss"]
+    assert not editor.training
+    again = MendEditor.from_pretrained(tmp_path / "best", *base)
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), editor.parameters(), strict=True))
+
+
+def test_a_resumed_run_ends_in_the_same_bits(base, tmp_path):
+    def trainer(output):
+        editor, config = make(base)
+        return Trainer(editor, FactSampler(facts()), config, output=output,
+                       validation=FactSampler(facts(), seed=5), progress=False)  # fmt: skip
+
+    whole = trainer(tmp_path / "whole")
+    whole.run()
+    half = trainer(tmp_path / "half")
+    half.config.steps = 6
+    step = half._backward
+
+    def stop_after_five(loss):
+        if half.step == 5:
+            raise KeyboardInterrupt
+        return step(loss)
+
+    half._backward = stop_after_five
+    with pytest.raises(KeyboardInterrupt):
+        half.run()
+    rest = trainer(tmp_path / "half")
+    assert rest.resume() and rest.step == 4
+    rest.run()
+    for (name, a), b in zip(whole.editor.state_dict().items(), rest.editor.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    logs = [(tmp_path / d / "metrics.jsonl").read_text() for d in ("whole", "half")]
+    assert logs[0] == logs[1]
+
+
+def test_resume_refuses_other_settings(base, tmp_path):
+    editor, config = make(base, steps=2)
+    Trainer(editor, FactSampler(facts()), config, output=tmp_path, progress=False).run()
+    editor, config = make(base, steps=2, batch_size=8)
+    with pytest.raises(ValueError, match="batch_size"):
+        Trainer(editor, FactSampler(facts()), config, output=tmp_path, progress=False).resume()
+
+
+SCRIPT = """
+    import sys, torch
+    sys.path[:0] = {paths!r}
+    torch.set_num_threads(1)
+    from test_training import facts, make
+    from mendfast.training import FactSampler, Trainer
+    from mendfast.training.base import small_gpt2, train_tokenizer
+    torch.manual_seed(0)
+    tokenizer = train_tokenizer([w for item in facts() for w in item.wordings], 320)
+    model = small_gpt2(len(tokenizer), width=32, depth=3, heads=4).eval()
+    editor, config = make((model, tokenizer), steps=12, checkpoint_every=1, validate_every=4)
+    trainer = Trainer(editor, FactSampler(facts()), config, output=sys.argv[1],
+                      validation=FactSampler(facts(), seed=5), progress=False)
+    trainer.resume()
+    print("ready", flush=True)
+    trainer.run()
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system has no SIGKILL")
+def test_killed_at_random_moments(tmp_path):
+    """SIGKILL, again and again; the run still ends in the bits of one that was left alone."""
+    script = tmp_path / "run.py"
+    paths = [p for p in sys.path if p]
+    script.write_text(textwrap.dedent(SCRIPT).format(paths=paths))
+
+    def start(output):
+        return subprocess.Popen([sys.executable, script, tmp_path / output], stdout=subprocess.PIPE, text=True)
+
+    whole = start("whole")
+    begun = time.monotonic()
+    assert whole.stdout.readline() == "ready\n"
+    ready = time.monotonic()
+    assert whole.wait(120) == 0
+    length = time.monotonic() - ready
+    rng, kills = random.Random(0), 0
+    for _ in range(3):
+        run = start("killed")
+        if run.stdout.readline() == "ready\n":
+            time.sleep(rng.uniform(0.1, 0.6) * length)
+            kills += run.poll() is None
+            run.kill()
+        run.wait()
+    assert start("killed").wait(120) == 0 and kills >= 1, f"the run took {length:.1f} s of {ready - begun:.1f} s"
+    # The order of a safetensors header is not fixed; its tensors are.
+    for file in ("last/editor.safetensors", "best/editor.safetensors"):
+        one, two = (load_file(tmp_path / output / file) for output in ("whole", "killed"))
+        assert all(torch.equal(one[name], two[name]) for name in {**one, **two}), file
+    assert (tmp_path / "whole/metrics.jsonl").read_text() == (tmp_path / "killed/metrics.jsonl").read_text()
+
+
+def test_nonsense_stops_the_run(base, tmp_path):
+    editor, config = make(base, steps=40)
+    trainer = Trainer(editor, FactSampler(facts()), config, output=tmp_path, progress=False)
+    before = [p.detach().clone() for p in editor.parameters()]
+    trainer._loss = lambda *_: (editor.alpha_multiplier.sum() * float("nan"), {"edit_success": torch.zeros(())})
+    with pytest.raises(TrainingError, match="10 steps in a row"):
+        trainer.run()
+    assert all(torch.equal(a, b) for a, b in zip(before, editor.parameters(), strict=True))
+
+
+def test_draws_depend_on_seed_and_step_alone():
+    items = facts()
+    a, b = FactSampler(items, seed=3), FactSampler(items, seed=3)
+    a.draw(0, 5)
+    assert a.draw(7, 5) == b.draw(7, 5) != b.draw(8, 5)
+    draw = FactSampler(items, outer=2, loc=3, include_inner=0.0).draw(1, 6)
+    assert (len(draw.inner), len(draw.outer), len(draw.loc)) == (6, 12, 18)
+    truth = {w: item.answer for item in items for w in item.wordings}
+    assert all(truth[prompt] == answer for prompt, answer in draw.loc)
+    for i, (prompt, target) in enumerate(draw.inner):
+        assert target != truth[prompt]
+        for other, same in draw.outer[2 * i : 2 * i + 2]:
+            assert same == target and other != prompt and truth[other] == truth[prompt]
+
+
+def test_encoder_decoder_base_model(base):
+    """A T5 learns too, and its editor trains."""
+    items = facts()[:8]
+    pairs = [(w, item.answer) for item in items for w in item.wordings]
+    torch.manual_seed(0)
+    model = small_t5(len(base[1]), width=32, depth=2, heads=4)
+    first = fit_base_model(model, base[1], pairs, steps=1, batch_size=16, progress=False)
+    assert fit_base_model(model, base[1], pairs, steps=60, batch_size=16, warmup=10, progress=False) < 0.7 * first
+    editor, config = make((model, base[1]), steps=3, joint=[1], validate_every=0)
+    assert Trainer(editor, FactSampler(items), config, progress=False).run()["step"] == 3
