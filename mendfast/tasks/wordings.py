@@ -1,18 +1,18 @@
 """Paraphrases out of a plain file of questions and answers.
 
-Data sets such as zsRE (Levy et al. 2017) ask for each relation through a few dozen question templates filled with
-subjects. So the data itself holds other wordings of every question, once it is known which templates ask for
-the same. Three steps, none of which needs more than the file:
+Data sets such as zsRE (Levy et al. 2017) ask for each relation through a few dozen question templates filled
+with subjects. So the data itself holds other wordings of most questions, once it is known which templates
+ask for the same. Three steps, none of which needs more than the file:
 
-1. Split each question into template and subject. The subject is the span from the first to the last word that is
-   written like a name (a capital or a digit), the first word of the question aside; a template counts when it
-   occurs with several subjects. Questions that this misses (subjects that end in lower case) are matched against
-   the templates so found.
-2. Compare templates pairwise: the content words they share, weighted by rarity; whether their answers, and their
-   subjects, are of one kind (dates, lower-case words, names; people's names share given names); the answers they
-   have in common; and subjects asked about in both with the same answer.
-3. Merge by average linkage down to a threshold that favours precision: a wrong group would teach an editor that
-   questions with different answers are one, a missing one costs variety alone.
+1. Split each question into template and subject. The subject is the span from the first to the last word
+   that is written like a name (a capital or a digit), the first word of the question aside; a template
+   counts when it occurs with several subjects. Questions that this misses (subjects that end in lower case)
+   are matched against the templates so found.
+2. Compare templates pairwise: the content words they share, weighted by rarity; whether their answers, and
+   their subjects, are of one kind (dates, lower-case words, names; people share given names); the answers
+   they have in common; and subjects asked about in both with the same answer.
+3. Merge by average linkage down to a threshold that favours precision: a wrong group would teach an editor
+   that questions with different answers are one, a missing one costs variety alone.
 
 On top of these, :func:`rewrite` has a handful of rewrites of English questions that keep the meaning.
 """
@@ -36,8 +36,12 @@ class Wordings:
     """Templates of questions, in groups that ask for the same relation; made by :func:`mine_wordings`."""
 
     def __init__(self, groups: Sequence[Sequence[str]], answers: Sequence[Sequence[str]]):
-        self.groups: list[list[str]] = [list(group) for group in groups]
-        """Templates with "{}" for the subject, largest group first; a relation is an index into this list."""
+        self.groups = [list(group) for group in groups]
+        """Templates with "{}" for the subject; a relation is an index into this list, the largest first."""
+        self._choices = [
+            list(dict.fromkeys([*group, *(other for template in group for other in rewrite(template))]))
+            for group in self.groups
+        ]
         self._answers = [list(found) for found in answers]
         self._relation = {template: i for i, group in enumerate(self.groups) for template in group}
         self._constant = {word for template in self._relation for word in template.split()}
@@ -69,16 +73,13 @@ class Wordings:
         return list(self._answers[relation])
 
     def rephrasings(self, question: str) -> list[str]:
-        """Every other wording of the question, normalised: its group's other templates, and their rewrites."""
+        """Every other wording of the question: its group's other templates, and the rewrites of all."""
         found = self.split(question)
         if found is None:
             return []
         template, subject = found
-        group = self.groups[self._relation[template]]
-        templates = [*group, *(other for known in group for other in rewrite(known))]
-        own = normalize(question)
-        filled = (other.replace(SLOT, subject) for other in dict.fromkeys(templates))
-        return [wording for wording in dict.fromkeys(filled) if wording != own]
+        choices = self._choices[self._relation[template]]
+        return [other.replace(SLOT, subject) for other in choices if other != template]
 
     def rephrase(self, question: str, rng: random.Random) -> str | None:
         """One of :meth:`rephrasings`, drawn evenly with ``rng``; None where there is none."""
@@ -92,8 +93,8 @@ def mine_wordings(
     """Find the question templates of a data set and group those that ask for the same relation.
 
     Args:
-        questions_and_answers: (question, answer) pairs; an empty answer is no evidence. Subjects must be written
-            with a capital or a digit somewhere, as names are in English.
+        questions_and_answers: (question, answer) pairs; an empty answer is no evidence. Subjects must be
+            written with a capital or a digit somewhere, as names are in English.
         min_subjects: how many different subjects make a template.
         threshold: average similarity (0 to about 1.2) down to which groups are merged; higher is stricter.
 
@@ -104,7 +105,7 @@ def mine_wordings(
         ValueError: ``min_subjects`` below 2, since one subject can't tell a template from a sentence.
     """
     if min_subjects < 2:
-        raise ValueError(f"min_subjects is {min_subjects}; it must be at least 2 to tell a template from a subject.")
+        raise ValueError(f"min_subjects is {min_subjects}; at least 2 are needed to tell what varies.")
     pairs = [(normalize(question), " ".join(answer.split())) for question, answer in questions_and_answers]
     found: dict[str, dict[str, list[str]]] = defaultdict(dict)
     for question, answer in pairs:
@@ -137,7 +138,7 @@ def is_name(word: str) -> bool:
 
 
 def name_span(question: str) -> tuple[str, str] | None:
-    """(template, subject) with the subject from the first to the last name-like word after the first word."""
+    """(template, subject); the subject runs from the first to the last name-like word after the first."""
     names = [match for match in list(_WORD.finditer(question))[1:] if is_name(match.group())]
     if not names or SLOT in question:
         return None
@@ -147,27 +148,36 @@ def name_span(question: str) -> tuple[str, str] | None:
 
 # -- rewrites --------------------------------------------------------------------------------------
 
-_BE = "(is|was)"
 _NOUN = r"(?P<noun>(?!name of\b)[a-z]+(?: (?!of\b|for\b|in\b)[a-z]+){0,2})"
 _VERBS = r"is|was|are|were|do|does|did|has|have|had|can|could|will|would"
 _PREPOSITION = r"(?P<pre>In|On|At|From|To|For)"
 _REWRITES: tuple[tuple[re.Pattern[str], Callable[[re.Match[str]], str]], ...] = (
     # What is the record label of {}? <-> The record label of {} is what? <-> What is {}'s record label?
     (
-        re.compile(rf"What {_BE} the {_NOUN} of \{{\}}\?"),
-        lambda m: f"The {m['noun']} of {{}} {m[1]} what?",
+        re.compile(rf"(What|Who) (is|was) the {_NOUN} of \{{\}}\?"),
+        lambda m: f"The {m['noun']} of {{}} {m[2]} {m[1].lower()}?",
     ),
     (
-        re.compile(rf"What {_BE} the {_NOUN} of \{{\}}\?"),
-        lambda m: f"What {m[1]} {{}}'s {m['noun']}?",
+        re.compile(rf"(What|Who) (is|was) the {_NOUN} of \{{\}}\?"),
+        lambda m: f"{m[1]} {m[2]} {{}}'s {m['noun']}?",
     ),
     (
-        re.compile(rf"The {_NOUN} of \{{\}} (is|was) what\?"),
-        lambda m: f"What {m[2]} the {m['noun']} of {{}}?",
+        re.compile(rf"The {_NOUN} of \{{\}} (is|was) (what|who)\?"),
+        lambda m: f"{m[3].capitalize()} {m[2]} the {m['noun']} of {{}}?",
     ),
     (
-        re.compile(rf"What {_BE} \{{\}}'s {_NOUN}\?"),
-        lambda m: f"What {m[1]} the {m['noun']} of {{}}?",
+        re.compile(rf"(What|Who) (is|was) \{{\}}'s {_NOUN}\?"),
+        lambda m: f"{m[1]} {m[2]} the {m['noun']} of {{}}?",
+    ),
+    # What is the name of {}'s team? -> What is {}'s team called?
+    (
+        re.compile(r"What (is|was) the name of (?P<what>(?:the [a-z ]+ (?:of|for) )?\{\}(?:'s [a-z ]+)?)\?"),
+        lambda m: f"What {m[1]} {m['what']} called?",
+    ),
+    # What is the sex of {}? -> What's the sex of {}?
+    (
+        re.compile(r"(What|Who|When|Where) is (?P<rest>.*)"),
+        lambda m: f"{m[1]}'s {m['rest']}",
     ),
     # Which network aired {}? <-> What network aired {}?
     (
@@ -188,7 +198,7 @@ _OTHER = {"which": "what", "what": "which", "Which": "What", "What": "Which"}
 
 
 def rewrite(template: str) -> list[str]:
-    """Other wordings of one English question template by rules that keep its meaning; [] where none applies."""
+    """Other wordings of an English question template, by rules that keep its meaning; [] where none fits."""
     others = []
     for pattern, write in _REWRITES:
         match = pattern.fullmatch(template)
@@ -199,23 +209,25 @@ def rewrite(template: str) -> list[str]:
 
 # -- similarity of templates -----------------------------------------------------------------------
 
-# Words that say of what kind the answer is and not which relation is meant; the answers say that better.
+# Words that say of what kind the answer is, not which relation is meant; the answers say that better.
 _KINDS = frozenset(
-    "name named person people one word type kind sort date year day time place city town state location".split()
+    """name named person people one word type kind sort date year day time place city town state location
+    """.split()
 )
 _FUNCTION_WORDS = frozenset(
-    """a an the of in on at to for from by with as and or is are was were be been being do does did has have had
-    having what which who whom whose when where why how that this these those it its his her their he she they
-    there will would can could may might must into over under within during about after before up out off not no
-    any some than then due called you your main specific associated s""".split()
+    """a an the of in on at to for from by with as and or is are was were be been being do does did has have
+    had having what which who whom whose when where why how that this these those it its his her their he she
+    they there will would can could may might must into over under within during about after before up out
+    not no any some than then due called you your main specific associated s""".split()
 )
-# Irregular forms of English that no suffix rule joins.
+# Irregular forms and plain synonyms of English that no suffix rule joins.
 _FORMS = {
     "born": "birth", "die": "death", "died": "death", "dies": "death", "wrote": "write", "written": "write",
     "held": "hold", "made": "make", "built": "build", "fought": "fight", "won": "win", "led": "lead",
     "sang": "sing", "sung": "sing", "spoke": "speak", "spoken": "speak", "broadcasted": "broadcast",
     "taught": "teach", "began": "begin", "begun": "begin", "citizenship": "citizen", "nationality": "nation",
-    "national": "nation", "located": "located", "location": "location", "wife": "spouse", "husband": "spouse",
+    "national": "nation", "wife": "spouse", "husband": "spouse", "dad": "father", "mom": "mother",
+    "mum": "mother", "birthplace": "birth", "tongue": "language", "sex": "gender",
 }  # fmt: skip
 _SUFFIXES = (
     "ations", "ation", "ators", "ator", "ment", "ions", "ings", "ors", "ers", "ion", "ing", "ies", "ied",
