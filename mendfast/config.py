@@ -25,6 +25,7 @@ class MendConfig:
         metadata={"help": "Names of the weights to edit; None picks the MLP matrices of the last blocks."},
     )
     rank: int = field(default=1920, metadata={"help": "Rank R of each block; at most D = m + n is used."})
+    blocks: int = field(default=2, metadata={"help": "Number of low-rank blocks that follow each other."})
     shared: bool = field(default=True, metadata={"help": "One network per weight shape, not per weight."})
     normalize: bool = field(default=True, metadata={"help": "Normalise u and delta by running statistics."})
     identity_init: bool = field(
@@ -64,6 +65,8 @@ class MendConfig:
                 raise ValueError(f"layers names {', '.join(repeated)} more than once; name each weight once.")
         if self.rank < 1:
             raise ValueError(f"rank is {self.rank}; it must be at least 1.")
+        if self.blocks < 1:
+            raise ValueError(f"blocks is {self.blocks}; it must be at least 1.")
         for name, value, allowed in (
             ("sides", self.sides, SIDES),
             ("precision", self.precision, PRECISIONS),

@@ -9,8 +9,6 @@ from . import ops
 from .config import MendConfig
 from .types import EPS, Block, Stats
 
-BLOCKS = 2
-
 
 class LowRankBlock(nn.Module):
     """Parameters of one block; see :class:`mendfast.types.Block`."""
@@ -41,7 +39,7 @@ class EditorNetwork(nn.Module):
         n: width of delta, the layers' output size.
         modes: number of layers that share the network, each with its own scale and shift; None for one
             layer without them.
-        config: rank, ``sides``, ``normalize``, ``identity_init``, ``precision``.
+        config: ``rank``, ``blocks``, ``sides``, ``normalize``, ``identity_init``, ``precision``.
 
     The statistics (``count``, and mean, std and M2 of both sides) are buffers; :meth:`observe` moves them.
     Before two rows were seen, means are 0 and deviations 1.
@@ -56,7 +54,7 @@ class EditorNetwork(nn.Module):
             self.sides = "delta" if m > n else "u"
 
         def blocks(dim: int) -> nn.ModuleList:
-            return nn.ModuleList(LowRankBlock(dim, modes, config) for _ in range(BLOCKS))
+            return nn.ModuleList(LowRankBlock(dim, modes, config) for _ in range(config.blocks))
 
         self.both = blocks(m + n) if self.sides == "both" else None
         self.u = blocks(m) if self.sides in ("u", "separate") else None
