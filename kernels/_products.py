@@ -207,22 +207,16 @@ def row_major(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] <= 1 and x.is_contiguous() else x.contiguous()
 
 
-def splits_of(width: int, share: float, block_k: int) -> tuple[int, int]:
-    """(splits, chunk): about ``share`` equal chunks of a reduction, each a multiple of the tile."""
-    if width == 0:
-        return 0, block_k
-    splits = max(1, min(round(share), triton.cdiv(width, block_k)))
-    chunk = triton.cdiv(triton.cdiv(width, splits), block_k) * block_k
-    return triton.cdiv(width, chunk), chunk
-
-
-def _grids(config, tiles: int, batches: int, widths: tuple[int, int], device) -> tuple[int, int, int, int]:
-    """Splits and chunks of both sides so that the programs fill the chip."""
-    wanted = max(1.0, configs.sm_count(device) * config.programs_per_sm / (tiles * batches))
-    total = sum(widths)
-    return *splits_of(widths[0], wanted * widths[0] / total, config.block_k), *splits_of(
-        widths[1], wanted * widths[1] / total, config.block_k
-    )
+def split_reduction(wanted: int, widths: tuple[int, int], block_k: int) -> list[int]:
+    """[splits, chunk] of either side: about ``wanted`` like chunks in all, each a multiple of the tile."""
+    plan, left = [], wanted
+    for i, width in enumerate(widths):
+        share = round(wanted * width / sum(widths)) if i == 0 and widths[1] else left
+        splits = min(max(1, share), triton.cdiv(width, block_k))
+        left -= splits
+        chunk = max(1, triton.cdiv(triton.cdiv(width, max(1, splits)), block_k)) * block_k
+        plan += [triton.cdiv(width, chunk), chunk]
+    return plan
 
 
 def project(
@@ -242,7 +236,9 @@ def project(
     widths = (x0.shape[-1], x1.shape[-1] if two else 0)
     config = configs.lookup("project", device, n_rows, precision)
     tiles = triton.cdiv(n_out, config.block_o) * triton.cdiv(n_rows, config.block_n)
-    splits0, chunk0, splits1, chunk1 = _grids(config, tiles, batches, widths, device)
+    # rounded down: one program more than fits at once would double the time
+    wanted = max(1, configs.sm_count(device) * config.programs_per_sm // (tiles * batches))
+    splits0, chunk0, splits1, chunk1 = split_reduction(wanted, widths, config.block_k)
     splits = splits0 + splits1
     shape = (batches, n_rows, n_out) if batched else (n_rows, n_out)
     parts = torch.empty((splits, *shape), dtype=torch.float32, device=device)
@@ -255,7 +251,7 @@ def project(
             weight.stride(0) if batched else 0, weight.stride(-2), weight.stride(-1),
             x0.stride(0) if batched else 0, x0.stride(-2), x1.stride(-2), eps,
             TWO=two, NORM=norm, BLOCK_O=config.block_o, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
-            PRECISION=precision, num_warps=config.warps, num_stages=config.stages,
+            PRECISION=precision, num_warps=config.warps, num_stages=config.stages, **config.limits(),
         )  # fmt: skip
         if splits == 1:
             return parts[0]
@@ -292,7 +288,7 @@ def expand(
             r.stride(0) if batched else 0, r.stride(-2), out.stride(0) if batched else 0, out.stride(-2),
             HAS_RESIDUAL=residual is not None, HAS_ALPHA=alpha is not None,
             BLOCK_O=config.block_o, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
-            PRECISION=precision, num_warps=config.warps, num_stages=config.stages,
+            PRECISION=precision, num_warps=config.warps, num_stages=config.stages, **config.limits(),
         )  # fmt: skip
     return out
 
@@ -330,6 +326,6 @@ def outer(
             out.stride(0) if batched else 0, out.stride(-2), out.stride(-1), eps,
             TWO=two, NORM=norm, HAS_ALPHA=alpha is not None,
             BLOCK_O=config.block_o, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
-            PRECISION=precision, num_warps=config.warps, num_stages=config.stages,
+            PRECISION=precision, num_warps=config.warps, num_stages=config.stages, **config.limits(),
         )  # fmt: skip
     return out

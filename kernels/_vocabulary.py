@@ -25,6 +25,4 @@ def row_major(logits: torch.Tensor) -> torch.Tensor:
 def check(op: str, **tensors: torch.Tensor) -> None:
     for name, value in tensors.items():
         if value.dtype == torch.float64:
-            raise TypeError(
-                f"{op}: {name} are float64, which the Triton kernels don't serve; use backend='aten'."
-            )
+            raise TypeError(f"{op}: {name} are float64, which the Triton kernels don't serve; use backend='aten'.")

@@ -8,10 +8,12 @@ precision of a product is an argument of the ops and never a field of a configur
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,6 +41,8 @@ class ProductConfig:
     warps: int
     stages: int
     programs_per_sm: int = 2
+    registers: int | None = None
+    """A cap per thread, so that programs_per_sm fit; None leaves it to the assembler."""
 
     def problem(self, shared_limit: int) -> str | None:
         """Why this configuration can't be launched, or None."""
@@ -49,6 +53,8 @@ class ProductConfig:
             return "every side of a tile must be at least 16"
         if not 1 <= self.warps <= 16 or not 1 <= self.stages <= 8 or self.programs_per_sm < 1:
             return "warps go from 1 to 16, stages from 1 to 8, programs_per_sm from 1"
+        if self.registers is not None and not 32 <= self.registers <= 255:
+            return f"registers {self.registers} is outside 32 to 255"
         if self.block_o * self.block_n > ACCUMULATORS_PER_THREAD * 32 * self.warps:
             return f"{self.block_o} x {self.block_n} accumulators are too many for {self.warps} warps"
         if self.shared_bytes() > shared_limit:
@@ -59,6 +65,10 @@ class ProductConfig:
         """Float32 operand tiles of all stages, and one more row tile: the split halves of tf32x3."""
         tile, rows = 4 * self.block_o * self.block_k, 4 * self.block_n * self.block_k
         return self.stages * (tile + rows) + rows
+
+    def limits(self) -> dict[str, int]:
+        """The launch option for the cap."""
+        return {} if self.registers is None else {"maxnreg": self.registers}
 
     def for_rows(self, rows: int) -> ProductConfig:
         """The same with tiles no taller than the rows there are."""
@@ -91,14 +101,22 @@ class SweepConfig:
 
 Config = ProductConfig | SweepConfig
 
-_PRODUCTS = {
-    # x V^T: long reductions, few outputs; splits fill the chip
-    "project": ProductConfig(128, 64, 32, 4, 4),
-    # t U^T with the block's epilogue: short reductions, many outputs
-    "block_fwd": ProductConfig(128, 64, 32, 4, 4),
-    "expand": ProductConfig(128, 64, 32, 4, 4),
-    # dW: the reduction is over rows, and what takes time is writing
-    "outer": ProductConfig(64, 64, 32, 4, 2),
+_OUTER = ProductConfig(64, 64, 32, 4, 2)  # the reduction is over rows, and what takes time is writing
+# Plain multiply-adds keep both operands in registers.
+_IEEE = {f"{name}/ieee": ProductConfig(64, 64, 16, 8, 3) for name in ("project", "block_fwd", "expand")}
+_WIDE, _NARROW = ProductConfig(128, 64, 32, 8, 3), ProductConfig(64, 64, 32, 4, 3)
+_PRODUCTS: dict[str, dict[str, Config]] = {
+    # Warp-level matrix units: accumulators and both operands in registers, so 64 x 64 in 4 warps.
+    "sm_80": {"project": _NARROW, "block_fwd": _NARROW, "expand": _NARROW},
+    # project: 15 tiles of 128 fill 132 multiprocessors in 8 splits, one program each. The others have 160 such
+    # tiles and no splits: halves of 64 run three to a multiprocessor, all at once and not in two waves.
+    "sm_90": {
+        "project": ProductConfig(128, 64, 32, 8, 4, programs_per_sm=1),
+        "block_fwd": ProductConfig(64, 64, 32, 4, 4),
+        "expand": ProductConfig(64, 64, 32, 4, 4),
+    },
+    # Accumulators lie outside the registers, so that two wide programs fit.
+    "sm_100": {"project": _WIDE, "block_fwd": _WIDE, "expand": _WIDE},
 }
 _SWEEPS = {
     "sum_splits": SweepConfig(1, 1024, 4),
@@ -109,10 +127,12 @@ _SWEEPS = {
     "vocabulary_fwd": SweepConfig(1, 4096, 8),
     "vocabulary_bwd": SweepConfig(1, 4096, 8),
 }
-SHIPPED: dict[str, dict[str, Config]] = {arch: {**_PRODUCTS, **_SWEEPS} for arch in ARCHS}
+SHIPPED: dict[str, dict[str, Config]] = {
+    arch: {**_PRODUCTS[arch], **_IEEE, "outer": _OUTER, **_SWEEPS} for arch in ARCHS
+}
 # The interpreter runs on the CPU with small shapes: small tiles, so that several are needed.
 INTERPRETER: dict[str, Config] = {
-    **{name: ProductConfig(16, 16, 16, 1, 1, 1) for name in _PRODUCTS},
+    **{name: ProductConfig(16, 16, 16, 1, 1, 1) for name in ("project", "block_fwd", "expand", "outer")},
     **{name: SweepConfig(4 if name not in ("sum_splits", "vocabulary_fwd", "vocabulary_bwd") else 1, 32, 1)
        for name in _SWEEPS},
 }  # fmt: skip
@@ -163,6 +183,22 @@ def arch_of(capability: tuple[int, int]) -> str:
     return "sm_80" if major == 8 else "sm_90" if major == 9 else "sm_100"
 
 
+_pretended: str | None = None
+
+
+@contextlib.contextmanager
+def pretend(arch: str) -> Iterator[None]:
+    """Within the block launchers choose as if for this generation: for compilation without a GPU."""
+    global _pretended
+    if arch not in ARCHS:
+        raise ValueError(f"Architecture {arch!r} is unknown; there are {', '.join(ARCHS)}.")
+    previous, _pretended = _pretended, arch
+    try:
+        yield
+    finally:
+        _pretended = previous
+
+
 @functools.cache
 def _device(index: int) -> tuple[str, str, int, int]:
     props = torch.cuda.get_device_properties(index)
@@ -172,17 +208,28 @@ def _device(index: int) -> tuple[str, str, int, int]:
 
 def sm_count(device: torch.device) -> int:
     """Multiprocessors to fill; the interpreter pretends to three, so that reductions are split."""
+    if _pretended is not None:
+        return SMS[_pretended]
     return 3 if device.type != "cuda" else _device(torch.cuda._utils._get_device_index(device, True))[2]
 
 
 def lookup(kernel: str, device: torch.device, rows: int, precision: str | None = None) -> Config:
     """The configuration of ``kernel`` on ``device`` for so many rows: the timed one, else the shipped."""
+    if _pretended is not None:
+        config = shipped(_pretended, kernel, precision)
+        return fitted(config, SHARED_LIMIT[_pretended]).for_rows(rows)
     if device.type != "cuda":
         return INTERPRETER[kernel].for_rows(rows)
     name, arch, _, limit = _device(torch.cuda._utils._get_device_index(device, True))
     table = tuned(table_path(), name)
-    config = table.get(key(kernel, precision)) or SHIPPED[arch][kernel]
+    config = table.get(key(kernel, precision)) or shipped(arch, kernel, precision)
     return fitted(config, limit).for_rows(rows)
+
+
+def shipped(arch: str, kernel: str, precision: str | None) -> Config:
+    """The shipped configuration, the precision's own where it has one."""
+    table = SHIPPED[arch]
+    return table.get(key(kernel, precision)) or table[kernel]
 
 
 def fitted(config: Config, shared_limit: int) -> Config:

@@ -114,9 +114,7 @@ def _editor_block_fwd_kernel(
         )  # fmt: skip
     else:
         mask = mask_d[:, None] & mask_n[None, :]
-        w = tl.load(
-            w_ptr + offs_n.to(tl.int64)[None, :] * width + (first + offs_d)[:, None], mask=mask, other=0.0
-        )
+        w = tl.load(w_ptr + offs_n.to(tl.int64)[None, :] * width + (first + offs_d)[:, None], mask=mask, other=0.0)
     w += tl.load(b_ptr + first + offs_d, mask=mask_d, other=0.0).to(tl.float32)[:, None]
     _finish_block(
         w, x_ptr, mean_ptr, std_ptr, mode_ptr, s_ptr, o_ptr, w_ptr, out_ptr,
@@ -256,7 +254,7 @@ def _block_fwd(t, block, mode, x, stats, out, w, residual, keep, precision, by_l
     else:
         config = configs.lookup("block_fwd", U.device, n_rows, precision)
         block_o, block_n, block_k = config.block_o, config.block_n, config.block_k
-        extra = {"num_stages": config.stages}
+        extra = {"num_stages": config.stages, **config.limits()}
     tiles0 = triton.cdiv(m, block_o)
     grid = ((tiles0 + triton.cdiv(n, block_o)) * triton.cdiv(n_rows, block_n),)
     mean0, std0, mean1, std1 = stats or (b, b, b, b)
@@ -323,9 +321,7 @@ def check_dtypes(u, delta, blocks) -> None:
     for name, value in (("u", u), ("delta", delta), *((f"block parameter {i}", p) for b in blocks
                         for i, p in enumerate(b) if p is not None)):  # fmt: skip
         if value.dtype == torch.float64:
-            raise TypeError(
-                f"editor_mlp: {name} is float64, which the Triton kernels don't serve; use backend='aten'."
-            )
+            raise TypeError(f"editor_mlp: {name} is float64, which the Triton kernels don't serve; use backend='aten'.")
 
 
 def backward(grad_u, grad_delta, u, delta, stats, blocks, saved, mode, precision, residual, needs_rows):

@@ -62,9 +62,7 @@ def _kl_divergence_fwd_kernel(
 
 
 @triton.jit
-def _kl_divergence_sum_kernel(
-    keep_ptr, parts_ptr, kl_ptr, lse_p_ptr, lse_q_ptr, splits, BLOCK_S: tl.constexpr
-):
+def _kl_divergence_sum_kernel(keep_ptr, parts_ptr, kl_ptr, lse_p_ptr, lse_q_ptr, splits, BLOCK_S: tl.constexpr):
     """KL and both log-sum-exps of a row from its parts; 0 where it isn't kept."""
     row = tl.program_id(0).to(tl.int64)
     kept = tl.load(keep_ptr + row) != 0

@@ -44,9 +44,7 @@ def forward(y, x, u, delta, alpha, scale) -> tuple[torch.Tensor, torch.Tensor]:
     return out.view(y.shape), c.view(*x.shape[:-1], u.shape[-2])
 
 
-def backward(
-    grad, x, u, delta, c, alpha, scale, need_x, need_u, need_delta, need_alpha
-) -> list[torch.Tensor]:
+def backward(grad, x, u, delta, c, alpha, scale, need_x, need_u, need_delta, need_alpha) -> list[torch.Tensor]:
     """The gradients that are needed, in the order x, u, delta, alpha."""
     batched = u.dim() == 3
     g, c, rows = _flat(grad, batched), _flat(c, batched), _flat(x, batched)

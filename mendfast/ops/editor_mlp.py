@@ -371,8 +371,8 @@ _common.define(
 )
 _common.define(
     "editor_mlp_bwd(Tensor grad_u, Tensor grad_delta, Tensor u, Tensor delta, Tensor[] stats, "
-    "Tensor[] params, Tensor[] saved, Tensor? mode, int count, bool scaled, bool shifted, str precision, bool residual, "
-    "bool needs_rows, str backend) -> Tensor[]",
+    "Tensor[] params, Tensor[] saved, Tensor? mode, int count, bool scaled, bool shifted, "
+    "str precision, bool residual, bool needs_rows, str backend) -> Tensor[]",
     _bwd,
     _bwd_fake,
 )

@@ -98,8 +98,8 @@ def _impl(count, mean, m2, rows, mask, backend) -> None:
 
 
 _common.define(
-    "running_stats_(Tensor(a!) count, Tensor(b!) mean, Tensor(c!) m2, Tensor rows, Tensor? mask, str backend) "
-    "-> ()",
+    "running_stats_(Tensor(a!) count, Tensor(b!) mean, Tensor(c!) m2, Tensor rows, Tensor? mask, "
+    "str backend) -> ()",
     _impl,
     lambda count, mean, m2, rows, mask, backend: None,
 )
