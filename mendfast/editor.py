@@ -309,9 +309,9 @@ class MendEditor(nn.Module):
             )
             if self.training:
                 network.observe(u, delta)
-            u, delta = network(u, delta, mode if network.modes else None)
-            for layer, u, delta, sample in zip(members, u.split(sizes), delta.split(sizes), samples, strict=True):
-                rows[layer.name] = (u, delta, sample.to(u.device))
+            new_u, new_delta = network(u, delta, mode if network.modes else None)
+            parts = zip(members, new_u.split(sizes), new_delta.split(sizes), samples, strict=True)
+            rows |= {layer.name: (one, two, sample.to(one.device)) for layer, one, two, sample in parts}
         return {layer.name: rows[layer.name] for layer in self.layers}
 
     def group_factors(self, batch: Batch, group_size: int = 1) -> dict[str, Factors]:

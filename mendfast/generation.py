@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from .editor import MendEditor
-from .labels import pad_token_id
+from .labels import encode_prompt, pad_token_id
 
 
 @torch.no_grad()
@@ -22,11 +22,15 @@ def answer(editor: MendEditor, prompts: Sequence[str], max_new_tokens: int = 16)
         return [str(model.config.id2label[i]) for i in logits.argmax(-1).tolist()]
     answers = []
     for text in texts:  # one at a time: no padding to reason about, and the edits' own positions
-        inputs = tokenizer(text, return_tensors="pt").to(editor.device)
-        inputs.pop("token_type_ids", None)
+        ids = encode_prompt(tokenizer, text, encoder_decoder=editor.kind == "encoder-decoder")
+        inputs = torch.tensor([ids], device=editor.device)
         out = model.generate(
-            **inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad_token_id(tokenizer)
+            inputs,
+            attention_mask=torch.ones_like(inputs),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            pad_token_id=pad_token_id(tokenizer),
         )[0]
-        start = 0 if editor.kind == "encoder-decoder" else inputs["input_ids"].shape[1]
+        start = 0 if editor.kind == "encoder-decoder" else len(ids)
         answers.append(tokenizer.decode(out[start:], skip_special_tokens=True).strip())
     return answers

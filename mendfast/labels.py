@@ -89,6 +89,17 @@ def encode_pair(
     return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": [IGNORE] * start + ids[start:]}
 
 
+def encode_prompt(tokenizer: Any, prompt: str, *, encoder_decoder: bool = False) -> list[int]:
+    """The ids that a model goes on from: those that :func:`encode_pair` puts before a target.
+
+    Decoder-only: with the BOS that the tokenizer adds, without an EOS after the prompt.
+    """
+    if encoder_decoder:
+        return list(tokenizer(prompt, padding=False, truncation=False)["input_ids"])
+    ids = _ids(tokenizer, prompt)
+    return _front(tokenizer, prompt, ids) + ids
+
+
 def collate(
     examples: Sequence[Mapping[str, Sequence[int]]],
     *,

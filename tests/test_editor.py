@@ -6,10 +6,10 @@ import copy
 
 import pytest
 import torch
+from conftest import CAUSAL, SEQ2SEQ, make_batch, make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import CAUSAL, SEQ2SEQ, make_batch, make_model
 from mendfast import Edit, EditRequest, MendConfig, MendEditor
 from mendfast.capture import frozen
 from mendfast.layers import find_layers
@@ -350,7 +350,7 @@ def test_frozen_restores_after_an_error():
 class TestBadInput:
     def test_layers(self):
         model = make_model("gpt2")
-        with pytest.raises(ValueError, match=r"no layer 'transformer.h.3.mlp.c_fcc.weight'.*transformer.h.3.mlp.c_fc.weight"):
+        with pytest.raises(ValueError, match=r"no layer .*c_fcc.weight.*transformer.h.3.mlp.c_fc.weight"):
             find_layers(model, ["transformer.h.3.mlp.c_fcc.weight"])
         with pytest.raises(ValueError, match="LayerNorm, not a matrix"):
             find_layers(model, ["transformer.h.3.ln_1.weight"])

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from mendfast.labels import collate, encode_pair, pad_token_id
+from mendfast.labels import collate, encode_pair, encode_prompt, pad_token_id
 
 CORPUS = [
     "What is the capital of France? Paris",
@@ -344,3 +344,12 @@ def test_collate_refuses_what_it_can_not_pad():
         collate([pair], pad_token_id=0, padding_side="middle")
     with pytest.raises(ValueError, match="lengths within example 1 do not agree"):
         collate([pair, {**pair, "attention_mask": [1]}], pad_token_id=0)
+
+
+@pytest.mark.parametrize(("prompt", "target"), PAIRS)
+def test_a_prompt_alone_is_what_comes_before_its_target(prompt, target):
+    """With BOS, without EOS, on a tokenizer that adds both."""
+    tokenizer = make_tokenizer("byte_bpe", "bos_eos")
+    ids, labels = (encode_pair(tokenizer, prompt, target)[key] for key in ("input_ids", "labels"))
+    assert encode_prompt(tokenizer, prompt) == ids[: labels.count(-100)]
+    assert encode_prompt(tokenizer, prompt, encoder_decoder=True) == tokenizer(prompt)["input_ids"]

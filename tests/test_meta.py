@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import CLASSIFIER, SEQ2SEQ, make_batch, make_model
+from test_editor import same_bits, state, trained
 
 from benchmarks.naive_mend import meta_step
-from conftest import CLASSIFIER, SEQ2SEQ, make_batch, make_model
 from mendfast import MendConfig, MendEditor
 from mendfast.layers import stacks
 from mendfast.training import meta_loss
 from mendfast.training.prefix import FrozenPrefix
-from test_editor import same_bits, state, trained
 
 
 def batches(name: str, left: bool = False) -> list[dict[str, torch.Tensor]]:

@@ -48,9 +48,10 @@ class FineTuning:
         with frozen(model), torch.enable_grad():
             for weight in weights:
                 weight.requires_grad_(True)
-            for self.steps in range(self.max_steps + 1):
+            for step in range(self.max_steps + 1):
+                self.steps = step
                 rows = target_rows(model, batch)
-                if self.steps == self.max_steps or bool((rows.logits.argmax(-1) == rows.labels).all()):
+                if step == self.max_steps or bool((rows.logits.argmax(-1) == rows.labels).all()):
                     break
                 loss = nll(rows, len(requests)).mean()
                 for weight, gradient in zip(weights, torch.autograd.grad(loss, weights), strict=True):

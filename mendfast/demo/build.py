@@ -18,14 +18,14 @@ ASSETS = Path(__file__).parent / "assets"
 TEMPLATE = "Q: {prompt} A:"
 HELD_OUT, SEED = 0.2, 0
 
-WIDTH, DEPTH, HEADS, VOCABULARY = 128, 4, 4, 1000
-BASE_STEPS = 3000
+WIDTH, DEPTH, HEADS, VOCABULARY = 128, 4, 4, 2500
+BASE_STEPS = 1200
 LAYERS = [f"transformer.h.{i}.mlp.{name}.weight" for i in (2, 3) for name in ("c_fc", "c_proj")]
 EDITOR = MendConfig(
     layers=LAYERS, rank=192, step_size=2e-3, scale_v=True, prompt_template=TEMPLATE, append_eos=True
 )
 TRAINING = TrainConfig(
-    steps=6000,
+    steps=3500,
     batch_size=16,
     joint=[1, 1, 8, 32],
     learning_rate=2e-3,

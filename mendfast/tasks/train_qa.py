@@ -69,9 +69,7 @@ def base_model(items: Sequence[Item], arguments: argparse.Namespace, output: Pat
     make = small_t5 if arguments.base == "t5" else small_gpt2
     heads = max(1, arguments.base_width // 32)
     model = make(len(tokenizer), width=arguments.base_width, depth=arguments.base_depth, heads=heads)
-    fit_base_model(
-        model, tokenizer, pairs, steps=arguments.base_steps, question_weight=0.05, seed=arguments.seed
-    )
+    fit_base_model(model, tokenizer, pairs, steps=arguments.base_steps, seed=arguments.seed)
     model.save_pretrained(output)
     tokenizer.save_pretrained(output)
     return model, tokenizer

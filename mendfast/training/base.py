@@ -10,7 +10,13 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from tqdm import tqdm
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from ..labels import collate, encode_pair, pad_token_id
 from ..objective import model_kind, target_rows
@@ -38,7 +44,8 @@ def small_gpt2(vocab_size: int, *, width: int, depth: int, heads: int, context: 
     """A randomly initialised GPT-2 of the given size, without dropout."""
     config = GPT2Config(
         vocab_size=vocab_size, n_positions=context, n_embd=width, n_layer=depth, n_head=heads,
-        activation_function="gelu_pytorch_tanh", resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=1, eos_token_id=1, pad_token_id=0,
+        activation_function="gelu_pytorch_tanh", resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+        bos_token_id=1, eos_token_id=1, pad_token_id=0,
     )  # fmt: skip
     return GPT2LMHeadModel(config)
 
@@ -66,8 +73,8 @@ def _batches(lengths: Sequence[int], size: int, generator: torch.Generator) -> I
 class Orthogonal(torch.optim.Optimizer):
     """Momentum whose matrix updates are orthogonalised (Muon: Jordan et al. 2024).
 
-    Small models learn facts in less than half of AdamW's steps. PyTorch's own Muon iterates in bfloat16,
-    which a CPU without such units emulates: a step took seven times as long as with float32 here.
+    On the demo's facts 200 of its steps reach the loss of 500 of AdamW's. PyTorch's own Muon iterates in
+    bfloat16, which a CPU without such units emulates: its steps took five times as long.
     """
 
     def __init__(self, params: Iterable[nn.Parameter], lr: float, momentum: float = 0.95):
@@ -105,15 +112,13 @@ def fit_base_model(
     learning_rate: float = 3e-3,
     matrix_rate: float = 0.02,
     warmup: int = 50,
-    question_weight: float = 0.0,
     seed: int = 0,
     progress: bool = True,
 ) -> float:
     """Train ``model`` in place to answer each prompt with its target; returns the last loss.
 
     Orthogonalised momentum for the blocks' matrices, AdamW without weight decay for the rest, linear warm-up
-    and decay, gradients clipped at norm 1. The loss is the mean over
-    answer tokens, plus ``question_weight`` times that over the questions' tokens (causal models).
+    and decay, gradients clipped at norm 1. The loss is the mean over answer tokens.
     """
     kind = model_kind(model)
     examples = [
@@ -139,17 +144,8 @@ def fit_base_model(
     value = math.nan
     for step in bar:
         batch = collate([examples[i] for i in next(batches)], pad_token_id=pad_token_id(tokenizer))
-        answer = batch["labels"] != -100
-        if question_weight and kind == "causal":
-            batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
         rows = target_rows(model, batch)
-        losses = torch.nn.functional.cross_entropy(rows.logits.float(), rows.labels, reduction="none")
-        if question_weight and kind == "causal":
-            shifted = torch.cat([batch["labels"][:, 1:], batch["labels"][:, :1] * 0 - 100], 1) != -100
-            is_answer = torch.cat([answer[:, 1:], answer[:, :1] & False], 1)[shifted]
-            loss = losses[is_answer].mean() + question_weight * losses[~is_answer].mean()
-        else:
-            loss = losses.mean()
+        loss = nn.functional.cross_entropy(rows.logits.float(), rows.labels)
         model.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
