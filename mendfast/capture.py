@@ -99,9 +99,7 @@ def lowrank_updates(layers: Sequence[Layer], factors: Mapping[str, Factors]) -> 
             if u.dim() == 2:
                 return ops.lowrank_linear(output, x, u, delta, alpha)
             groups = u.shape[0]
-            y = ops.lowrank_linear(
-                output.reshape(groups, -1, layer.n), x.reshape(groups, -1, layer.m), u, delta, alpha
-            )
+            y = ops.lowrank_linear(output.reshape(groups, -1, layer.n), x.reshape(groups, -1, layer.m), u, delta, alpha)
             return y.view(output.shape)
 
         return hook

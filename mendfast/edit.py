@@ -115,9 +115,7 @@ class Edit:
         with lowrank_updates(layers, factors):
             yield model
 
-    def apply_(
-        self, model: nn.Module, *, backup: str = "cpu", rounding: str = "nearest", seed: int = 0
-    ) -> Edit:
+    def apply_(self, model: nn.Module, *, backup: str = "cpu", rounding: str = "nearest", seed: int = 0) -> Edit:
         """Write the update into the model's weights, all of them or none.
 
         Args:
@@ -141,8 +139,7 @@ class Edit:
         check_untied(model, layers)
         self._check_finite()
         updates = [
-            Update(layer, *self.factors[layer.name], rounding=rounding, seed=seed + i)
-            for i, layer in enumerate(layers)
+            Update(layer, *self.factors[layer.name], rounding=rounding, seed=seed + i) for i, layer in enumerate(layers)
         ]
         ledger_of(model).apply(self, updates, backup)
         return self

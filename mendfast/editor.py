@@ -92,8 +92,7 @@ class MendEditor(nn.Module):
         tensors, metadata = read_tensors(directory / WEIGHTS_FILE, "editor")
         if metadata.get("model_type") not in ("", None, model.config.model_type):
             raise ValueError(
-                f"{source} is an editor for a {metadata['model_type']} model; this one is a "
-                f"{model.config.model_type}."
+                f"{source} is an editor for a {metadata['model_type']} model; this one is a {model.config.model_type}."
             )
         editor = cls(model, tokenizer, MendConfig.load(directory / CONFIG_FILE))
         editor.load_tensors(tensors, str(source))
@@ -161,9 +160,7 @@ class MendEditor(nn.Module):
 
     # -- editing (Algorithm 2) -----------------------------------------------------------------------------
 
-    def edit(
-        self, prompt: str | Sequence[EditRequest | tuple[str, str]], target: str | None = None
-    ) -> Edit:
+    def edit(self, prompt: str | Sequence[EditRequest | tuple[str, str]], target: str | None = None) -> Edit:
         """The edit that makes the model answer ``prompt`` with ``target``; the model is untouched.
 
         ``edit(prompt, target)`` or ``edit([EditRequest(prompt, target), ...])``, which gives the sum of the

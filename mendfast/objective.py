@@ -25,7 +25,7 @@ class Rows(NamedTuple):
 
 
 def model_kind(model: nn.Module) -> str:
-    """"classifier", "encoder-decoder" or "causal"."""
+    """ "classifier", "encoder-decoder" or "causal"."""
     if "SequenceClassification" in type(model).__name__:
         return "classifier"
     if getattr(model.config, "is_encoder_decoder", False):

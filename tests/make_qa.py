@@ -1,6 +1,6 @@
 """A small question and answer file: invented people, four relations in several wordings each.
 
-    python -m tests.make_qa qa.tsv
+python -m tests.make_qa qa.tsv
 """
 
 from __future__ import annotations

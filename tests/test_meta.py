@@ -16,10 +16,7 @@ from mendfast.training.prefix import FrozenPrefix
 
 def batches(name: str, left: bool = False) -> list[dict[str, torch.Tensor]]:
     """4 edits, 1 rephrasing and 2 neighbours each."""
-    return [
-        make_batch(name, size, length, seed, left)
-        for size, length, seed in ((4, 9, 1), (4, 11, 2), (8, 8, 3))
-    ]
+    return [make_batch(name, size, length, seed, left) for size, length, seed in ((4, 9, 1), (4, 11, 2), (8, 8, 3))]
 
 
 def gradients(editor: MendEditor) -> dict[str, torch.Tensor]:

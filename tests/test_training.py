@@ -45,9 +45,7 @@ def base():
 
 def make(base, **config) -> tuple[MendEditor, TrainConfig]:
     torch.manual_seed(0)
-    editor = MendEditor.from_model(
-        *base, MendConfig(rank=32, step_size=2e-3, scale_v=True, append_eos=True)
-    )
+    editor = MendEditor.from_model(*base, MendConfig(rank=32, step_size=2e-3, scale_v=True, append_eos=True))
     defaults = dict(steps=6, batch_size=4, joint=[1, 2], validate_every=3, validation_size=4, checkpoint_every=2)
     return editor, TrainConfig(**{**defaults, **config})
 

@@ -21,9 +21,7 @@ HELD_OUT, SEED = 0.2, 0
 WIDTH, DEPTH, HEADS, VOCABULARY = 128, 4, 4, 2500
 BASE_STEPS = 1200
 LAYERS = [f"transformer.h.{i}.mlp.{name}.weight" for i in (2, 3) for name in ("c_fc", "c_proj")]
-EDITOR = MendConfig(
-    layers=LAYERS, rank=192, step_size=2e-3, scale_v=True, prompt_template=TEMPLATE, append_eos=True
-)
+EDITOR = MendConfig(layers=LAYERS, rank=192, step_size=2e-3, scale_v=True, prompt_template=TEMPLATE, append_eos=True)
 TRAINING = TrainConfig(
     steps=3500,
     batch_size=16,
@@ -56,9 +54,7 @@ def splits() -> tuple[list[world.Fact], list[world.Fact]]:
 def items(facts: list[world.Fact]) -> list[Item]:
     """The facts in the wordings that an editor may train on."""
     return [
-        Item(
-            tuple(w.format(f.entity) for w in world.train_wordings(f.relation)), f.answer, f.relation, f.entity
-        )
+        Item(tuple(w.format(f.entity) for w in world.train_wordings(f.relation)), f.answer, f.relation, f.entity)
         for f in facts
     ]
 

@@ -106,9 +106,7 @@ class Trainer:
         metrics: dict[str, float] = {}
         validated: dict[str, float] = {}
         started, done = time.perf_counter(), 0
-        bar = tqdm(
-            total=config.steps, initial=self.step, desc="meta-training", unit="step", disable=not self.progress
-        )
+        bar = tqdm(total=config.steps, initial=self.step, desc="meta-training", unit="step", disable=not self.progress)
         while self.step < config.steps:
             self.editor.train()
             joint = self._joint_size(self.step)

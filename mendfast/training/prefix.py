@@ -30,9 +30,7 @@ class FrozenPrefix:
         self._kept: dict[nn.Module, object] = {}
         for name, blocks in stacks(model):
             edited = [
-                int(layer.name[len(name) + 1 :].split(".")[0])
-                for layer in layers
-                if layer.name.startswith(f"{name}.")
+                int(layer.name[len(name) + 1 :].split(".")[0]) for layer in layers if layer.name.startswith(f"{name}.")
             ]
             frozen = list(blocks)[: min(edited, default=len(blocks))]
             if frozen:

@@ -1,0 +1,129 @@
+"""The command line, run as a person runs it, on the shipped demo model."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from make_qa import write
+from mendfast import Edit
+from mendfast.demo import build, run
+from mendfast.generation import answer
+
+
+def mendfast(*arguments: str, typed: str | None = None) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "mendfast.cli", *map(str, arguments)],
+        input=typed, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("command", ["demo", "train", "edit", "eval", "doctor"])
+def test_help_shows_an_example(command):
+    shown = mendfast(command, "--help")
+    assert shown.returncode == 0 and f"example:\n  mendfast {command}" in shown.stdout
+
+
+def test_edit_saves_what_it_shows(tmp_path):
+    case = run.cases(1, seed=3)[0]
+    out, figures = tmp_path / "fact.safetensors", tmp_path / "edit.json"
+    done = mendfast("edit", "--prompt", case.question, "--target", case.target, "--out", out, "--json", figures)
+    assert done.returncode == 0, done.stderr
+    shown = json.loads(figures.read_text())
+    edit, editor = Edit.load(out), build.load()
+    assert edit.requests == ((case.question, case.target),)
+    assert answer(editor, [case.question]) == shown["before"]
+    with edit.attached(editor.model):
+        assert answer(editor, [case.question]) == shown["after"]
+    assert shown["before"] != shown["after"]
+
+
+def test_interactive(tmp_path):
+    case = run.cases(1, seed=3)[0]
+    typed = f"? {case.question}\nedit\n{case.question}\n{case.target}\nedit\n{case.question}\n \nsave {tmp_path}/a.safetensors\nundo\nundo\nquit\n"
+    done = mendfast("edit", typed=typed)
+    assert done.returncode == 0, done.stderr
+    assert "The target is" in done.stdout and "saved" in done.stdout and "0 edits left" in done.stdout
+    assert "There is no edit to take out" in done.stdout
+    assert Edit.load(tmp_path / "a.safetensors").requests == ((case.question, case.target),)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["edit", "--prompt", "Who?"], "Pass both --prompt and --target"),
+        (["edit", "--prompt", "Who?", "--target", "  "], "The target is '  '"),
+        (["edit", "--prompt", "word " * 200, "--target", "Oslo"], "the limit is 64"),
+        (["edit", "--model", "nowhere"], "Pass both --model and --editor"),
+        (["edit", "--model", "./nowhere", "--editor", "x"], "is no model here"),
+        (["demo", "--assets", "nowhere"], "mendfast demo --retrain"),
+        (["train", "--data", "nowhere.tsv", "--output", "x"], "nowhere.tsv"),
+        (["eval", "--data", "nowhere.tsv"], "nowhere.tsv"),
+    ],
+)
+def test_bad_input_is_a_sentence_and_exit_code_2(arguments, says, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    done = mendfast(*arguments)
+    assert done.returncode == 2, done.stdout
+    assert says in done.stderr and "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_train_and_eval(tmp_path):
+    """A small base model, an editor, a dry run, and an evaluation with all systems."""
+    data, output = tmp_path / "qa.tsv", tmp_path / "run"
+    write(data)
+    data.write_text("".join(data.read_text().splitlines(keepends=True)[:80]) + "broken line\n")
+    small = ["--data", data, "--output", output, "--base-width", 32, "--base-depth", 3, "--base-vocabulary", 320,
+             "--base-steps", 30, "--rank", 8, "--steps", 4, "--validate-every", 2]  # fmt: skip
+    dry = mendfast("train", *small, "--dry-run")
+    assert dry.returncode == 0 and "parameters" in dry.stdout, dry.stderr
+    assert not (output / "last").exists()
+    figures = tmp_path / "train.json"
+    done = mendfast("train", *small, "--json", figures)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(figures.read_text())["step"] == 4
+    assert "qa.tsv:81" in done.stdout
+    scores = tmp_path / "eval.json"
+    done = mendfast("eval", "--model", output / "model", "--editor", output / "best", "--data", data, "--known", data,
+                    "--limit", 5, "--unrelated", 8, "--json", scores)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    result = json.loads(scores.read_text())
+    assert set(result) == {"mend", "identity", "fine_tuning"} and all(row["n"] == 5 for row in result.values())
+
+
+def test_doctor(tmp_path):
+    done = mendfast("doctor", "--json", tmp_path / "doctor.json")
+    assert done.returncode == 0, done.stderr
+    findings = json.loads((tmp_path / "doctor.json").read_text())
+    assert findings["works"]
+    assert {"editor_mlp", "rank1_update", "lowrank_linear", "running_stats", "kl_divergence", "token_nll"} <= {
+        row["op"] for row in findings["ops"]
+    }
+
+
+def test_the_shipped_files_are_small():
+    total = sum(file.stat().st_size for file in build.ASSETS.rglob("*") if file.is_file())
+    assert 1e6 < total < 12 * 2**20
+
+
+def test_the_demo_tells_held_out_entities_from_trained_ones():
+    trained, held_out = build.splits()
+    assert not {fact.entity for fact in trained} & {fact.entity for fact in held_out}
+    trained_on = {wording for item in build.items(trained) for wording in item.wordings}
+    for case in run.cases(200):
+        assert case.question not in trained_on and case.paraphrase not in trained_on
+        assert case.target != case.fact.answer
+
+
+def test_untrained_editor_is_the_identity_on_normalised_rows():
+    editor = build.load()
+    fresh = editor.untrained()
+    net, trained = next(iter(fresh.networks.values())), next(iter(editor.networks.values()))
+    assert torch.equal(net.u_mean, trained.u_mean) and int(net.count) == int(trained.count) > 0
+    assert all((block.U == 0).all() for block in net.both)
