@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from . import ops
 from .capture import lowrank_updates
 from .files import read_tensors, write_tensors
 from .layers import Layer, check_untied, check_writable, find_layers
@@ -137,7 +138,8 @@ class Edit:
         for layer in layers:
             check_writable(layer)
         check_untied(model, layers)
-        self._check_finite()
+        us, deltas, alphas = zip(*(self.factors[layer.name] for layer in layers), strict=True)
+        ops.check_finite(us, deltas, alphas, [layer.name for layer in layers])
         updates = [
             Update(layer, *self.factors[layer.name], rounding=rounding, seed=seed + i) for i, layer in enumerate(layers)
         ]
@@ -174,15 +176,6 @@ class Edit:
                     f"{delta.shape[1]} outputs, and here it has {layer.m} and {layer.n}."
                 )
         return layers
-
-    def _check_finite(self) -> None:
-        bad = [
-            name
-            for name, (u, delta, alpha) in self.factors.items()
-            if not (torch.isfinite(torch.tensor(alpha)) and u.isfinite().all() and delta.isfinite().all())
-        ]
-        if bad:
-            raise ValueError(f"The factors of {', '.join(bad)} hold NaN or infinity; nothing was written.")
 
     # -- on disk -------------------------------------------------------------------------------------------
 

@@ -4,15 +4,22 @@ from ._common import checking
 from .editor_mlp import editor_mlp
 from .kl_divergence import kl_divergence, kl_divergence_rows
 from .lowrank_linear import lowrank_linear
+from .rank1_update import check_finite, rank1_update_, rank1_update_group_
+from .rank1_update import check_finite, rank1_update_, rank1_update_group_
 from .running_stats import running_stats_
 from .token_nll import token_nll, token_nll_rows
 
 __all__ = [
+    "check_finite",
     "checking",
     "editor_mlp",
     "kl_divergence",
     "kl_divergence_rows",
     "lowrank_linear",
+    "rank1_update_",
+    "rank1_update_group_",
+    "rank1_update_",
+    "rank1_update_group_",
     "running_stats_",
     "token_nll",
     "token_nll_rows",
