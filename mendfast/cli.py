@@ -19,6 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     logging.basicConfig(format="%(message)s", level=logging.INFO if arguments.verbose else logging.WARNING)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0" if arguments.verbose else "1")
     try:
         figures = arguments.run(arguments)
     except (ValueError, TypeError, FileNotFoundError, RuntimeError) as error:

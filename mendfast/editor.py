@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +38,13 @@ class MendEditor(nn.Module):
 
     def __init__(self, model: nn.Module, tokenizer: Any = None, config: MendConfig | None = None):
         super().__init__()
-        self.config = config or MendConfig()
+        config = config or MendConfig()
         self._outside = (model, tokenizer)  # a tuple, so that nn.Module registers neither
         self.kind = model_kind(model)
-        self.layers = find_layers(model, self.config.layers)
-        if self.config.layers is None:
-            self.config.layers = [layer.name for layer in self.layers]
+        self.layers = find_layers(model, config.layers)
+        # A copy: the caller's configuration may make editors of other models, whose layers have other names.
+        self.config = replace(config, layers=[layer.name for layer in self.layers])
+        if config.layers is None:
             log.info("mendfast edits %s", ", ".join(self.config.layers))
         groups = defaultdict(list)
         for layer in self.layers:
@@ -238,6 +240,8 @@ class MendEditor(nn.Module):
                     f"The gradient at {name} holds NaN or infinity: the model's weights or its loss on this "
                     "example are not finite. Check the model, or load it in float32 or bfloat16."
                 )
+        if self.config.normalize and not self.training and any(int(net.count) < 2 for net in self.networks.values()):
+            log.warning("This editor has seen no training, so its edits are plain gradient steps; train it first.")
         with torch.no_grad():
             rows = self.transform(captured)
         alphas = self.alphas().tolist()
@@ -306,7 +310,8 @@ class MendEditor(nn.Module):
             )
             if self.training:
                 network.observe(u, delta)
-            new_u, new_delta = network(u, delta, mode if network.modes else None)
+            # No row is left where the model is so sure of its target that the gradient is exactly 0.
+            new_u, new_delta = network(u, delta, mode if network.modes else None) if len(u) else (u, delta)
             parts = zip(members, new_u.split(sizes), new_delta.split(sizes), samples, strict=True)
             rows |= {layer.name: (one, two, sample.to(one.device)) for layer, one, two, sample in parts}
         return {layer.name: rows[layer.name] for layer in self.layers}

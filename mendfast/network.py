@@ -69,6 +69,8 @@ class EditorNetwork(nn.Module):
     @torch.no_grad()
     def observe(self, u: torch.Tensor, delta: torch.Tensor) -> None:  # [N, m], [N, n]
         """Merge rows into the running statistics."""
+        if not len(u):
+            return
         seen = self.count.clone()
         ops.running_stats_(seen, self.u_mean, self.u_m2, u)
         ops.running_stats_(self.count, self.delta_mean, self.delta_m2, delta)

@@ -339,6 +339,34 @@ def test_save_and_load(tmp_path, tokenizer):
         assert factor.alpha == again.factors[name].alpha
 
 
+def test_one_configuration_serves_several_models():
+    config = MendConfig(**SMALL)
+    for name in ("gpt2", "llama"):
+        MendEditor.from_model(make_model(name), None, config).edit_tokens(make_batch(name))
+    assert config.layers is None
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_target_that_is_certain_already_needs_no_update(training):
+    """The gradient is exactly 0, and so is the edit."""
+    model = make_model("gpt2").double()
+    batch = make_batch("gpt2", size=1)
+    with torch.no_grad():
+        model.transformer.ln_f.weight.mul_(1e9)
+    batch["labels"] = torch.full_like(batch["labels"], -100)
+    position = 4
+    certain = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.argmax(-1)
+    batch["input_ids"][0, position + 1 :] = certain[0, position]
+    batch["labels"][0, position + 1] = certain[0, position]
+    editor = MendEditor.from_model(model.float(), None, MendConfig(**SMALL)).train(training)
+    edit = editor.edit_tokens(batch)
+    assert all(len(factor.u) == 0 for factor in edit.factors.values())
+    before = state(model)
+    edit.apply_(model)
+    assert same_bits(model, before)
+    edit.revert_(model)
+
+
 def test_frozen_restores_after_an_error():
     model = make_model("gpt2").train()
     with pytest.raises(RuntimeError, match="inside"), frozen(model):

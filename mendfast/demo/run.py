@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import statistics
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -137,13 +138,14 @@ def _show(editor: MendEditor, chosen: Sequence[Case], console: Console) -> None:
     table = Table(title="One edit each, written into the weights, then taken out", show_lines=False)
     for name, style in (("question", ""), ("before", "dim"), ("edit target", "bold"), ("after", "")):
         table.add_column(name, style=style)
-    rng, model = random.Random(SEED), editor.model
+    rng, model, seconds = random.Random(SEED), editor.model, []
     for case in track(chosen, "editing", console=console, transient=True):
         (other, true) = unrelated([case.fact], 1, rng)[0]
         questions = [case.question, case.paraphrase, other]
         old = answer(editor, questions)
-        edit = editor.edit(case.question, case.target)
-        edit.apply_(model)
+        started = time.perf_counter()
+        edit = editor.edit(case.question, case.target).apply_(model)
+        seconds.append(time.perf_counter() - started)
         new = answer(editor, questions)
         edit.revert_(model)
         expected = [case.target, case.target, old[2]]
@@ -154,6 +156,7 @@ def _show(editor: MendEditor, chosen: Sequence[Case], console: Console) -> None:
             table.add_row(kinds[i] + question, old[i], case.target if i < 2 else f"[dim]({true})[/]", mark)
         table.add_section()
     console.print(table)
+    console.print(f"From question and target to changed weights: {1e3 * statistics.median(seconds):.0f} ms (median).")
 
 
 def _print_scores(scores: dict[str, Score], console: Console) -> None:
