@@ -138,7 +138,7 @@ def report(log: str) -> dict[str, object]:
 
 def readable(symbol: str) -> str:
     """_ZN8mendfast23rank1_update_fma_kernelINS_4bf16EfEEvNS_5GroupE -> rank1_update_fma_kernel<bf16, float>."""
-    match = re.search(r"\d+([a-z]\w*_kernel)I(\w+)EEv", symbol)
+    match = re.search(r"_ZN8mendfast\d+(\w+_kernel)I(\w+)EEv", symbol)
     if match is None:
         return symbol
     types = re.findall(r"NS_\d(\w+?)E|(f)|(S1_)", match[2])

@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "arguments.h"
 #include "rank1_update.h"
 
 namespace mendfast {
@@ -66,19 +67,7 @@ int launch(const std::vector<Matrix>& matrices, bool stochastic, int device, cud
   int launches = 0;
   for (size_t begin = 0; begin < matrices.size();) {
     Group group{};
-    group.stochastic = stochastic;
-    int64_t tiles = 0;
-    while (begin < matrices.size() && group.count < max_matrices) {
-      Matrix matrix = matrices[begin];
-      const int64_t here = ((int64_t{matrix.rows} - 1) / tile_rows + 1) * ((int64_t{matrix.cols} - 1) / tile_cols + 1);
-      if (here > (1 << 30)) throw std::invalid_argument("rank1_update: a matrix has more than 2^30 tiles");
-      if (tiles + here > (1 << 30)) break;
-      matrix.first_tile = static_cast<int32_t>(tiles);
-      group.matrices[group.count++] = matrix;
-      tiles += here;
-      ++begin;
-    }
-    group.tiles = static_cast<int32_t>(tiles);
+    begin = pack(matrices, begin, tile_rows, tile_cols, stochastic, group);
     kernel<<<std::min(resident, group.tiles), threads, 0, stream>>>(group);
     check(cudaGetLastError(), "the launch failed");
     ++launches;

@@ -158,8 +158,8 @@ template <typename W, typename F>
 __global__ void __launch_bounds__(threads, 2) rank1_update_mma_kernel(const __grid_constant__ Group group) {
   using T = MmaTile<F>;
   using P = Product<W, F>;
-  __shared__ alignas(16) typename T::Row left_s[2][T::terms];
-  __shared__ alignas(16) typename T::Row right_s[2][T::terms];
+  alignas(16) __shared__ typename T::Row left_s[2][T::terms];
+  alignas(16) __shared__ typename T::Row right_s[2][T::terms];
   const int lane = thread_index() % 32;
   // Eight warps, two down and four across, of 64 x 32 elements each.
   const int warp_row = thread_index() / 128 * 64, warp_col = thread_index() / 32 % 4 * 32;

@@ -5,7 +5,6 @@ from .editor_mlp import editor_mlp
 from .kl_divergence import kl_divergence, kl_divergence_rows
 from .lowrank_linear import lowrank_linear
 from .rank1_update import check_finite, rank1_update_, rank1_update_group_
-from .rank1_update import check_finite, rank1_update_, rank1_update_group_
 from .running_stats import running_stats_
 from .token_nll import token_nll, token_nll_rows
 
@@ -16,8 +15,6 @@ __all__ = [
     "kl_divergence",
     "kl_divergence_rows",
     "lowrank_linear",
-    "rank1_update_",
-    "rank1_update_group_",
     "rank1_update_",
     "rank1_update_group_",
     "running_stats_",
