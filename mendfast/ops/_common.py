@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
+import os
 from collections.abc import Callable, Iterator
 
 import torch
@@ -66,8 +67,8 @@ def triton_reason() -> str | None:
 
 def triton_probe(device: torch.device) -> str | None:
     """Why the Triton kernels can't serve ``device``, or None."""
-    if device.type != "cuda":
-        return f"Triton kernels run on CUDA devices, and this is {device.type!r}"
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"Triton kernels run on CUDA devices, and this is {device.type!r} (TRITON_INTERPRET=1 emulates)"
     return triton_reason()
 
 
