@@ -61,6 +61,9 @@ def test_it_learns(base, tmp_path):
     first, last = (sum(line["loss"] for line in part) for part in (lines[:10], lines[-10:]))
     assert last < 0.7 * first
     assert lines[59]["val_loss"] < 0.7 * before["val_loss"]
+    assert (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    page = (tmp_path / "report.html").read_text()
+    assert "data:image/png;base64," in page and f"<td>{lines[59]['val_loss']:g}</td>" in page
     assert not editor.training
     again = MendEditor.from_pretrained(tmp_path / "best", *base)
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), editor.parameters(), strict=True))

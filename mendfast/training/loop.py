@@ -20,6 +20,7 @@ from ..labels import collate, pad_token_id
 from ..metrics import Score
 from .data import Draw, FactSampler
 from .meta import meta_loss
+from .report import write_report
 
 MAX_SKIPPED_IN_A_ROW = 10
 
@@ -66,7 +67,8 @@ class Trainer:
 
     Args:
         output: a directory for ``last/`` and ``best/`` (editors as ``save_pretrained`` writes them, with the
-            optimiser's state beside the last) and ``metrics.jsonl``; None keeps everything in memory.
+            optimiser's state beside the last), ``metrics.jsonl``, and at the end ``curves.png`` and ``report.html``;
+            None keeps everything in memory.
         validate: scores the editor as it is; by default the loss of Algorithm 1 on ``validation`` draws.
 
     A step whose loss or gradient is not finite is skipped and counted; ten in a row stop the run.
@@ -150,6 +152,8 @@ class Trainer:
                 break
         bar.close()
         self.save()
+        if self.output:
+            write_report(self.output)
         self.editor.eval()
         return metrics
 
@@ -278,8 +282,3 @@ class Trainer:
                 except (json.JSONDecodeError, KeyError):
                     continue  # the line that the kill cut short
             atomic_write(path, "".join(f"{line}\n" for line in kept).encode())
-
-
-def read_metrics(directory: str | Path) -> Sequence[dict[str, float]]:
-    """The lines of a run's ``metrics.jsonl``."""
-    return [json.loads(line) for line in (Path(directory) / "metrics.jsonl").read_text().splitlines()]
