@@ -80,11 +80,11 @@ def _token_nll_sum_kernel(
     label = tl.load(labels_ptr + row)
     kept = label != IGNORE
     highest = tl.max(top, axis=0)
-    lse = highest + tl.log(tl.sum(tl.where(total > 0, total * tl.exp(top - highest), 0.0), axis=0))
+    log_sum = tl.log(tl.sum(tl.where(total > 0, total * tl.exp(top - highest), 0.0), axis=0))
     x_ptr = logits_ptr + (row // length) * stride_b + (row % length) * stride_s
     x = tl.load(x_ptr + tl.where(kept, label, 0)).to(tl.float32)
-    tl.store(nll_ptr + row, tl.where(kept, lse - x, 0.0))
-    tl.store(lse_ptr + row, tl.where(kept, lse, 0.0))
+    tl.store(nll_ptr + row, tl.where(kept, log_sum + (highest - x), 0.0))
+    tl.store(lse_ptr + row, tl.where(kept, log_sum + highest, 0.0))
 
 
 @triton.jit

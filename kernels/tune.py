@@ -27,7 +27,7 @@ from .configs import Config, ProductConfig, SweepConfig
 PRODUCTS = ("project", "block_fwd", "expand", "outer")
 SWEEPS = ("gate_bwd", "pointwise_fwd", "normalise", "running_stats", "vocabulary_fwd", "vocabulary_bwd")
 PRECISIONS = ("tf32x3", "ieee", "tf32")
-MODES = 3
+MODES, LOGITS = 3, (1, 200, 50257)
 
 
 def candidates(kernel: str, shared_limit: int) -> Iterator[Config]:
@@ -83,12 +83,12 @@ def workload(
     if kernel == "running_stats":
         count, mean, m2 = torch.zeros(1, device=device), torch.zeros(n, device=device), torch.zeros(n, device=device)
         return lambda: running_stats.running_stats_(count, mean, m2, delta, None)
-    p, q = rand(1, 200, 50257), rand(1, 200, 50257)
-    keep = torch.ones(1, 200, dtype=torch.bool, device=device)
+    p, q = rand(*LOGITS), rand(*LOGITS)
+    keep = torch.ones(LOGITS[:2], dtype=torch.bool, device=device)
     if kernel == "vocabulary_fwd":
         return lambda: kl_divergence.forward(p, q, keep)
     _, lse_p, lse_q = kl_divergence.forward(p, q, keep)
-    grad = rand(1, 200)
+    grad = rand(*LOGITS[:2])
     return lambda: kl_divergence.backward(grad, p, q, keep, lse_p, lse_q)
 
 

@@ -122,10 +122,12 @@ def _aten_fwd(logits, labels):
     nll, lse = (torch.zeros(labels.shape, dtype=kind, device=logits.device) for _ in range(2))
     for at in row_chunks(keep.view(shape), logits.shape[-1], flat):
         rows = logits[at].to(kind)
-        part = rows.logsumexp(-1)
         target = labels[at].clamp(min=0).long().unsqueeze(1)
-        lse[at] = part
-        nll[at] = (part - rows.gather(1, target).squeeze(1)).where(keep[at], 0)
+        top = rows.amax(-1, keepdim=True)
+        log_sum = (rows - top).exp_().sum(-1).log_()
+        # in this order nothing is lost where the logits are large and the loss is small
+        nll[at] = (log_sum + (top - rows.gather(1, target)).squeeze(1)).where(keep[at], 0)
+        lse[at] = log_sum + top.squeeze(1)
     return nll.view(shape), lse.view(shape)
 
 
