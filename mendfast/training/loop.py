@@ -104,6 +104,7 @@ class Trainer:
 
     def run(self) -> dict[str, float]:
         """Train to ``config.steps``, or until validation stops improving; returns the last metrics."""
+        self._trim_log()
         config, recent, in_a_row = self.config, deque(maxlen=50), 0
         metrics: dict[str, float] = {}
         validated: dict[str, float] = {}
@@ -267,13 +268,12 @@ class Trainer:
         progress = json.loads(metadata["progress"])
         self.step, self.skipped = progress["step"], progress["skipped"]
         self.best, self.stale = progress["best"], progress["stale"]
-        self._trim_log()
         return True
 
     def _trim_log(self) -> None:
         """Drop the log's lines past the checkpoint: their steps are run again."""
-        path = self.output / "metrics.jsonl"
-        if path.is_file():
+        path = self.output / "metrics.jsonl" if self.output else None
+        if path is not None and path.is_file():
             kept = []
             for line in path.read_text().splitlines():
                 try:
