@@ -211,7 +211,8 @@ class _Span(NamedTuple):
         inner, outer = sorted((stride, size) for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
         bytes_, start = tensor.element_size(), tensor.data_ptr()
         width = ((inner[1] - 1) * inner[0] + 1) * bytes_
-        return cls(name, tensor.device, start, start + (outer[1] - 1) * outer[0] * bytes_ + width, outer[0] * bytes_, width)
+        stride = outer[0] * bytes_
+        return cls(name, tensor.device, start, start + (outer[1] - 1) * stride + width, stride, width)
 
     def meets(self, other: _Span) -> bool:
         if self.device != other.device or self.start >= other.end or other.start >= self.end:
@@ -252,7 +253,9 @@ def _check_memory(weights, us, deltas) -> None:
             span = _Span.of(f"{name} {i}", factor) if factor.numel() else None
             for other in spans if span else ():
                 if span.meets(other):
-                    raise ValueError(f"rank1_update_: {span.name} shares memory with {other.name}; pass {name}.clone().")
+                    raise ValueError(
+                        f"rank1_update_: {span.name} shares memory with {other.name}; pass {name}.clone()."
+                    )
 
 
 def _prepare(weight, u, delta, alpha, in_out, seed) -> _Matrix:

@@ -6,6 +6,7 @@
 // Fragment layouts are those of the PTX ISA: "Matrix fragments for mma.m16n8k16 / m16n8k8", "ldmatrix".
 #pragma once
 
+#include <csetjmp>
 #include <ucontext.h>
 
 #include <cmath>
@@ -49,6 +50,8 @@ struct Copy {
 
 struct Thread {
   ucontext_t context;
+  jmp_buf resume;
+  bool started;
   std::vector<char> stack;
   State state;
   Op op;
@@ -65,7 +68,8 @@ struct Thread {
 struct Machine {
   static constexpr int threads = 256;
   Thread thread[threads];
-  ucontext_t scheduler;
+  ucontext_t end;
+  jmp_buf scheduler;
   int current = 0, block = 0, grid = 1, order = 0;
   bool eager = false;
   std::function<void()> kernel;
@@ -74,9 +78,17 @@ struct Machine {
 inline Machine machine;
 
 inline Thread& self() { return machine.thread[machine.current]; }
+// Jumps change fibers; swapcontext, which makes them, asks the kernel for the signal mask every time.
 inline void yield(State state) {
   self().state = state;
-  swapcontext(&self().context, &machine.scheduler);
+  if (_setjmp(self().resume) == 0) _longjmp(machine.scheduler, 1);
+}
+__attribute__((noinline)) inline void resume(int index) {
+  machine.current = index;
+  if (_setjmp(machine.scheduler) != 0) return;
+  if (self().started) _longjmp(self().resume, 1);
+  self().started = true;
+  setcontext(&self().context);
 }
 inline void start() {
   try {
@@ -84,7 +96,7 @@ inline void start() {
   } catch (...) {
     machine.error = std::current_exception();
   }
-  self().state = State::done;
+  yield(State::done);
 }
 
 inline float half(uint32_t word, int which) {
@@ -162,14 +174,15 @@ inline void run_block(int block) {
   Machine& m = machine;
   m.block = block;
   for (Thread& thread : m.thread) {
-    thread.stack.resize(128 * 1024);
+    thread.stack.resize(64 * 1024);
     thread.state = State::ready;
     thread.open.clear();
     thread.committed.clear();
     getcontext(&thread.context);
     thread.context.uc_stack.ss_sp = thread.stack.data();
     thread.context.uc_stack.ss_size = thread.stack.size();
-    thread.context.uc_link = &m.scheduler;
+    thread.context.uc_link = &m.end;
+    thread.started = false;
     makecontext(&thread.context, start, 0);
   }
   while (true) {
@@ -177,8 +190,7 @@ inline void run_block(int block) {
     for (int i = 0; i < Machine::threads; ++i) {
       const int next = m.order == 0 ? i : m.order == 1 ? Machine::threads - 1 - i : i * 77 % Machine::threads;
       if (m.thread[next].state != State::ready) continue;
-      m.current = next;
-      swapcontext(&m.scheduler, &m.thread[next].context);
+      resume(next);
       if (m.error) std::rethrow_exception(std::exchange(m.error, nullptr));
       ran = true;
     }
