@@ -243,6 +243,7 @@ def _eval(commands: Any) -> None:
     command.add_argument("--known", help="questions whose answers must stay; default: the data's own locality")
     command.add_argument("--limit", type=int, help="the first so many edits")
     command.add_argument("--unrelated", type=int, default=64, help="known questions asked after each edit")
+    command.add_argument("--fine-tuning-rate", type=float, default=3e-3, help="Adam's rate for fine-tuning (0.003)")
     command.add_argument("--systems", nargs="+", default=["mend", "identity", "fine_tuning"], help="what to compare")
 
 

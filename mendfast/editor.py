@@ -23,6 +23,7 @@ from .objective import IGNORE, Batch, context_length, model_kind, nll, target_ro
 
 log = logging.getLogger("mendfast")
 
+ENCODED_AT_MOST = 200_000
 WEIGHTS_FILE, CONFIG_FILE = "editor.safetensors", "mend_config.json"
 
 
@@ -56,6 +57,7 @@ class MendEditor(nn.Module):
             modes = len(members) if self.config.shared else None
             self.networks[name] = EditorNetwork(*members[0].shape, modes, self.config)
             self._groups[name] = members
+        self._encoded: dict[tuple, dict[str, list[int]]] = {}
         self.alpha_multiplier = nn.Parameter(torch.ones(len(self.layers)))
         self.to(device_of(self.layers))
         self.eval()
@@ -202,16 +204,27 @@ class MendEditor(nn.Module):
         )
 
     def encode(self, prompt: str, target: str) -> dict[str, list[int]]:
-        """One request as token ids and labels, by the template, separator and EOS of the configuration."""
-        return encode_pair(
-            self.tokenizer,
-            self.config.prompt_template.replace("{prompt}", prompt),
-            target,
-            encoder_decoder=self.kind == "encoder-decoder",
-            separator=self.config.separator,
-            append_eos=self.config.append_eos,
-            max_length=context_length(self.model),
-        )
+        """One request as token ids and labels, by the template, separator and EOS of the configuration.
+
+        Kept for the next time: training and evaluation ask for the same facts again and again, and on a small
+        model tokenising one costs as much as editing it.
+        """
+        config = self.config
+        key = (prompt, target, config.prompt_template, config.separator, config.append_eos)
+        if (found := self._encoded.get(key)) is None:
+            found = encode_pair(
+                self.tokenizer,
+                config.prompt_template.replace("{prompt}", prompt),
+                target,
+                encoder_decoder=self.kind == "encoder-decoder",
+                separator=config.separator,
+                append_eos=config.append_eos,
+                max_length=context_length(self.model),
+            )
+            if len(self._encoded) >= ENCODED_AT_MOST:
+                self._encoded.clear()
+            self._encoded[key] = found
+        return found
 
     def _class(self, target: str) -> int:
         names = {str(name).lower(): int(i) for name, i in (self.model.config.label2id or {}).items()}

@@ -8,8 +8,8 @@ import sys
 
 import pytest
 import torch
-
 from make_qa import write
+
 from mendfast import Edit
 from mendfast.demo import build, run
 from mendfast.generation import answer
@@ -44,8 +44,9 @@ def test_edit_saves_what_it_shows(tmp_path):
 
 def test_interactive(tmp_path):
     case = run.cases(1, seed=3)[0]
-    typed = f"? {case.question}\nedit\n{case.question}\n{case.target}\nedit\n{case.question}\n \nsave {tmp_path}/a.safetensors\nundo\nundo\nquit\n"
-    done = mendfast("edit", typed=typed)
+    good, empty = ["edit", case.question, case.target], ["edit", case.question, " "]
+    typed = [f"? {case.question}", *good, *empty, f"save {tmp_path}/a.safetensors", "undo", "undo", "quit"]
+    done = mendfast("edit", typed="\n".join(typed))
     assert done.returncode == 0, done.stderr
     assert "The target is" in done.stdout and "saved" in done.stdout and "0 edits left" in done.stdout
     assert "There is no edit to take out" in done.stdout
@@ -102,7 +103,7 @@ def test_doctor(tmp_path):
     assert done.returncode == 0, done.stderr
     findings = json.loads((tmp_path / "doctor.json").read_text())
     assert findings["works"]
-    assert {"editor_mlp", "rank1_update", "lowrank_linear", "running_stats", "kl_divergence", "token_nll"} <= {
+    assert {"editor_mlp", "rank1_update_", "lowrank_linear", "running_stats_", "kl_divergence", "token_nll"} <= {
         row["op"] for row in findings["ops"]
     }
 

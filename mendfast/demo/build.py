@@ -21,13 +21,14 @@ HELD_OUT, SEED = 0.2, 0
 WIDTH, DEPTH, HEADS, VOCABULARY = 128, 4, 4, 2500
 BASE_STEPS = 1200
 LAYERS = [f"transformer.h.{i}.mlp.{name}.weight" for i in (2, 3) for name in ("c_fc", "c_proj")]
-EDITOR = MendConfig(layers=LAYERS, rank=192, step_size=2e-3, scale_v=True, prompt_template=TEMPLATE, append_eos=True)
+EDITOR = MendConfig(layers=LAYERS, rank=256, step_size=1e-3, scale_v=True, prompt_template=TEMPLATE, append_eos=True)
 TRAINING = TrainConfig(
-    steps=3500,
+    steps=3000,
     batch_size=16,
-    joint=[1, 1, 8, 32],
+    joint=[1, 1, 1, 8, 24],
     learning_rate=2e-3,
-    alpha_learning_rate=1e-2,
+    alpha_learning_rate=2e-2,
+    c_edit=2.5,
     validate_every=500,
     validation_size=64,
     checkpoint_every=500,

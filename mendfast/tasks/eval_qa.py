@@ -17,7 +17,6 @@ from ..metrics import Scorer
 from .train_qa import read_examples
 
 NAMES = {"mend": "MEND", "identity": "untrained editor", "fine_tuning": "fine-tuning"}
-FINE_TUNING_RATE = 1e-3
 
 
 def evaluate(editor: MendEditor, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -37,7 +36,7 @@ def evaluate(editor: MendEditor, arguments: argparse.Namespace) -> dict[str, Any
     for system in arguments.systems:
         scorer, rng, spent = Scorer(), random.Random(0), 0.0
         subject = editor.untrained() if system == "identity" else editor
-        tuning = FineTuning(editor, FINE_TUNING_RATE)
+        tuning = FineTuning(editor, arguments.fine_tuning_rate)
         for example in track(examples, NAMES[system], console=console, transient=True):
             request = [(example.prompt, example.target)]
             others = known and rng.sample(known, min(arguments.unrelated, len(known)))

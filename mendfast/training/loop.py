@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -16,7 +15,6 @@ from tqdm import tqdm
 
 from ..editor import MendEditor
 from ..files import atomic_write, read_tensors, write_tensors
-from ..labels import collate, pad_token_id
 from ..metrics import Score
 from .data import Draw, FactSampler
 from .meta import meta_loss
@@ -97,8 +95,6 @@ class Trainer:
             ]
         )
         self._rates = [group["lr"] for group in self.optimizer.param_groups]
-        # Facts recur, and tokenising one costs as much as editing it on a small model.
-        self._encode = functools.lru_cache(maxsize=200_000)(editor.encode)
 
     # -- the run -------------------------------------------------------------------------------------------
 
@@ -164,17 +160,8 @@ class Trainer:
     def _loss(self, sampler: FactSampler, step: int, joint: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         size = max(1, self.config.batch_size // joint) * joint
         draw: Draw = sampler.draw(step, size)
-        batches = [self._tokenize(pairs) for pairs in draw]
+        batches = [self.editor.tokenize(pairs) for pairs in draw]
         return meta_loss(self.editor, *batches, self.config.c_edit, self.config.c_loc, joint=joint)
-
-    def _tokenize(self, pairs: Sequence[tuple[str, str]]) -> dict[str, torch.Tensor]:
-        if self.editor.kind == "classifier":
-            return self.editor.tokenize(pairs)
-        return collate(
-            [self._encode(*pair) for pair in pairs],
-            pad_token_id=pad_token_id(self.editor.tokenizer),
-            encoder_decoder=self.editor.kind == "encoder-decoder",
-        )
 
     def _backward(self, loss: torch.Tensor) -> float:
         config = self.config
@@ -196,7 +183,7 @@ class Trainer:
             size, totals = min(32, self.config.validation_size), []
             for i in range(-(-self.config.validation_size // size)):
                 draw = self.validation.draw(-1 - i, size)
-                batches = [self._tokenize(pairs) for pairs in draw]
+                batches = [self.editor.tokenize(pairs) for pairs in draw]
                 totals.append(meta_loss(self.editor, *batches, self.config.c_edit, self.config.c_loc))
             result["val_loss"] = sum(total.item() for total, _ in totals) / len(totals)
             for name in totals[0][1]:
