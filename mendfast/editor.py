@@ -57,6 +57,7 @@ class MendEditor(nn.Module):
             modes = len(members) if self.config.shared else None
             self.networks[name] = EditorNetwork(*members[0].shape, modes, self.config)
             self._groups[name] = members
+        self._warned = False
         self._encoded: dict[tuple, dict[str, list[int]]] = {}
         self.alpha_multiplier = nn.Parameter(torch.ones(len(self.layers)))
         self.to(device_of(self.layers))
@@ -253,7 +254,8 @@ class MendEditor(nn.Module):
                     f"The gradient at {name} holds NaN or infinity: the model's weights or its loss on this "
                     "example are not finite. Check the model, or load it in float32 or bfloat16."
                 )
-        if self.config.normalize and not self.training and any(int(net.count) < 2 for net in self.networks.values()):
+        if not self._warned and not self.training and any(int(net.count) < 2 for net in self.networks.values()):
+            self._warned = True
             log.warning("This editor has seen no training, so its edits are plain gradient steps; train it first.")
         with torch.no_grad():
             rows = self.transform(captured)
