@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import random
 
 import pytest
 import torch
@@ -134,6 +135,32 @@ def test_edits_stack_and_come_out_in_any_order(dtype, rounding):
     assert same_bits(model, after_middle)
     with pytest.raises(ValueError, match="not applied"):
         edits[1].revert_(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_random_sequences_of_apply_and_revert(dtype):
+    """After 200 random steps, and on the way, the weights are those of a model that saw the remaining edits alone."""
+    model = make_model("gpt2").to(dtype)
+    editor, rng = trained(model, "gpt2"), random.Random(0)
+    edits = [editor.edit_tokens(make_batch("gpt2", seed=seed)) for seed in range(5)]
+    kinds = [("nearest", 0), ("stochastic", 10), ("nearest", 0), ("stochastic", 20), ("stochastic", 30)]
+    untouched, applied = state(model), []
+    for step in range(200):
+        i = rng.randrange(len(edits))
+        if i in applied:
+            edits[i].revert_(model)
+            applied.remove(i)
+        else:
+            edits[i].apply_(model, rounding=kinds[i][0], seed=kinds[i][1])
+            applied.append(i)
+        if step % 20 == 0:
+            clean = make_model("gpt2").to(dtype)
+            for j in applied:
+                edits[j].apply_(clean, rounding=kinds[j][0], seed=kinds[j][1], backup="none")
+            assert same_bits(clean, state(model)), (step, applied)
+    for j in applied:
+        edits[j].revert_(model)
+    assert same_bits(model, untouched)
 
 
 def test_revert_refuses_after_a_foreign_write():
