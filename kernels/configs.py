@@ -104,15 +104,15 @@ Config = ProductConfig | SweepConfig
 # Plain multiply-adds keep both operands in registers.
 _IEEE = {f"{name}/ieee": ProductConfig(64, 64, 16, 8, 3) for name in ("project", "block_fwd", "expand")}
 _WIDE, _OUTER = ProductConfig(128, 64, 32, 8, 3), ProductConfig(64, 64, 32, 4, 2)
-# Left alone, the assembler spills bfloat16 products to keep below 168 registers; two programs may have 224.
-_NARROW = ProductConfig(64, 64, 32, 4, 3, registers=224)
+# Left alone, the assembler spills bfloat16 products to keep to 168 registers; two programs may have 255.
+_NARROW = ProductConfig(64, 64, 32, 4, 3, registers=255)
 _PRODUCTS: dict[str, dict[str, Config]] = {
     # Warp-level matrix units: accumulators and both operands in registers, so 64 x 64 in 4 warps.
     "sm_80": {
         "project": _NARROW,
         "block_fwd": _NARROW,
         "expand": _NARROW,
-        "outer": dataclasses.replace(_OUTER, registers=224),
+        "outer": dataclasses.replace(_OUTER, registers=255),
     },
     # project: 15 tiles of 128 fill 132 multiprocessors in 8 splits, one program each. The others have 160 such
     # tiles and no splits: halves of 64 run three to a multiprocessor, all at once and not in two waves.
