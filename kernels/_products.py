@@ -211,7 +211,9 @@ def split_reduction(wanted: int, widths: tuple[int, int], block_k: int) -> list[
     """[splits, chunk] of either side: about ``wanted`` like chunks in all, each a multiple of the tile."""
     plan, left = [], wanted
     for i, width in enumerate(widths):
-        share = round(wanted * width / sum(widths)) if i == 0 and widths[1] else left
+        share = left
+        if i == 0 and widths[1]:
+            share = min(round(wanted * width / sum(widths)), wanted - 1)
         splits = min(max(1, share), triton.cdiv(width, block_k))
         left -= splits
         chunk = max(1, triton.cdiv(triton.cdiv(width, max(1, splits)), block_k)) * block_k
