@@ -92,7 +92,6 @@ def gencode(architectures: list[int]) -> list[str]:
 
 def compile_extension(cuda: dict, target: Path, build_dir: Path) -> str:
     """Every source in csrc/ through ninja, linked into ``target``; returns what the compilers said."""
-    import ninja
     import pybind11
 
     build_dir.mkdir(parents=True, exist_ok=True)
@@ -116,8 +115,7 @@ def compile_extension(cuda: dict, target: Path, build_dir: Path) -> str:
             lines.append(f"build {objects[-1]}: {rule} {escape(source)} | {headers}")
     lines.append(f"build {escape(target)}: link {' '.join(objects)}\n")
     (build_dir / "build.ninja").write_text("\n".join(lines), encoding="utf-8")
-    ninja_path = Path(ninja.BIN_DIR, "ninja")
-    subprocess.run([str(ninja_path), "-C", str(build_dir), "-v"], check=True)
+    subprocess.run([sys.executable, "-m", "ninja", "-C", str(build_dir), "-v"], check=True)
     return "".join(log.read_text(encoding="utf-8") for log in sorted(build_dir.glob("*.log")))
 
 
@@ -186,7 +184,8 @@ class BuildExt(build_ext):
         try:
             log = compile_extension(CUDA, target, Path(self.build_temp).resolve() / "cuda")
         except (OSError, subprocess.CalledProcessError) as error:
-            reason = f"the CUDA extension was left out: its build failed ({error}; pip install -v shows it)"
+            why = "a compiler reported an error" if isinstance(error, subprocess.CalledProcessError) else error
+            reason = f"the CUDA extension was left out: its build failed ({why}; pip install -v -e . shows it)"
             if not CUDA["forced"]:
                 remove_stale(folder)
                 print(f"mendfast: {reason}. Everything else is installed.", file=sys.stderr)
@@ -209,10 +208,11 @@ def remove_stale(folder: Path) -> None:
     (folder / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}").unlink(missing_ok=True)
 
 
-setup(
-    packages=[*find_packages(include=["mendfast", "mendfast.*"]), "mendfast.kernels"],
-    ext_modules=[Extension("mendfast._C", ["csrc/bindings.cpp"], optional=not CUDA["forced"])]
-    if "path" in CUDA
-    else [],
-    cmdclass={"build_py": BuildPy, "build_ext": BuildExt},
-)
+if __name__ == "__main__":
+    setup(
+        packages=[*find_packages(include=["mendfast", "mendfast.*"]), "mendfast.kernels"],
+        ext_modules=[Extension("mendfast._C", ["csrc/bindings.cpp"], optional=not CUDA["forced"])]
+        if "path" in CUDA
+        else [],
+        cmdclass={"build_py": BuildPy, "build_ext": BuildExt},
+    )

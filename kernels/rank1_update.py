@@ -32,21 +32,26 @@ class Rank1Config:
             return "a draw serves eight columns; block_cols must be a multiple of 8"
         if min(self.block_rows, self.block_cols, self.block_terms) < 16:
             return "every side of a product must be at least 16"
-        if self.block_rows * self.block_cols > 64 * 32 * self.warps:
+        if self.block_rows * self.block_cols > 32 * 32 * self.warps:
             return f"{self.block_rows} x {self.block_cols} elements are too many for {self.warps} warps"
         return None
 
 
-FEW = Rank1Config(block_rows=64, block_cols=128, block_terms=16, warps=4, stages=2)
-MANY = Rank1Config(block_rows=64, block_cols=128, block_terms=32, warps=8, stages=3)
-for _config in (FEW, MANY):
+FEW = Rank1Config(block_rows=64, block_cols=64, block_terms=16, warps=4, stages=2)
+MANY = Rank1Config(block_rows=64, block_cols=64, block_terms=32, warps=4, stages=3)
+SPLIT = Rank1Config(block_rows=64, block_cols=64, block_terms=16, warps=4, stages=3)
+REGISTERS = 224
+"""The cap for a thread. Left alone the assembler spills to stay below 128; two programs to a multiprocessor fit."""
+for _config in (FEW, MANY, SPLIT):
     if _config.problem():
         raise ValueError(f"{_config}: {_config.problem()}")
 
 
-def config_for(terms: int) -> Rank1Config:
-    """Up to 16 terms are one step; more are pipelined."""
-    return FEW if terms <= FEW.block_terms else MANY
+def config_for(terms: int, factor: torch.dtype) -> Rank1Config:
+    """Up to 16 terms are one step; more are pipelined, in shorter steps where float32 factors take three products."""
+    if terms <= FEW.block_terms:
+        return FEW
+    return SPLIT if factor == torch.float32 else MANY
 
 
 @triton.jit
@@ -62,15 +67,18 @@ def _draw(seed, first_row, first_col, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.c
     return tl.reshape(halves, (BLOCK_ROWS, BLOCK_COLS))
 
 
+# Toward zero, plus one unit in the last place where what was cut off and the draw reach one together.
 @triton.jit
-def _toward(exact, draw, IS_BF16: tl.constexpr):
-    """Toward zero, plus one unit in the last place where what was cut off and ``draw`` reach one together."""
-    if IS_BF16:
-        bits = exact.to(tl.uint32, bitcast=True)
-        moved = bits + draw
-        finite = ((bits & 0x7F800000) != 0x7F800000) & ((moved & 0x7F800000) != 0x7F800000)
-        rounded = (moved >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-        return tl.where(finite, rounded, exact.to(tl.bfloat16))
+def _stochastic_bf16(exact, draw):
+    bits = exact.to(tl.uint32, bitcast=True)
+    moved = bits + draw
+    finite = ((bits & 0x7F800000) != 0x7F800000) & ((moved & 0x7F800000) != 0x7F800000)
+    rounded = (moved >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    return tl.where(finite, rounded, exact.to(tl.bfloat16))
+
+
+@triton.jit
+def _stochastic_f16(exact, draw):
     near = exact.to(tl.float16)
     bits = near.to(tl.uint16, bitcast=True).to(tl.uint32)
     # bit patterns of floats of one sign are ordered as their magnitudes are
@@ -129,7 +137,10 @@ def _rank1_update_kernel(
     exact = weight.to(tl.float32) - alpha * total
     if STOCHASTIC:
         draw = _draw(seed, first_row, first_col, BLOCK_ROWS, BLOCK_COLS)
-        result = _toward(exact, draw, weight.dtype == tl.bfloat16)
+        if weight.dtype == tl.bfloat16:
+            result = _stochastic_bf16(exact, draw)
+        else:
+            result = _stochastic_f16(exact, draw)
     else:
         result = exact.to(weight.dtype)
     tl.store(weight_ptrs, result, mask=mask)
@@ -152,7 +163,7 @@ def rank1_update_(
     terms = left.shape[0]
     if not rows or not cols or not terms:
         return
-    config = config_for(terms)
+    config = config_for(terms, left.dtype)
     grid = (triton.cdiv(rows, config.block_rows) * triton.cdiv(cols, config.block_cols),)
     with torch.cuda.device_of(weight):
         _rank1_update_kernel[grid](
@@ -161,5 +172,5 @@ def rank1_update_(
             STOCHASTIC=stochastic and weight.dtype != torch.float32,
             PRECISION=None if left.dtype != torch.float32 else THREE_TF32,
             BLOCK_ROWS=config.block_rows, BLOCK_COLS=config.block_cols, BLOCK_T=config.block_terms,
-            num_warps=config.warps, num_stages=config.stages,
+            num_warps=config.warps, num_stages=config.stages, maxnreg=REGISTERS,
         )  # fmt: skip

@@ -80,7 +80,8 @@ class Case:
         size = self.alpha * (self.left.double().abs().T @ self.right.double().abs())
         split = 2.0**-15 if self.factor_dtype != self.dtype else 2.0**-21
         step = torch.finfo(self.dtype).eps / 2
-        return step * self.exact().abs() * 1.001 + (split + 2.0**-22) * size + 2.0**-22 * self.before.double().abs()
+        rounding = step * self.exact().abs().clamp(min=2.0**-14) * 1.001
+        return rounding + (split + 2.0**-22) * size + 2.0**-22 * self.before.double().abs()
 
     def check(self, stochastic=False):
         outside = torch.ones_like(self.memory, dtype=torch.bool)
