@@ -36,18 +36,23 @@ class TestKernelsFolder:
         assert Path(rank1_update.__file__).parent.name == "kernels"
 
     def test_gives_way_to_hugging_faces_package(self, tmp_path):
-        """`import kernels` at the checkout's root finds the installed package, though the folder comes first."""
-        assert not (ROOT / "kernels" / "__init__.py").exists()
+        """`import kernels` at the checkout's root gives the installed package, though the folder comes first."""
         package = tmp_path / "kernels"
         package.mkdir()
-        (package / "__init__.py").write_text("__version__ = 'installed'")
-        code = "import sys; sys.path.insert(0, ''); import kernels; print(kernels.__version__)"
-        assert run(code, path=[tmp_path]) == "installed"
+        (package / "__init__.py").write_text("from .layer import LAYER\n__version__ = 'installed'")
+        (package / "layer.py").write_text("LAYER = 5")
+        code = (
+            "import sys; sys.path.insert(0, ''); import kernels; from kernels import layer\n"
+            "print(kernels.__version__, kernels.__file__, kernels.LAYER, layer.__file__)"
+        )
+        expected = f"installed {package / '__init__.py'} 5 {package / 'layer.py'}"
+        assert run(code, path=[tmp_path]) == expected
         code += "; import mendfast.kernels.rank1_update as k; print(k.__name__)"
-        assert run(code, path=[tmp_path, ROOT]).split()[1] == "mendfast.kernels.rank1_update"
+        assert run(code, path=[tmp_path, ROOT]).splitlines() == [expected, "mendfast.kernels.rank1_update"]
 
     def test_does_not_pass_for_it(self):
-        """Where Hugging Face's package isn't installed, transformers must not take the folder for it."""
+        """Where Hugging Face's package isn't installed, transformers must not take the folder for it. (Without a
+        version some of its releases, 5.0 to 5.11 among them, could not be imported at all.)"""
         code = (
             "import sys, importlib.metadata as m; sys.path.insert(0, '')\n"
             "try: m.version('kernels'); print('installed')\n"
@@ -142,12 +147,14 @@ def test_wheel(tmp_path):
     with zipfile.ZipFile(tmp_path / done.splitlines()[-1]) as wheel:
         names = set(wheel.namelist())
         wheel.extractall(tmp_path / "site")
-    assert {"mendfast/kernels.py", "mendfast/kernels/rank1_update.py", "mendfast/ops/rank1_update.py"} <= names
+    assert {"mendfast/kernels/__init__.py", "mendfast/kernels/rank1_update.py", "mendfast/ops/rank1_update.py"} <= names
     assert any(name.startswith("mendfast/demo/facts/") for name in names)
     assert not any(name.startswith("kernels/") or name.endswith(".so") for name in names)
     record = json.loads((tmp_path / "site" / "mendfast" / "_build_info.json").read_text())
     assert record["built"] is False and "MENDFAST_BUILD_CUDA=0" in record["reason"]
     code = (
+        # an editable installation would lend the wheel what it lacks
+        "import sys; sys.meta_path = [f for f in sys.meta_path if 'Editable' not in getattr(f, '__name__', '')]; "
         "import mendfast, mendfast.kernels as k, mendfast.ops.rank1_update as r; print(mendfast.__file__); "
         "print(*k.__path__); print(r.extension_problem())"
     )

@@ -8,8 +8,11 @@ how fast.
 from __future__ import annotations
 
 import ctypes
+import itertools
+import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -40,6 +43,7 @@ def emulator(tmp_path_factory):
     assert done.returncode == 0, done.stderr
     emulate = ctypes.CDLL(str(library)).emulate
     emulate.restype = ctypes.c_char_p
+    emulate.library = str(library)
     return emulate
 
 
@@ -138,7 +142,7 @@ def test_shapes(emulator, mma, shape):
 def test_any_order_of_threads_and_copies(emulator, weight, factor, mma):
     """A missing barrier or wait would show in one of these; the bits must be the same in all."""
     results = []
-    for order, eager in ((0, False), (1, False), (2, True)):
+    for order, eager in itertools.product(range(4), (False, True)):
         case = Case(140, 40, 40, weight, factor)
         run(emulator, [case], mma=mma, grid=1, order=order, eager=eager)
         results.append(case.weight.clone())
@@ -194,6 +198,48 @@ def test_stochastic_mean(emulator, weight, before, update):
     assert abs(update) < abs(unit) / 2 and means[False] == 0
     # five standard errors of 16,384 draws, each within half a unit
     assert abs(means[True] - update) < 5 * 0.5 * abs(unit) / 128
+
+
+READS = """
+import ctypes, mmap, sys
+import torch
+from test_rank1_update_emulated import Case, DTYPES, run
+
+emulate = ctypes.CDLL(sys.argv[1]).emulate
+emulate.restype = ctypes.c_char_p
+libc = ctypes.CDLL(None, use_errno=True)
+kept = []
+
+def at_the_end(tensor, gap):
+    # the tensor's last element is followed by a page that may not be touched, `gap` elements later
+    page, size = mmap.PAGESIZE, tensor.element_size()
+    used = ((tensor.shape[0] - 1) * tensor.stride(0) + tensor.shape[1] + gap) * size
+    pages = (used + page - 1) // page
+    area = mmap.mmap(-1, (pages + 1) * page)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(area))
+    assert libc.mprotect(ctypes.c_void_p(address + pages * page), page, 0) == 0
+    whole = torch.frombuffer(area, dtype=tensor.dtype, count=pages * page // size)
+    kept.append(area)
+    return whole[pages * page // size - used // size:].as_strided(tensor.shape, tensor.stride()).copy_(tensor)
+
+for weight, factor in ((0, 0), (1, 1), (1, 0), (2, 0)):
+    for mma in (False, True):
+        for rows, cols, terms, gap in ((33, 40, 5, 0), (130, 131, 17, 0), (64, 264, 33, 8)):
+            case = Case(rows, cols, terms, DTYPES[weight], DTYPES[factor])
+            case.weight, case.left, case.right = (at_the_end(t, gap) for t in (case.weight, case.left, case.right))
+            run(emulate, [case], mma=mma)
+            error = (case.weight.double() - case.exact()).abs()
+            assert (error <= case.tolerance()).all()
+print("nothing out of bounds")
+"""
+
+
+def test_no_access_past_the_end(emulator):
+    """Behind the last element of W and of the factors lies memory that can't be read."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)])}
+    command = [sys.executable, "-c", READS, emulator.library]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "nothing out of bounds" in done.stdout, done.stderr
 
 
 def test_infinity_and_nan_stay(emulator):

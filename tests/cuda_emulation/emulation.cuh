@@ -169,6 +169,25 @@ inline void warp_op(Op op) {
   yield(State::at_warp_op);
 }
 
+// Runs every lane that can run, then the instruction that all wait for; false if nothing could be done.
+inline bool run_warp(Thread* warp) {
+  bool ran = false;
+  int waiting = 0;
+  for (int i = 0; i < 32; ++i) {
+    const int lane = machine.order % 2 == 0 ? i : 31 - i;
+    if (warp[lane].state == State::ready) {
+      resume(static_cast<int>(warp - machine.thread) + lane);
+      if (machine.error) std::rethrow_exception(std::exchange(machine.error, nullptr));
+      ran = true;
+    }
+    waiting += warp[lane].state == State::at_warp_op;
+  }
+  if (waiting < 32) return ran;
+  run_warp_op(warp);
+  for (int lane = 0; lane < 32; ++lane) warp[lane].state = State::ready;
+  return true;
+}
+
 // Runs one block to its end.
 inline void run_block(int block) {
   Machine& m = machine;
@@ -187,21 +206,14 @@ inline void run_block(int block) {
   }
   while (true) {
     bool ran = false;
-    for (int i = 0; i < Machine::threads; ++i) {
-      const int next = m.order == 0 ? i : m.order == 1 ? Machine::threads - 1 - i : i * 77 % Machine::threads;
-      if (m.thread[next].state != State::ready) continue;
-      resume(next);
-      if (m.error) std::rethrow_exception(std::exchange(m.error, nullptr));
-      ran = true;
-    }
     int done = 0, waiting = 0;
-    for (int w = 0; w < Machine::threads; w += 32) {
-      int here = 0;
-      for (int lane = 0; lane < 32; ++lane) here += m.thread[w + lane].state == State::at_warp_op;
-      if (here < 32) continue;
-      run_warp_op(m.thread + w);
-      for (int lane = 0; lane < 32; ++lane) m.thread[w + lane].state = State::ready;
-      ran = true;
+    for (int i = 0; i < Machine::threads / 32; ++i) {
+      const int warp = m.order % 2 == 0 ? i : Machine::threads / 32 - 1 - i;
+      // in greedy orders a warp runs until a barrier of the block stops it, far ahead of the others
+      while (run_warp(m.thread + warp * 32)) {
+        ran = true;
+        if (m.order < 2) break;
+      }
     }
     for (const Thread& thread : m.thread) {
       done += thread.state == State::done;
