@@ -120,10 +120,11 @@ def test_edges(emulator, weight, factor, mma, terms):
 
 @pytest.mark.parametrize("mma", [False, True], ids=["fma", "mma"])
 @pytest.mark.parametrize(("weight", "factor"), PAIRS)
-@pytest.mark.parametrize(("pad", "offset"), [(8, 0), (5, 0), (0, 1)])
+@pytest.mark.parametrize(("pad", "offset"), [(3, 0), (8, 0), (3, 1)])
 def test_alignment(emulator, weight, factor, mma, pad, offset):
     """16 bytes at a time where addresses and strides allow it, one element at a time elsewhere."""
-    case = Case(70, 104, 20, weight, factor, pad=pad, offset=offset)
+    case = Case(69, 101, 20, weight, factor, pad=pad, offset=offset)
+    assert (case.weight.data_ptr() % 16 == 0) == (offset == 0) and (case.weight.stride(0) % 8 == 0) == (pad == 3)
     run(emulator, [case], mma=mma, grid=1)
     case.check()
 
