@@ -206,6 +206,7 @@ def _train(commands: Any) -> None:
     command.add_argument("--base-vocabulary", type=int, default=4000, help="its number of tokens")
     command.add_argument("--base-steps", type=int, default=2600, help="optimiser steps of its training")
     command.add_argument("--limit", type=int, help="use the first so many facts")
+    command.add_argument("--from-editor", help="go on from this editor of --model, its settings kept")
     command.add_argument("--layers", nargs="+", help="weights to edit; default: the MLPs of the last blocks")
     command.add_argument("--rank", type=int, default=1920, help="rank of the editor's blocks")
     command.add_argument("--step-size", type=float, default=2e-3, help="the edit's step size at initialisation")

@@ -96,7 +96,10 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
         append_eos=not arguments.model,
     )
     torch.manual_seed(arguments.seed)
-    editor = MendEditor.from_model(model, tokenizer, config)
+    if arguments.from_editor:
+        editor = MendEditor.from_pretrained(arguments.from_editor, model, tokenizer)
+    else:
+        editor = MendEditor.from_model(model, tokenizer, config)
     plan(editor, console)
     if arguments.dry_run:
         return {"layers": editor.config.layers, "parameters": sum(p.numel() for p in editor.parameters())}
