@@ -167,10 +167,10 @@ def _run_edit(arguments: argparse.Namespace) -> dict | None:
     from .generation import answer
 
     questions = [arguments.prompt, *arguments.ask]
-    before = answer(editor, questions)
     started = time.perf_counter()
     edit = editor.edit(arguments.prompt, arguments.target)
     seconds = time.perf_counter() - started
+    before = answer(editor, questions)
     with edit.attached(editor.model):
         after = answer(editor, questions)
     for question, old, new in zip(questions, before, after, strict=True):

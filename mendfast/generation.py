@@ -8,11 +8,16 @@ import torch
 
 from .editor import MendEditor
 from .labels import encode_prompt, pad_token_id
+from .objective import context_length
 
 
 @torch.no_grad()
 def answer(editor: MendEditor, prompts: Sequence[str], max_new_tokens: int = 16) -> list[str]:
-    """The model's greedy answers (edits attached or applied included), as text; a classifier's label."""
+    """The model's greedy answers (edits attached or applied included), as text; a classifier's label.
+
+    Raises:
+        ValueError: a prompt that fills the model's context, so that no token of an answer fits.
+    """
     model, tokenizer, config = editor.model, editor.tokenizer, editor.config
     texts = [config.prompt_template.replace("{prompt}", prompt) for prompt in prompts]
     if editor.kind == "classifier":
@@ -20,14 +25,19 @@ def answer(editor: MendEditor, prompts: Sequence[str], max_new_tokens: int = 16)
         if logits.shape[-1] == 1:
             return ["true" if z > 0 else "false" for z in logits[:, 0].tolist()]
         return [str(model.config.id2label[i]) for i in logits.argmax(-1).tolist()]
-    answers = []
+    limit, answers = context_length(model), []
     for text in texts:  # one at a time: no padding to reason about, and the edits' own positions
         ids = encode_prompt(tokenizer, text, encoder_decoder=editor.kind == "encoder-decoder")
+        room = max_new_tokens
+        if limit is not None and editor.kind == "causal":
+            room = min(room, limit - len(ids))
+        if room < 1 or (limit is not None and len(ids) > limit):
+            raise ValueError(f"The prompt has {len(ids)} tokens and the model takes {limit}; shorten it.")
         inputs = torch.tensor([ids], device=editor.device)
         out = model.generate(
             inputs,
             attention_mask=torch.ones_like(inputs),
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=room,
             do_sample=False,
             pad_token_id=pad_token_id(tokenizer),
         )[0]

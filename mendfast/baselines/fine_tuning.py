@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -26,7 +27,7 @@ class FineTuning:
 
     def __init__(self, editor: MendEditor, learning_rate: float = 1e-3, max_steps: int = MAX_STEPS):
         self.editor, self.learning_rate, self.max_steps = editor, learning_rate, max_steps
-        self.steps = 0  # taken by the last edit
+        self.steps, self.seconds = 0, 0.0  # of the last edit
 
     @contextlib.contextmanager
     def edited(self, requests: Sequence[tuple[str, str]]) -> Iterator[nn.Module]:
@@ -35,7 +36,9 @@ class FineTuning:
         weights = [layer.weight for layer in self.editor.layers]
         before = [weight.detach().clone() for weight in weights]
         try:
+            started = time.perf_counter()
             self._train(model, weights, requests)
+            self.seconds = time.perf_counter() - started
             yield model
         finally:
             with torch.no_grad():

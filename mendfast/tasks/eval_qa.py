@@ -42,19 +42,17 @@ def evaluate(editor: MendEditor, arguments: argparse.Namespace) -> dict[str, Any
             others = known and rng.sample(known, min(arguments.unrelated, len(known)))
             others = others or [(p, t) for p, t in example.locality if t]
             started = time.perf_counter()
-            context = (
-                tuning.edited(request) if system == "fine_tuning" else subject.edit(request).attached(editor.model)
-            )
-            spent += time.perf_counter() - started
+            tuned = system == "fine_tuning"
+            context = tuning.edited(request) if tuned else subject.edit(request).attached(editor.model)
+            seconds = time.perf_counter() - started
             scorer.add(subject, context, request, [(r, example.target) for r in example.rephrasings], others)
+            spent += tuning.seconds if tuned else seconds
         score = scorer.score()
-        results[system] = score.to_dict()
-        if system != "fine_tuning":
-            results[system]["ms_per_edit"] = 1e3 * spent / len(examples)
+        results[system] = score.to_dict() | {"ms_per_edit": 1e3 * spent / len(examples)}
         table.add_row(
             NAMES[system],
             *(f"{value:.3f}" for value in (score.edit_success, score.generality, score.drawdown)),
-            f"{results[system].get('ms_per_edit', float('nan')):.1f}",
+            f"{results[system]['ms_per_edit']:.1f}",
         )
     console.print(table)
     return results
