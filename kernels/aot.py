@@ -141,6 +141,14 @@ def _lowrank(dtype: torch.dtype) -> None:
     lowrank_linear.backward(y, x, u, delta, c, alpha, 1.0, True, True, True, True)
 
 
+def _update(dtype: torch.dtype) -> None:
+    from . import rank1_update
+
+    weight, (left, right) = _meta(*WIDTHS, dtype=dtype), (_meta(ROWS, side) for side in WIDTHS)
+    rank1_update.rank1_update_(weight, left, right, 1.0)
+    rank1_update.rank1_update_(weight, left, right, 1.0, stochastic=True, seed=7)
+
+
 def _rest(dtype: torch.dtype) -> None:
     from . import kl_divergence, running_stats, token_nll
 
@@ -172,6 +180,7 @@ def launches(arch: str, cases: tuple[str, ...] = CASES) -> list[tuple[str, Launc
         collect(case, _editor, getattr(torch, dtype_name), precision)
     for dtype_name in dict.fromkeys(case.split("/")[0] for case in cases):
         collect(dtype_name + "/tf32x3", _lowrank, getattr(torch, dtype_name))
+        collect(dtype_name + "/tf32x3", _update, getattr(torch, dtype_name))
         collect(dtype_name, _rest, getattr(torch, dtype_name))
     return found
 
@@ -253,6 +262,9 @@ def work(launch: Launch) -> tuple[int, int]:
         return a["n_rows"] * a["width"] * size("rows_ptr") + parts, 6 * a["n_rows"] * a["width"]
     if launch.name == "running_stats_merge":
         return a["width"] * (8 * a["splits"] + 16), 10 * a["width"] * (a["splits"] + 1)
+    if launch.name == "rank1_update":
+        elements, factors = a["rows"] * a["cols"], a["terms"] * (a["rows"] + a["cols"])
+        return 2 * elements * size("weight_ptr") + factors * size("left_ptr"), 2 * a["terms"] * elements
     rows = math.prod(LOGITS[:2])
     if launch.name.endswith("_sum"):
         return rows * (20 * a["splits"] + 12), 20 * rows * a["splits"]

@@ -59,7 +59,7 @@ def test_every_kernel_of_the_ops_is_in_the_table():
     names = {launch.name for _, launch in aot.launches("sm_90", aot.CASES)}
     assert names == {
         "project", "sum_splits", "expand", "outer", "editor_block_fwd", "editor_normalise", "editor_gate_bwd",
-        "running_stats_chunk", "running_stats_merge", "token_nll_fwd", "token_nll_sum", "token_nll_bwd",
+        "running_stats_chunk", "running_stats_merge", "rank1_update", "token_nll_fwd", "token_nll_sum", "token_nll_bwd",
         "kl_divergence_fwd", "kl_divergence_sum", "kl_divergence_bwd",
     }  # fmt: skip
 
