@@ -1,5 +1,48 @@
-"""The systems that MEND is compared with."""
+"""The systems that MEND is compared with, and MEND as one of them."""
 
-from .fine_tuning import FineTuning
+from __future__ import annotations
 
-__all__ = ["FineTuning"]
+import difflib
+from typing import Any
+
+from torch import nn
+
+from ..config import MendConfig
+from .fine_tuning import FineTuning, FineTuningKL
+from .mend import Identity, Mend, NoIdentity, NoNormalisation, NoSharing, OnlyDelta, OnlySmaller, OnlyU
+from .system import System
+
+SYSTEMS: dict[str, type[System]] = {
+    system.key: system
+    for system in (
+        FineTuning,
+        FineTuningKL,
+        Mend,
+        Identity,
+        NoSharing,
+        NoNormalisation,
+        NoIdentity,
+        OnlyU,
+        OnlyDelta,
+        OnlySmaller,
+    )
+}
+
+
+def make_system(key: str, model: nn.Module, tokenizer: Any, config: MendConfig | None = None, **options: Any) -> System:
+    """The system that :data:`SYSTEMS` lists under ``key``, new and not yet fitted.
+
+    Args:
+        model, tokenizer, config: as :meth:`mendfast.MendEditor.from_model` takes them.
+        options: those of the system's class, such as ``learning_rate`` of :class:`FineTuning`.
+
+    Raises:
+        ValueError: an unknown key; the near ones are named.
+    """
+    if key not in SYSTEMS:
+        near = difflib.get_close_matches(key, SYSTEMS, n=3, cutoff=0.4) or list(SYSTEMS)
+        raise ValueError(f"There is no system {key!r}. Near matches: {', '.join(near)}.")
+    return SYSTEMS[key].make(model, tokenizer, config or MendConfig(), **options)
+
+
+__all__ = ["SYSTEMS", "FineTuning", "FineTuningKL", "Identity", "Mend", "System", "make_system"]

@@ -1,0 +1,138 @@
+"""One interface for every way to edit a model: fit once, then edit, ask, and have the old model back."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from ..config import MendConfig
+from ..edit import EditRequest
+from ..editor import MendEditor
+from ..generation import answer
+from ..objective import Batch, Rows
+from ..training import FactSampler, TrainConfig
+
+
+class System(ABC):
+    """A way to make a model answer a prompt with a target.
+
+    Args:
+        subject: names the model that is edited and asked, its tokenisation and the matrices that an edit may
+            change. Only MEND and its variants use its networks.
+    """
+
+    key: ClassVar[str]
+    """What it is asked for by, as in :data:`mendfast.baselines.SYSTEMS`."""
+    name: ClassVar[str]
+    """What tables print."""
+
+    def __init__(self, subject: MendEditor):
+        self.subject = subject
+        self.seconds = 0.0  # of the last edit
+
+    @classmethod
+    def make(cls, model: nn.Module, tokenizer: Any, config: MendConfig, **options: Any) -> System:
+        """A new system for ``model``. Its editor networks are as small as can be where it has no use for them."""
+        return cls(MendEditor.from_model(model, tokenizer, replace(config, rank=1, blocks=1)), **options)
+
+    # -- once ----------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def fit(
+        self,
+        sampler: FactSampler,
+        config: TrainConfig,
+        *,
+        output: str | Path | None = None,
+        validation: FactSampler | None = None,
+        progress: bool = True,
+    ) -> dict[str, float]:
+        """Train what there is to train on what ``sampler`` draws; returns the last metrics.
+
+        With ``output`` checkpoints are written there, and a run that was cut off goes on from the last one.
+        """
+
+    @abstractmethod
+    def parameter_count(self) -> int:
+        """How many numbers :meth:`fit` trains."""
+
+    @abstractmethod
+    def save(self, directory: str | Path) -> None:
+        """Write what :meth:`fit` made, as safetensors and JSON."""
+
+    @abstractmethod
+    def load(self, directory: str | Path) -> None:
+        """Take over what :meth:`save` wrote for a system of this kind and a model of the same shape."""
+
+    # -- for each edit -------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def edit(self, requests: Sequence[tuple[str, str]]) -> Iterator[nn.Module]:
+        """Within the block ``subject.model`` is edited, by all ``requests`` at once; afterwards it has its old bits.
+
+        Raises:
+            ValueError: no requests, or one that cannot be tokenised; see :meth:`MendEditor.edit`.
+        """
+        requests = [EditRequest(*request) for request in requests]
+        if not requests:
+            raise ValueError("edit was given no requests; pass at least one (prompt, target).")
+        with contextlib.ExitStack() as stack:
+            started = self._clock()
+            stack.enter_context(self._edited(requests))
+            self.seconds = self._clock() - started
+            yield self.subject.model
+
+    @abstractmethod
+    def _edited(self, requests: Sequence[EditRequest]) -> contextlib.AbstractContextManager:
+        """Edits on entering, and undoes it on leaving."""
+
+    def predict(self, prompts: Sequence[str]) -> list[str]:
+        """Greedy answers of ``subject.model`` as it is now."""
+        return answer(self.subject, prompts)
+
+    def _clock(self) -> float:
+        if self.subject.device.type == "cuda":
+            torch.cuda.synchronize(self.subject.device)
+        return time.perf_counter()
+
+
+@contextlib.contextmanager
+def restored(weights: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    """Within the block ``weights`` may be written; afterwards they have their old bits. Yields copies of those."""
+    before = [weight.detach().clone() for weight in weights]
+    try:
+        yield before
+    finally:
+        with torch.no_grad():
+            for weight, old in zip(weights, before, strict=True):
+                weight.copy_(old)
+
+
+class _Asked(nn.Module):
+    """A model as a function of its weights and of what is asked of it."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, ask: Callable[[nn.Module, Batch], Rows], batch: Batch) -> Rows:
+        return ask(self.model, batch)
+
+
+def call(
+    model: nn.Module, weights: Mapping[str, torch.Tensor], ask: Callable[[nn.Module, Batch], Rows], batch: Batch
+) -> Rows:
+    """``ask(model, batch)`` where the named weights have other values; differentiable in those.
+
+    ``ask`` is :func:`mendfast.objective.target_rows` or :func:`~mendfast.objective.kept_rows`.
+    """
+    weights = {f"model.{name}": weight for name, weight in weights.items()}
+    return torch.func.functional_call(_Asked(model), weights, (ask, batch))
