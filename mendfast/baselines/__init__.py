@@ -8,7 +8,9 @@ from typing import Any
 from torch import nn
 
 from ..config import MendConfig
+from .enn import EditableNetwork
 from .fine_tuning import FineTuning, FineTuningKL
+from .knowledge_editor import KnowledgeEditor
 from .mend import Identity, Mend, NoIdentity, NoNormalisation, NoSharing, OnlyDelta, OnlySmaller, OnlyU
 from .system import System
 
@@ -17,6 +19,8 @@ SYSTEMS: dict[str, type[System]] = {
     for system in (
         FineTuning,
         FineTuningKL,
+        EditableNetwork,
+        KnowledgeEditor,
         Mend,
         Identity,
         NoSharing,
@@ -45,4 +49,14 @@ def make_system(key: str, model: nn.Module, tokenizer: Any, config: MendConfig |
     return SYSTEMS[key].make(model, tokenizer, config or MendConfig(), **options)
 
 
-__all__ = ["SYSTEMS", "FineTuning", "FineTuningKL", "Identity", "Mend", "System", "make_system"]
+__all__ = [
+    "SYSTEMS",
+    "EditableNetwork",
+    "FineTuning",
+    "FineTuningKL",
+    "Identity",
+    "KnowledgeEditor",
+    "Mend",
+    "System",
+    "make_system",
+]

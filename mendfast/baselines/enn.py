@@ -1,0 +1,142 @@
+"""Editable Neural Networks (Sinitsin et al., ICLR 2020): the model itself learns to be edited by gradient descent."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from .. import ops
+from ..capture import frozen
+from ..edit import EditRequest
+from ..editor import MendEditor
+from ..objective import Batch, kept_rows, nll, per_sample_mean, target_rows, to_device
+from ..reference.token_nll import token_nll_rows
+from ..training import TrainConfig
+from ..training.data import Draw
+from ..training.meta import all_correct
+from .fitting import Fitted, LossPart
+from .system import call, restored
+
+
+class _Editable(nn.Module):
+    """A model, and the logarithm of the rate of each step for each edited matrix: [steps, matrices]."""
+
+    def __init__(self, model: nn.Module, steps: int, matrices: int, rate: float, device: torch.device):
+        super().__init__()
+        self.model = model
+        self.log_rates = nn.Parameter(torch.full((steps, matrices), rate, device=device).log())
+
+
+class EditableNetwork(Fitted):
+    """ENN: edits are ``steps`` steps of gradient descent on the edited matrices, at learned rates.
+
+    The model is trained so that those few steps do: Sinitsin et al. (2020, section 3), equation 4, minimise
+
+        L_base(W) + c_edit L_e(W~) + c_loc KL(p_W0 || p_W~),    W~ = W - rate * grad_W L_e(W), step after step
+
+    through the steps (second order). As in Mitchell et al. (2022, section 5) the steps are plain gradient
+    descent with a learned rate for each matrix, of which there is one, and L_e(W~) is taken on rephrasings. Here
+    the KL is against the model as it was before all training, W0, and L_base the loss of the locality inputs'
+    own answers. The loss of several simultaneous edits is the sum of theirs, so that with one step their update
+    is the sum of the separate ones.
+
+    Args:
+        subject: names the model, of which a copy is trained and edited; the caller's model stays as it is.
+        steps: of gradient descent in an edit.
+        rate: of each step, before training.
+        learning_rate: Adam's, of the model; the logarithms of the rates have ``config.alpha_learning_rate``.
+        first_order: take the steps' gradients for constants.
+        c_base: weight of the model's own loss on known answers.
+    """
+
+    key, name = "enn", "ENN"
+
+    def __init__(
+        self,
+        subject: MendEditor,
+        *,
+        steps: int = 1,
+        rate: float = 1e-2,
+        learning_rate: float = 1e-4,
+        first_order: bool = False,
+        c_base: float = 1.0,
+    ):
+        if steps < 1 or rate <= 0:
+            raise ValueError(f"steps is {steps} and rate {rate}; there must be a step at least, at a positive rate.")
+        self.original = subject.model
+        model = copy.deepcopy(subject.model).eval()
+        for parameter in model.parameters():
+            parameter.requires_grad_(parameter.dtype.is_floating_point)
+        super().__init__(MendEditor.from_model(model, subject.tokenizer, subject.config))
+        self.network = _Editable(model, steps, len(self.subject.layers), rate, self.subject.device)
+        self.learning_rate, self.first_order, self.c_base = learning_rate, first_order, c_base
+
+    def parameter_groups(self, config: TrainConfig) -> list[dict[str, Any]]:
+        model = [parameter for parameter in self.subject.model.parameters() if parameter.requires_grad]
+        return [
+            {"params": model, "lr": self.learning_rate},
+            {"params": [self.network.log_rates], "lr": config.alpha_learning_rate},
+        ]
+
+    def losses(self, draw: Draw, config: TrainConfig, joint: int) -> Iterator[LossPart]:
+        groups = len(draw.inner) // joint
+        for i in range(groups):
+            pairs = [part[i * len(part) // groups : (i + 1) * len(part) // groups] for part in draw]
+            inner, outer, loc = (to_device(self.subject.tokenize(part), self.subject.device) for part in pairs)
+            loss, metrics = self.loss(inner, outer, loc, config)
+            yield loss / groups, metrics
+
+    def loss(self, inner: Batch, outer: Batch, loc: Batch, config: TrainConfig) -> LossPart:
+        """The loss of one edit by all samples of ``inner``, which should answer ``outer`` and leave ``loc`` alone."""
+        model, outers, locs = self.subject.model, len(outer["input_ids"]), len(loc["input_ids"])
+        weights = {layer.name: layer.weight for layer in self.subject.layers}
+        edited = self.descend(weights, inner, create_graph=not self.first_order)
+        with torch.no_grad(), frozen(self.original):
+            base = kept_rows(self.original, loc)
+        after = call(model, edited, kept_rows, loc)
+        answers = call(model, edited, target_rows, outer)
+        l_base = nll(target_rows(model, loc), locs).mean()
+        l_edit = nll(answers, outers).mean()
+        kl = ops.kl_divergence_rows(base.logits, after.logits)
+        l_loc = per_sample_mean(kl, after.sample, locs).mean()
+        parts = {"l_base": l_base, "l_edit": l_edit, "l_loc": l_loc}
+        parts["edit_success"] = all_correct(answers, outers).float().mean()
+        total = self.c_base * l_base + config.c_edit * l_edit + config.c_loc * l_loc
+        return total, {name: part.detach() for name, part in parts.items()}
+
+    @torch.enable_grad()
+    def descend(
+        self, weights: dict[str, torch.Tensor], batch: Batch, *, create_graph: bool
+    ) -> dict[str, torch.Tensor]:
+        """The weights after the steps; with ``create_graph`` differentiable in the first ones through the gradients."""
+        size = len(batch["input_ids"])
+        for rates in self.network.log_rates.exp():
+            # Neither fused attention nor the op of the loss can be differentiated twice.
+            with sdpa_kernel(SDPBackend.MATH):
+                rows = call(self.subject.model, weights, target_rows, batch)
+                loss = per_sample_mean(token_nll_rows(rows.logits, rows.labels), rows.sample, size).sum()
+                gradients = torch.autograd.grad(loss, list(weights.values()), create_graph=create_graph)
+            weights = {
+                name: weight - (rate * gradient).to(weight.dtype)
+                for (name, weight), rate, gradient in zip(weights.items(), rates, gradients, strict=True)
+            }
+        return weights
+
+    @contextlib.contextmanager
+    def _edited(self, requests: Sequence[EditRequest]) -> Iterator[None]:
+        batch = to_device(self.subject.tokenize(requests), self.subject.device)
+        weights = {layer.name: layer.weight for layer in self.subject.layers}
+        with restored(list(weights.values())) as before:
+            leaves = {name: old.requires_grad_() for name, old in zip(weights, before, strict=True)}
+            with frozen(self.network):
+                edited = self.descend(leaves, batch, create_graph=False)
+            with torch.no_grad():
+                for name, weight in weights.items():
+                    weight.copy_(edited[name])
+            yield

@@ -1,0 +1,249 @@
+"""Systems with a network to train, and the loop that trains it: Adam, checkpoints, exact resume.
+
+MEND has :class:`mendfast.training.Trainer`. What differs here is that a step's loss may come in parts, each
+backpropagated before the next is computed: the second-order graph of one edit is held at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from abc import abstractmethod
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from ..files import atomic_write, read_tensors, write_tensors
+from ..training import FactSampler, TrainConfig, TrainingError
+from ..training.data import Draw
+from ..training.loop import MAX_SKIPPED_IN_A_ROW
+from ..training.report import read_metrics, write_report
+from .system import System
+
+LossPart = tuple[torch.Tensor, dict[str, torch.Tensor]]
+
+
+class Fitted(System):
+    """A system that trains the parameters of ``network`` that ask for a gradient."""
+
+    network: nn.Module
+    FILE = "system.safetensors"
+
+    @abstractmethod
+    def losses(self, draw: Draw, config: TrainConfig, joint: int) -> Iterator[LossPart]:
+        """Scalars whose sum is the loss of one step, each with its metrics (of which the mean is reported).
+
+        A function of the network and ``draw`` alone, so that a resumed run goes on as if never interrupted.
+        """
+
+    def parameter_groups(self, config: TrainConfig) -> list[dict]:
+        """What Adam takes: parameters and their learning rates."""
+        return [{"params": list(self.trained().values()), "lr": config.learning_rate}]
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self.network.named_parameters() if p.requires_grad}
+
+    def fit(
+        self,
+        sampler: FactSampler,
+        config: TrainConfig,
+        *,
+        output: str | Path | None = None,
+        validation: FactSampler | None = None,
+        progress: bool = True,
+    ) -> dict[str, float]:
+        """Train for ``config.steps``; see :meth:`System.fit`.
+
+        Writes ``last/`` and, by the validation loss, ``best/`` (what :meth:`load` reads), ``metrics.jsonl``,
+        and at the end ``curves.png`` and ``report.html``.
+        """
+        return _Run(self, sampler, config, Path(output) if output else None, validation, progress).run()
+
+    def parameter_count(self) -> int:
+        return sum(parameter.numel() for parameter in self.trained().values())
+
+    def save(self, directory: str | Path) -> None:
+        metadata = {
+            "format": "mendfast.system",
+            "system": self.key,
+            "model_type": self.subject.model.config.model_type,
+        }
+        write_tensors(Path(directory) / self.FILE, self.trained(), metadata)
+
+    def load(self, directory: str | Path) -> None:
+        tensors, metadata = read_tensors(Path(directory) / self.FILE, "system")
+        kind = self.subject.model.config.model_type
+        if (metadata["system"], metadata["model_type"]) != (self.key, kind):
+            raise ValueError(
+                f"{directory} holds {metadata['system']!r} for a {metadata['model_type']} model; "
+                f"this is {self.key!r} for a {kind}."
+            )
+        self.load_tensors(tensors, str(directory))
+
+    @torch.no_grad()
+    def load_tensors(self, tensors: Mapping[str, torch.Tensor], source: str) -> None:
+        own = self.trained()
+        wrong = [name for name in own if name not in tensors or tensors[name].shape != own[name].shape]
+        if wrong := wrong + [name for name in tensors if name not in own]:
+            raise ValueError(f"{source} was made for another model or other settings: {', '.join(wrong[:3])} differ.")
+        for name, parameter in own.items():
+            parameter.copy_(tensors[name])
+
+
+class _Run:
+    """One run of :meth:`Fitted.fit`."""
+
+    def __init__(
+        self,
+        system: Fitted,
+        sampler: FactSampler,
+        config: TrainConfig,
+        output: Path | None,
+        validation: FactSampler | None,
+        progress: bool,
+    ):
+        self.system, self.sampler, self.config, self.output = system, sampler, config, output
+        self.validation, self.progress = validation, progress
+        self.step, self.skipped, self.best, self.stale = 0, 0, math.inf, 0
+        self.optimizer = torch.optim.Adam(system.parameter_groups(config))
+        self._rates = [group["lr"] for group in self.optimizer.param_groups]
+
+    def run(self) -> dict[str, float]:
+        self._resume()
+        config, in_a_row, validated, metrics = self.config, 0, {}, {}
+        bar = tqdm(
+            total=config.steps, initial=self.step, desc=self.system.name, unit="step", disable=not self.progress
+        )
+        while self.step < config.steps and not self._stale():
+            metrics = self._train_step()
+            in_a_row = 0 if math.isfinite(metrics["gradient_norm"]) else in_a_row + 1
+            if in_a_row == MAX_SKIPPED_IN_A_ROW:
+                raise TrainingError(
+                    f"{self.system.name}: {in_a_row} steps in a row had a loss or gradient that is not finite; stopped "
+                    f"at step {self.step}. Lower the learning rates, or load the base model in float32."
+                )
+            if config.validate_every and (self.step % config.validate_every == 0 or self.step == config.steps):
+                validated = self._validate()
+                metrics |= validated
+            bar.set_postfix(
+                loss=f"{metrics['loss']:.3f}",
+                ES=f"{metrics['edit_success']:.2f}",
+                **({"val": f"{validated['val_loss']:.3f}"} if validated else {}),
+                **({"skipped": self.skipped} if self.skipped else {}),
+            )
+            bar.update()
+            self._log(metrics)
+            if self.step % config.checkpoint_every == 0 or self.step == config.steps or self._stale():
+                self._save()
+        bar.close()
+        if self.output:
+            self.system.save(self.output / "last")
+            write_report(self.output)
+        return metrics or read_metrics(self.output)[-1]
+
+    def _stale(self) -> bool:
+        return 0 < self.config.patience <= self.stale
+
+    def _train_step(self) -> dict[str, float]:
+        config = self.config
+        joint = config.joint[hash((config.seed, self.step)) % len(config.joint)]
+        draw = self.sampler.draw(self.step, max(1, config.batch_size // joint) * joint)
+        share = min((self.step + 1) / max(1, config.warmup), 1.0)
+        decay = 1 - (1 - config.final_rate) * self.step / max(1, config.steps)
+        for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = rate * share * decay
+        self.optimizer.zero_grad(set_to_none=True)
+        means = self._means(draw, joint, backward=True)
+        norm = float(nn.utils.clip_grad_norm_(self.system.trained().values(), config.clip))
+        if math.isfinite(norm + means["loss"]):
+            self.optimizer.step()
+        else:
+            norm, self.skipped = math.nan, self.skipped + 1
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        return {"step": self.step, "joint": joint, "gradient_norm": norm, **means}
+
+    def _means(self, draw: Draw, joint: int, backward: bool = False) -> dict[str, float]:
+        loss, parts, count = 0.0, Counter(), 0
+        for part, metrics in self.system.losses(draw, self.config, joint):
+            if backward:
+                part.backward()
+            loss, count = loss + part.item(), count + 1
+            parts.update({name: value.item() for name, value in metrics.items()})
+        return {"loss": loss, **{name: value / count for name, value in parts.items()}}
+
+    @torch.no_grad()
+    def _validate(self) -> dict[str, float]:
+        if self.validation is None:
+            return {}
+        size = min(32, self.config.validation_size)
+        rounds = -(-self.config.validation_size // size)
+        totals = Counter()
+        for i in range(rounds):
+            totals.update(self._means(self.validation.draw(-1 - i, size), joint=1))
+        means = {f"val_{name}": value / rounds for name, value in totals.items()}
+        if means["val_loss"] < self.best:
+            self.best, self.stale = means["val_loss"], 0
+            if self.output:
+                self.system.save(self.output / "best")
+        else:
+            self.stale += 1
+        return means
+
+    # -- files ---------------------------------------------------------------------------------------------
+
+    def _log(self, metrics: dict[str, float]) -> None:
+        if self.output:
+            self.output.mkdir(parents=True, exist_ok=True)
+            with (self.output / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps(metrics) + "\n")
+
+    def _save(self) -> None:
+        if not self.output:
+            return
+        tensors = {f"own:{name}": parameter for name, parameter in self.system.trained().items()}
+        for i, state in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"adam:{i}:{name}": torch.as_tensor(value) for name, value in state.items()}
+        metadata = {
+            "format": "mendfast.checkpoint",
+            "system": self.system.key,
+            "progress": json.dumps([self.step, self.skipped, self.best, self.stale]),
+            "config": json.dumps(asdict(self.config)),
+        }
+        write_tensors(self.output / "last" / "checkpoint.safetensors", tensors, metadata)
+
+    def _resume(self) -> None:
+        path = self.output / "last" / "checkpoint.safetensors" if self.output else None
+        if path is not None and path.is_file():
+            tensors, metadata = read_tensors(path, "checkpoint")
+            settings = {"system": self.system.key, **asdict(self.config)}
+            saved = {"system": metadata.get("system"), **json.loads(metadata["config"])}
+            if changed := [name for name, value in settings.items() if saved.get(name) != value]:
+                raise ValueError(
+                    f"{path.parent} was trained with other settings ({', '.join(changed)}); "
+                    "resume with the same ones, or choose another output directory."
+                )
+            own = {name.removeprefix("own:"): t for name, t in tensors.items() if name.startswith("own:")}
+            self.system.load_tensors(own, str(path))
+            state = self.optimizer.state_dict()
+            for name, tensor in tensors.items():
+                if name.startswith("adam:"):
+                    _, i, key = name.split(":")
+                    state["state"].setdefault(int(i), {})[key] = tensor
+            self.optimizer.load_state_dict(state)
+            self.step, self.skipped, self.best, self.stale = json.loads(metadata["progress"])
+        self._trim_log()
+
+    def _trim_log(self) -> None:
+        """Drop the log's lines past the checkpoint, and the one that a kill cut short: their steps run again."""
+        path = self.output / "metrics.jsonl" if self.output else None
+        if path is not None and path.is_file():
+            lines = path.read_text().splitlines(keepends=True)
+            whole = [line for line in lines if line.endswith("}\n")]
+            kept = [line for line in whole if json.loads(line)["step"] <= self.step]
+            atomic_write(path, "".join(kept).encode())
