@@ -91,6 +91,7 @@ def _run_demo(arguments: argparse.Namespace) -> dict:
 
     from .demo import build, run
 
+    _quiet(arguments)
     assets = Path(arguments.assets) if arguments.assets else build.ASSETS
     if arguments.retrain:
         build.retrain(assets)
@@ -116,12 +117,21 @@ def _edit(commands: Any) -> None:
     command.add_argument("--ask", action="append", default=[], help="another question to show; may be repeated")
 
 
+def _quiet(arguments: argparse.Namespace) -> None:
+    """No progress bars for what loads in a moment."""
+    from transformers.utils import logging as hf_logging
+
+    if not arguments.verbose:
+        hf_logging.disable_progress_bar()
+
+
 def load_editor(arguments: argparse.Namespace) -> Any:
     """The editor and model that the options name, the demo's by default."""
     from .demo import build
 
     if (arguments.model is None) != (arguments.editor is None):
         raise ValueError("Pass both --model and --editor, since an editor serves one model; or neither: the demo's.")
+    _quiet(arguments)
     if arguments.model is None:
         return build.load()
     from .editor import MendEditor
