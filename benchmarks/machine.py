@@ -1,0 +1,135 @@
+"""The machine that a result comes from: what it is, and how fast it copies and multiplies at best."""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import importlib.metadata
+import os
+import platform
+import re
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+PACKAGES = ("mendfast", "torch", "triton", "transformers", "numpy", "pytest-benchmark", "liger-kernel")
+
+
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+@functools.cache
+def cache_bytes() -> int:
+    """The last-level cache, past which input sets are rotated: a GPU's L2, a CPU's L3."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_properties(0).L2_cache_size
+    try:
+        text = Path("/sys/devices/system/cpu/cpu0/cache/index3/size").read_text().strip()
+        return int(text[:-1]) * {"K": 2**10, "M": 2**20}[text[-1]]
+    except (OSError, KeyError, ValueError):
+        return 32 * 2**20
+
+
+def _best(call: Callable[[], object], rounds: int = 5) -> float:
+    """Seconds of the fastest of some calls: a ceiling is what the machine can do."""
+    times = []
+    for _ in range(rounds + 1):
+        synchronize()
+        start = time.perf_counter()
+        call()
+        synchronize()
+        times.append(time.perf_counter() - start)
+    return min(times[1:])
+
+
+@functools.cache
+def ceilings() -> dict[str, float]:
+    """Measured once per session: bytes/s ("bytes", the better of a copy and a sum) and flop/s by dtype.
+
+    float32 on a GPU is what its matrix units do in TF32, so that no float32 product can be above it.
+    """
+    on = device()
+    big = on.type == "cuda"
+    source = torch.randn(2**28 if big else 2**25, device=on)
+    target = torch.empty_like(source)
+    size = source.numel() * 4
+    copied, summed = _best(functools.partial(target.copy_, source)), _best(source.sum)
+    found = {"bytes": max(2 * size / copied, size / summed)}
+    del source, target
+    side = 8192 if big else 1536
+    for name in ("float32", "bfloat16") if big else ("float32",):
+        a, b = (torch.randn(side, side, device=on, dtype=getattr(torch, name)) for _ in range(2))
+        before = torch.get_float32_matmul_precision()
+        try:
+            torch.set_float32_matmul_precision("high" if big else before)
+            found[name] = 2 * side**3 / _best(lambda a=a, b=b: a @ b)
+        finally:
+            torch.set_float32_matmul_precision(before)
+    return found
+
+
+def floor(moved: int, operations: int, dtype: str = "float32") -> float:
+    """Seconds below which no implementation can be: the larger of moving the bytes and doing the operations."""
+    rates = ceilings()
+    return max(moved / rates["bytes"], operations / rates.get(dtype, rates["float32"]))
+
+
+def _line(*command: str) -> str | None:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _cpu() -> str:
+    try:
+        return re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1].strip()
+    except (OSError, TypeError):
+        return platform.processor() or platform.machine()
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def describe(command: str) -> dict:
+    """Hardware, driver, versions, commit, command and date, for the head of a result file."""
+    here = Path(__file__).parent
+    status = _line("git", "-C", str(here), "status", "--porcelain", "--untracked-files=no", "--", "..")
+    gpu = torch.cuda.is_available()
+    return {
+        "device": device().type,
+        "name": torch.cuda.get_device_name() if gpu else _cpu(),
+        "gpu_driver": _line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if gpu else None,
+        "cuda": torch.version.cuda if gpu else None,
+        "cpu": _cpu(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "cache_bytes": cache_bytes(),
+        "system": platform.platform(terse=True),
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in PACKAGES},
+        "commit": _line("git", "-C", str(here), "rev-parse", "HEAD"),
+        "uncommitted_changes": None if status is None else bool(status),
+        "command": command,
+        "date": datetime.date.today().isoformat(),
+        "ceilings": ceilings(),
+    }
+
+
+def result_name(machine: dict) -> str:
+    """``<machine>-<date>.json``"""
+    words = machine["name"] if machine["device"] == "cuda" else f"{machine['cpu']} {machine['cores']} cores"
+    return re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-") + f"-{machine['date']}.json"
