@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import torch
@@ -92,25 +93,29 @@ def build_editor(
     return editor
 
 
-def retrain(directory: str | Path = ASSETS, work: str | Path | None = None) -> None:
+def retrain(
+    directory: str | Path = ASSETS, *, base_steps: int = BASE_STEPS, config: TrainConfig = TRAINING
+) -> None:
     """Train model and editor from nothing and put them into ``directory``; about an hour on two cores.
 
-    ``work`` keeps checkpoints, so that an interrupted run goes on where it was.
+    What was there stays until both are done. An interrupted run goes on from its checkpoints in ``training/``,
+    which is deleted at the end.
     """
     directory = Path(directory)
-    work = Path(work) if work else directory / "training"
+    work = directory / "training"
     model_path = work / "model"
     if (model_path / "model.safetensors").is_file():
         model = GPT2LMHeadModel.from_pretrained(model_path).eval()
         tokenizer = AutoTokenizer.from_pretrained(model_path)
     else:
-        model, tokenizer = build_base()
+        model, tokenizer = build_base(steps=base_steps)
         model.save_pretrained(model_path)
         tokenizer.save_pretrained(model_path)
-    editor = build_editor(model, tokenizer, work / "editor")
+    editor = build_editor(model, tokenizer, work / "editor", config)
     questions = [(world.question(f, -1), f.answer) for f in world.load_facts()]
     known = correct(editor, questions).float().mean().item()
     print(f"The model answers {known:.1%} of {len(questions)} facts in their held-out wording.")
     model.save_pretrained(directory / "model")
     tokenizer.save_pretrained(directory / "model")
     editor.save_pretrained(directory / "editor")
+    shutil.rmtree(work)

@@ -1,0 +1,56 @@
+"""The demo: what it ships keeps its word, and is made by a command that works."""
+
+from __future__ import annotations
+
+from rich.console import Console
+
+from mendfast import MendEditor
+from mendfast.demo import build, run
+from mendfast.training import TrainConfig
+
+
+def test_shipped_editor():
+    """The figures of a quick run on the shipped files, not on what a cache may hold."""
+    assert sum(path.stat().st_size for path in build.ASSETS.rglob("*") if path.is_file()) < 12e6
+    editor = build.load()
+    chosen = run.cases(24, seed=11)
+    trained = run.measure(editor, [[case] for case in chosen], "mend", Console(quiet=True))
+    untrained = run.measure(editor.untrained(), [[case] for case in chosen], "mend", Console(quiet=True))
+    assert trained.edit_success >= 0.85 and trained.generality >= 0.8 and trained.drawdown <= 0.03
+    assert untrained.generality < trained.generality - 0.2
+
+
+def test_held_out_facts_are_not_trained_on():
+    training, held_out = build.splits()
+    assert not {fact.entity for fact in training} & {fact.entity for fact in held_out}
+    asked = {wording for item in build.items(training) for wording in item.wordings}
+    for case in run.cases(200, seed=5):
+        assert case.question not in asked and case.paraphrase not in asked
+        assert case.target != case.fact.answer
+
+
+def test_retrain(tmp_path, capsys):
+    """The whole recipe in a few steps: it resumes, puts both files in place and leaves no others."""
+    config = TrainConfig(steps=2, batch_size=2, validation_size=2, checkpoint_every=1)
+    build.retrain(tmp_path, base_steps=2, config=config)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["editor", "model"]
+    editor = build.load(tmp_path)
+    assert isinstance(editor, MendEditor) and editor.config == build.load().config
+    assert "facts in their held-out wording" in capsys.readouterr().out
+    case = run.cases(1)[0]
+    edit = editor.edit(case.question, case.target)
+    before = run.bits(editor.model)
+    edit.apply_(editor.model)
+    assert run.bits(editor.model) != before
+    edit.revert_(editor.model)
+    assert run.bits(editor.model) == before
+
+
+def test_plot_and_tables(tmp_path, capsys):
+    row = {"edit_success": 0.9, "generality": 0.8, "drawdown": 0.01, "n": 3}
+    batched = {"1": {**row, "fine_tuning": row}, "5": {**row, "edit_success": 0.7, "fine_tuning": row}}
+    run._plot(batched, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    run._print_batched(batched, Console(width=80))
+    shown = capsys.readouterr().out
+    assert "0.700" in shown and shown.count("fine-tuning") == 2
