@@ -79,7 +79,7 @@ def measure(
     label = f"{system}, {len(groups[0])} at once"
     for group in track(groups, label, console=console, transient=True, disable=not console.is_terminal):
         requests = [(case.question, case.target) for case in group]
-        context = tuning.edited(requests) if system == "fine_tuning" else editor.edit(requests).attached(editor.model)
+        context = tuning.edit(requests) if system == "fine_tuning" else editor.edit(requests).attached(editor.model)
         others = unrelated([case.fact for case in group], count, rng)
         scorer.add(editor, context, requests, [(case.paraphrase, case.target) for case in group], others)
     return scorer.score()
