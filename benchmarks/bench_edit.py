@@ -13,7 +13,7 @@ from . import naive_mend
 from .cases import Case, cases
 from .contest import Contestant, relative_error
 from .counts import edit_work
-from .shapes import SHAPES, batch, edited_model
+from .shapes import SHAPES, batch, edited_model, make_editor
 
 CASES = cases((1, 5, 25, 125), typical=1, cpu=(1, 5, 25))
 PHASES = cases((1,), typical=1, cpu=(1,), cpu_others=False)
@@ -89,7 +89,7 @@ def _check_somewhere(contest, case: Case, editor, tokens: dict, dtype: torch.dty
     """16 bits round most of an update away, so a bfloat16 row is checked in float32 on a small model of its kind."""
     if dtype != torch.float32:
         shape = case.shape.small()
-        editor = edited_model.__wrapped__(shape, contest.device.type, torch.float32)
+        editor = make_editor(shape, contest.device.type, torch.float32)
         tokens = to_device(batch(shape, len(tokens["labels"])), contest.device)
     check(editor, {name: value[:2] for name, value in tokens.items()})
 

@@ -61,7 +61,7 @@ def test_forward(contest, case):
     parameters = 2 * (2 * width * rank + width * (1 + 2 * case.shape.modes))
     work = Work(4 * (parameters + 2 * n_rows * width), 8 * n_rows * width * rank)
     contestants = {"mendfast": call(ops.editor_mlp), "reference": call(reference.editor_mlp)}
-    if contest.on_gpu:
+    if contest.on_gpu and case.typical:
         contestants["torch.compile"] = call(compiled(reference.editor_mlp))
     row = {"shape": case.shape.name, "rows": case.size}
     contest(row, data, contestants, work=work, queued=True, backend=_backend(contest))
@@ -88,7 +88,7 @@ def test_backward(contest, case):
     products = 2 * n_rows * width * rank * 7
     work = Work(4 * (read + parameters + 4 * n_rows * width), products)
     contestants = {"mendfast": call(ops.editor_mlp), "reference": call(reference.editor_mlp)}
-    if contest.on_gpu:
+    if contest.on_gpu and case.typical:
         contestants["torch.compile"] = call(compiled(reference.editor_mlp))
     row = {"shape": case.shape.name, "rows": case.size}
     contest(row, data, contestants, work=work, queued=True, backend=_backend(contest))

@@ -13,7 +13,7 @@ from .cases import cases
 from .contest import Contestant, relative_error
 from .counts import step_work
 from .naive_mend import meta_step
-from .shapes import LOCALITY_TOKENS, batch, edited_model
+from .shapes import LOCALITY_TOKENS, batch, make_editor
 
 CASES = cases((1, 4, 8, 16, 32), typical=4, cpu=(1, 4), cpu_others=False)
 PHASES = cases((4,), typical=4, cpu=(4,), cpu_others=False)
@@ -59,7 +59,7 @@ def test_meta_step(contest, case):
         check(editor, _batches(shape, min(2, size), 0, contest.device))
     else:
         small = case.shape.small()
-        other = edited_model.__wrapped__(small, contest.device.type, torch.float32)
+        other = make_editor(small, contest.device.type, torch.float32)
         check(other, _batches(small, min(2, size), 0, contest.device))
 
     def data(seed: int) -> tuple:

@@ -1,16 +1,21 @@
 """``pytest benchmarks/ --benchmark-only`` times everything that this machine can run.
 
 ``--benchmark-disable`` runs each benchmark once on small shapes, with its checks, and times nothing.
-``--results FILE`` writes the rows, with the machine that they come from.
+``--results FILE`` keeps the rows, with the machine that they come from, after each of them; rows that FILE holds of
+the same commit stay, and with ``--resume`` are not timed again.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from mendfast.files import atomic_write
 
 from . import machine, report
 from .contest import Contest
@@ -19,7 +24,8 @@ _ROWS, _LEFT = pytest.StashKey[list[dict]](), pytest.StashKey[list[str]]()
 
 
 def pytest_addoption(parser) -> None:
-    parser.addoption("--results", type=Path, metavar="FILE", help="write the rows of this run to FILE, as JSON")
+    parser.addoption("--results", type=Path, metavar="FILE", help="keep the rows of this run in FILE, as JSON")
+    parser.addoption("--resume", action="store_true", help="leave out what the file of --results holds")
 
 
 def pytest_configure(config) -> None:
@@ -28,14 +34,29 @@ def pytest_configure(config) -> None:
     config.stash[_ROWS], config.stash[_LEFT] = [], []
 
 
+def pytest_collection_modifyitems(config, items) -> None:
+    if config.getoption("--resume"):
+        done = {row["test"] for row in _kept(config.getoption("--results"))["rows"]}
+        config.hook.pytest_deselected(items=[item for item in items if _test_of(item) in done])
+        items[:] = [item for item in items if _test_of(item) not in done]
+
+
+def _test_of(item) -> str:
+    return f"{item.path.stem}::{item.name}"
+
+
 @pytest.fixture
-def contest(request, benchmark) -> Contest:
+def contest(request, benchmark) -> Iterator[Contest]:
     """Checks and times contestants; see :class:`benchmarks.contest.Contest`."""
     question = request.module.__name__.rpartition(".bench_")[2].replace("_", " ")
     detail = request.function.__name__.removeprefix("test_").replace("_", " ")
     name = question if detail == question else f"{question}, {detail}"
     benchmark.group = name
-    return Contest(benchmark, name, request.config.stash[_ROWS], benchmark.disabled)
+    rows: list[dict] = []
+    yield Contest(benchmark, name, rows, benchmark.disabled)
+    request.config.stash[_ROWS] += [{"test": _test_of(request.node), **row} for row in rows]
+    if request.config.getoption("--results") and rows:
+        _write(request.config)
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +66,7 @@ def _where_it_fits(request, pytestconfig) -> None:
         return
     parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}
     if not all(getattr(value, "on_cpu", True) for value in parameters.values()):
-        pytestconfig.stash[_LEFT].append(request.node.name)
+        pytestconfig.stash[_LEFT].append(_test_of(request.node))
         pytest.skip("needs a GPU")
 
 
@@ -60,18 +81,32 @@ def pytest_terminal_summary(terminalreporter, config) -> None:
 
 
 def pytest_sessionfinish(session) -> None:
-    config = session.config
+    if session.config.getoption("--results") and session.config.stash[_ROWS]:
+        _write(session.config)
+
+
+@functools.cache
+def _machine() -> dict:
+    return machine.describe(os.environ.get("MENDFAST_BENCHMARK_COMMAND") or "pytest benchmarks --benchmark-only")
+
+
+def _kept(path: Path) -> dict:
+    """What the file holds of the same commit, or nothing."""
+    if path is not None and path.is_file():
+        result = report.load(path)
+        if result["machine"]["commit"] == _machine()["commit"]:
+            return result
+    return {"rows": [], "need_a_gpu": []}
+
+
+def _write(config) -> None:
     path, rows = config.getoption("--results"), config.stash[_ROWS]
-    if path is None or not rows:
-        return
-    command = os.environ.get("MENDFAST_BENCHMARK_COMMAND") or "pytest " + " ".join(config.invocation_params.args)
+    kept, fresh = _kept(path), {row["test"] for row in rows}
     result = {
         "format": "mendfast.benchmarks",
         "format_version": 1,
-        "machine": machine.describe(command),
-        "need_a_gpu": config.stash[_LEFT],
-        "failed": session.testsfailed,
-        "rows": rows,
+        "machine": _machine(),
+        "need_a_gpu": sorted({*kept["need_a_gpu"], *config.stash[_LEFT]}),
+        "rows": [row for row in kept["rows"] if row["test"] not in fresh] + rows,
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    atomic_write(path, (json.dumps(result, indent=1) + "\n").encode())

@@ -14,6 +14,7 @@ from mendfast.training.prefix import FrozenPrefix
 from .contest import Work
 
 Batch = Mapping[str, torch.Tensor]
+CROSS = ("encoder_attn.k_proj", "encoder_attn.v_proj", "EncDecAttention.k", "EncDecAttention.v")
 
 
 class Counts:
@@ -25,10 +26,15 @@ class Counts:
         self.all, self.above = [], []
         for number, (_, blocks) in enumerate(stacks(model)):
             for block in blocks:
-                entry = (number, sum(p.numel() for p in block.parameters() if p.dim() == 2))
-                self.all.append(entry)
+                # a decoder's keys and values of the encoder are made from the encoder's tokens
+                entries = [
+                    (0 if any(part in name for part in CROSS) else number, p.numel())
+                    for name, p in block.named_parameters()
+                    if p.dim() == 2
+                ]
+                self.all += entries
                 if block not in frozen:
-                    self.above.append(entry)
+                    self.above += entries
         head = model.get_output_embeddings()
         self.head = head.weight.numel() if isinstance(head, nn.Module) else 0
         self.itemsize = next(model.parameters()).element_size()

@@ -19,7 +19,8 @@ OURS = "mendfast"
 BOUNDS = ("bare pass", "unedited", "applied", "its dependencies", "safetensors alone")
 """Contestants that do less than is asked: what a row can at best be, and no opponents."""
 _FIGURES = (
-    "question", "shape", "device", "units", "contestants", "bytes", "operations", "floor_s", "times_floor", "backend",
+    "test", "question", "shape", "device", "units", "contestants", "bytes", "operations", "floor_s", "times_floor",
+    "backend",
 )  # fmt: skip
 HEADLINES = ("edit, end to end", "meta step")
 

@@ -23,12 +23,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--only", metavar="EXPRESSION", help="benchmarks whose names match, as pytest -k takes it")
     parser.add_argument("--output", type=Path, default=HERE / "results", help="folder (default benchmarks/results)")
+    parser.add_argument("--resume", action="store_true", help="leave out what the file holds of the same commit")
     args = parser.parse_args(argv)
     given = [f"--only '{args.only}'"] if args.only else []
     os.environ["MENDFAST_BENCHMARK_COMMAND"] = " ".join(["python -m benchmarks.run", *given])
     name = machine.result_name(machine.describe(""))
     command = [str(HERE), "--benchmark-only", "-q", f"--results={args.output / name}", "-p", "no:cacheprovider"]
-    return int(pytest.main(command + (["-k", args.only] if args.only else [])))
+    command += ["-k", args.only] if args.only else []
+    args.output.mkdir(parents=True, exist_ok=True)
+    return int(pytest.main(command + ["--resume"] * args.resume))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import gc
 from dataclasses import dataclass, replace
 
 import torch
@@ -92,18 +92,30 @@ _CLASSES = {
 }
 
 
-@functools.lru_cache(maxsize=1)  # one model at a time: several would not fit on a GPU
+_current: dict[tuple, MendEditor] = {}
+
+
 def edited_model(shape: Shape, device: str, dtype: torch.dtype) -> MendEditor:
+    """:func:`make_editor`, kept until another is asked for: two large models would not fit on a GPU."""
+    key = (shape, device, dtype)
+    if key not in _current:
+        _current.clear()
+        gc.collect()
+        _current[key] = make_editor(*key)
+    return _current[key]
+
+
+def make_editor(shape: Shape, device: str, dtype: torch.dtype) -> MendEditor:
     """A random model of the shape and its editor (``editor.model``), with statistics and non-zero U."""
     torch.manual_seed(0)
     default = torch.get_default_dtype()
-    try:
-        torch.set_default_dtype(dtype)
-        with torch.device(device):
+    with torch.device(device):
+        try:
+            torch.set_default_dtype(dtype)
             model = _CLASSES[shape.family](_config(shape)).eval()
-    finally:
-        torch.set_default_dtype(default)
-    editor = MendEditor.from_model(model, None, MendConfig(rank=shape.rank, scale_v=True, step_size=1e-3))
+        finally:
+            torch.set_default_dtype(default)
+        editor = MendEditor.from_model(model, None, MendConfig(rank=shape.rank, scale_v=True, step_size=1e-3))
     editor.train().edit_tokens(batch(shape, 4, seed=9))
     with torch.no_grad():
         for name, parameter in editor.named_parameters():

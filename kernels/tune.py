@@ -13,9 +13,12 @@ import argparse
 import dataclasses
 import itertools
 import json
+import math
 import os
+import random
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -92,12 +95,20 @@ def workload(
     return lambda: kl_divergence.backward(grad, p, q, keep, lse_p, lse_q)
 
 
-def best(kernel: str, call: Callable[[], object], shared_limit: int) -> tuple[Config, float]:
-    """(fastest configuration, its median milliseconds); those that fail to compile or launch are passed over."""
+def best(
+    kernel: str, call: Callable[[], object], shared_limit: int, seconds: float = math.inf
+) -> tuple[Config, float]:
+    """(fastest configuration, its median milliseconds); those that fail to compile or launch are passed over.
+
+    In an order that mixes them, for at least ``seconds`` where that is not all of them.
+    """
     import triton
 
     times: list[tuple[float, Config]] = []
-    for config in candidates(kernel, shared_limit):
+    found, end = list(candidates(kernel, shared_limit)), time.monotonic() + seconds
+    for config in random.Random(0).sample(found, len(found)):
+        if times and time.monotonic() > end:
+            break
         with configs.force(kernel, config):
             try:
                 times.append((triton.testing.do_bench(call, return_mode="median"), config))
@@ -135,6 +146,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--n", type=int, default=16384, help="width of delta")
     parser.add_argument("--rank", type=int, default=1920)
     parser.add_argument("--rows", type=int, default=60)
+    parser.add_argument("--seconds", type=float, default=math.inf, help="for each kernel (default: all there are)")
     parser.add_argument("--output", type=Path, metavar="FILE", help=f"the table (default {configs.table_path()})")
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():
@@ -151,7 +163,7 @@ def main(argv: list[str] | None = None) -> int:
         for precision in (args.precision or PRECISIONS) if kernel in PRODUCTS else (None,):
             shape = (args.m, args.n, args.rank, args.rows)
             call = workload(kernel, precision or "tf32x3", *shape, device)
-            config, elapsed = best(kernel, call, limit)
+            config, elapsed = best(kernel, call, limit, args.seconds)
             print(f"{configs.key(kernel, precision):24}{elapsed * 1e3:9.1f} us  {config}", flush=True)
             write(path, name, {configs.key(kernel, precision): config})
     print(f"written to {path}")

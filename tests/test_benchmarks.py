@@ -1,0 +1,214 @@
+"""The logic of the benchmarks: counting, timing in turns, checks, the report and the comparison."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import contest, counts, machine, plots, report, shapes
+from benchmarks.contest import Contest, Contestant, Work
+from mendfast.objective import target_rows
+
+ROOT = Path(__file__).parent.parent
+
+
+class Benchmark:
+    """As much of pytest-benchmark's fixture as a contest uses."""
+
+    def __init__(self):
+        self.extra_info = {}
+
+    def pedantic(self, target, setup, teardown, rounds):
+        for _ in range(rounds):
+            arguments, _ = setup()
+            target(*arguments)
+            teardown(*arguments)
+
+
+@pytest.fixture
+def rows(monkeypatch) -> list[dict]:
+    monkeypatch.setattr(machine, "ceilings", lambda: {"bytes": 1e9, "float32": 1e10})
+    monkeypatch.setattr(machine, "cache_bytes", lambda: 1000)
+    monkeypatch.setitem(contest.SECONDS, "cpu", 0.05)
+    return []
+
+
+def race(rows: list[dict], contestants: dict, **options) -> dict:
+    Contest(Benchmark(), "question", rows, quick=False)(
+        {"shape": "a", "rows": 1}, lambda seed: torch.full((100,), float(seed)), contestants, **options
+    )
+    return rows[-1]
+
+
+def test_a_row_holds_what_it_took_and_the_floor(rows):
+    def slow(x):
+        time.sleep(0.02)
+        return x * 2
+
+    row = race(rows, {"mendfast": slow, "reference": lambda x: x * 2}, work=Work(1000, 5 * 10**7))
+    ours = row["contestants"]["mendfast"]
+    assert 0.02 <= ours["median_s"] < 0.1 and ours["first_quartile_s"] <= ours["third_quartile_s"]
+    assert row["floor_s"] == pytest.approx(5e-3)
+    assert row["times_floor"] == pytest.approx(ours["median_s"] / 5e-3)
+    assert row["contestants"]["reference"]["median_s"] < 0.02
+    assert report.losses([row])[0][1] == "reference"
+
+
+def test_floor_is_the_larger_of_bytes_and_operations(rows):
+    assert machine.floor(2 * 10**9, 10) == 2 and machine.floor(10, 3 * 10**10) == 3
+
+
+def test_contestants_take_turns_on_sets_past_the_cache(rows):
+    """4 x 1,000 bytes of cache and 1,000 bytes of work: four sets, each contestant at another one."""
+    seen = []
+
+    def record(name):
+        return lambda x: (seen.append((name, int(x[0]))), x)[1]
+
+    race(rows, {"mendfast": record("mendfast"), "reference": record("reference")}, work=Work(1000, 1))
+    timed = seen[2 + 4 : -2]
+    assert {number for _, number in timed} == {0, 1, 2, 3}
+    assert all(a[0] != b[0] for a, b in itertools.pairwise(timed))
+    assert all(a[1] != b[1] for a, b in itertools.pairwise(timed))
+
+
+def test_a_wrong_result_is_not_timed(rows):
+    with pytest.raises(AssertionError, match="mendfast differs from reference"):
+        race(rows, {"mendfast": lambda x: x + 1e-3, "reference": lambda x: x + 1}, work=Work(1000, 1))
+    with pytest.raises(AssertionError, match="differs"):
+        race(rows, {"mendfast": lambda x: x * torch.nan, "reference": lambda x: x + 1}, work=Work(1000, 1))
+    assert not rows
+
+
+def test_an_opponent_without_memory_is_reported_and_we_are_not_excused(rows):
+    def full(x):
+        raise torch.OutOfMemoryError("full")
+
+    row = race(rows, {"mendfast": lambda x: x, "naive": full}, reference=None)
+    assert row["contestants"]["naive"] == {"error": "out of memory"} and report.opponents(row) == {}
+    with pytest.raises(torch.OutOfMemoryError):
+        race(rows, {"mendfast": full, "naive": lambda x: x}, reference=None)
+
+
+def test_preparing_and_undoing_are_not_timed(rows):
+    open_states = []
+
+    def prepare(x):
+        time.sleep(0.01)
+        open_states.append(x)
+        return x
+
+    row = race(rows, {"mendfast": Contestant(lambda x: None, prepare, lambda x: open_states.pop())}, reference=None)
+    assert row["contestants"]["mendfast"]["median_s"] < 0.005
+    assert not open_states
+
+
+def test_peak_memory_counts_what_is_alive_at_once():
+    def call():
+        a = torch.empty(1_000_000)
+        b = torch.empty(500_000)
+        del a
+        return torch.empty(250_000), b
+
+    assert contest.peak_bytes(call) == pytest.approx(6e6, rel=0.01)
+
+
+@pytest.mark.parametrize("name", ["distilGPT-2", "BART-base", "BERT-base"])
+def test_operations_are_those_that_pytorch_counts(name):
+    """The model's own passes, against the flops that PyTorch counts while they run."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    shape = shapes.SHAPES[name].small()
+    editor, tokens = shapes.make_editor(shape, "cpu", torch.float32), shapes.batch(shape, 2)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        target_rows(editor.model, tokens)
+    count = counts.Counts(editor)
+    ours = count.products(count.all, tokens) + 2 * count.head * count.targets(tokens)
+    assert 0.9 * counter.get_total_flops() <= ours <= 1.05 * counter.get_total_flops()
+    assert 0 < count.size(count.above) < count.size(count.all)
+
+
+def result(**seconds: float) -> dict:
+    """A result file with a row for each name."""
+
+    def figures(value: float) -> dict:
+        spread = {"median_s": value, "first_quartile_s": value * 0.9, "third_quartile_s": value * 1.1}
+        return spread | {"rounds": 5, "peak_bytes": 10**6}
+
+    rows = [
+        {
+            "test": f"bench::{name}", "question": "edit, end to end", "shape": name, "edits": 1, "dtype": "float32",
+            "device": "cpu", "units": 1, "contestants": {"mendfast": figures(value), "naive": figures(0.2)},
+            "bytes": 1000, "operations": 1000, "floor_s": 0.01, "times_floor": value / 0.01,
+        }
+        for name, value in seconds.items()
+    ]  # fmt: skip
+    described = {
+        "device": "cpu", "name": "A CPU", "cpu": "A CPU", "cores": 2, "threads": 2,
+        "versions": {"torch": "2", "transformers": "5"},
+        "date": "2026-01-02", "commit": "0" * 40, "command": "run", "ceilings": {"bytes": 1e10, "float32": 1e11},
+    }  # fmt: skip
+    return {"format": "mendfast.benchmarks", "machine": described, "rows": rows, "need_a_gpu": ["bench::large"]}
+
+
+def test_comparison_fails_past_the_tolerance(tmp_path, capsys):
+    old, new = result(a=0.1, b=0.1, c=0.1), result(a=0.105, b=0.2, d=0.1)
+    paths = [tmp_path / "old.json", tmp_path / "new.json"]
+    for path, content in zip(paths, (old, new), strict=True):
+        path.write_text(json.dumps(content))
+    arguments = ["--compare", *map(str, paths), "--tolerance"]
+    assert report.main([*arguments, "0.1"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["1.05", "2.00", "gone", "new", "2"]
+    assert report.compare(old, old, 0.0)[1] == []
+    assert report.compare(old, result(a=0.11, b=0.1, c=0.1), 0.2)[1] == []
+    with pytest.raises(ValueError, match="no result"):
+        paths[0].write_text("{}")
+        report.load(paths[0])
+
+
+def test_report_says_where_it_loses_and_what_was_not_measured():
+    text = report.readme([result(fast=0.05, slow=0.4)])
+    assert "**4.0 ×**" in text and "**0.5 ×**" in text
+    assert "Where it loses (1 of 2 rows)" in text and "| slow | 1 edit, float32 | 400 ms | naive | 2.00 × |" in text
+    assert "not measured yet" in text and "1 rows" in text
+    on_gpu = copy.deepcopy(result(fast=0.05))
+    on_gpu["machine"] |= {"device": "cuda", "name": "A GPU", "gpu_driver": "1", "cuda": "13"}
+    text = report.readme([on_gpu, result(fast=0.05)])
+    assert "not measured yet" not in text and "No row is lost." in text
+
+
+def test_names_of_files_and_units():
+    described = result()["machine"]
+    assert machine.result_name(described) == "a-cpu-2-cores-2026-01-02.json"
+    assert [report.duration(s) for s in (12.3456, 0.0123, 4.5e-5)] == ["12.3 s", "12.3 ms", "45.0 µs"]
+    assert [report.memory(b) for b in (2.5e9, 3e6)] == ["2.50 GB", "3.00 MB"]
+
+
+def test_plots_are_drawn(tmp_path):
+    content = result(a=0.05, b=0.4)
+    content["rows"] += [dict(content["rows"][0], edits=5, units=5)]
+    paths = plots.draw(content, tmp_path)
+    assert [path.name for path in paths] == [f"cpu-{stem}.png" for stem in report.PLOTS]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
+
+
+def test_readme_holds_what_the_results_say(capsys):
+    assert report.main(["--check"]) == 0, capsys.readouterr().out
+
+
+def test_a_committed_result_describes_itself():
+    results = report.latest()
+    assert results
+    for content in results:
+        described = content["machine"]
+        assert all(described[key] for key in ("name", "threads", "system", "python", "commit", "command", "date"))
+        assert described["versions"]["torch"] and described["ceilings"]["bytes"] > 1e8
+        assert all(set(row["contestants"]["mendfast"]) >= {"median_s", "peak_bytes"} for row in content["rows"])
+        assert (ROOT / "benchmarks/plots" / f"{described['device']}-speedup.png").is_file()
