@@ -1,0 +1,276 @@
+"""Records out of local files and Hub datasets, and their fields; one broken line never ends the run."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+_FILE_ENDINGS = (".tsv", ".txt", ".csv", ".json", ".jsonl")
+
+
+@dataclass(frozen=True)
+class Example:
+    """One edit: after it, ``prompt`` is answered with ``target``."""
+
+    prompt: str
+    target: str
+    subject: str | None = None
+    answers: tuple[str, ...] = ()
+    """What is true, or what the data calls the current answers; the target itself where no edit is meant."""
+    rephrasings: tuple[str, ...] = ()
+    """Other wordings of the prompt."""
+    locality: tuple[tuple[str, str | None], ...] = ()
+    """Prompts that the edit must leave alone, with their answers where known."""
+    portability: tuple[tuple[str, str], ...] = ()
+    """Questions whose answers follow from the edit."""
+    source: str = ""
+    """File and line, or dataset and row."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A record that could not be read, or (``kept``) one that was read and deserves a look."""
+
+    file: str
+    line: int
+    """Counted from 1; the row of a Hub dataset."""
+    field: str
+    """"" where the whole line is meant."""
+    message: str
+    kept: bool = False
+
+    def __str__(self) -> str:
+        field = f", {self.field}" if self.field else ""
+        return f"{self.file}:{self.line}{field}: {self.message}" + (" (kept)" if self.kept else "")
+
+
+class Bad(Exception):
+    """Raised by a parser: what is wrong with a record, and in which field."""
+
+    def __init__(self, field: str, message: str):
+        super().__init__(message)
+        self.field, self.message = field, message
+
+
+Records = Iterator[tuple[int, "dict[str, Any] | Bad"]]
+
+
+def read_examples(
+    source: str | Path,
+    parse: Callable[[Any], tuple[Example, str]],
+    *,
+    limit: int | None = None,
+    columns: tuple[str, str] = ("question", "answer"),
+    tabs: bool | None = None,
+) -> tuple[list[Example], list[Problem]]:
+    """Read edits from a local file or, through ``datasets``, from the Hub.
+
+    Args:
+        source: a .tsv, .json or .jsonl file in UTF-8, or a Hub dataset's name: "owner/name" or
+            "owner/name:split".
+        parse: makes one record into an example, and names the field whose target is already the answer (""
+            where it is not); raises :class:`Bad`.
+        limit: stop after so many examples.
+        columns: the fields of a line with a tab.
+        tabs: whether lines are split at tabs; None: where they are no JSON.
+
+    Returns:
+        The examples, and the problems: records that were skipped, and ones that were kept though their
+        target is already the answer.
+
+    Raises:
+        ValueError: no such file or dataset, ``datasets`` not installed, no example in it.
+    """
+    examples: list[Example] = []
+    problems: list[Problem] = []
+    for line, record in open_records(source, limit, columns, tabs):
+        if limit is not None and len(examples) >= limit:
+            break
+        try:
+            if isinstance(record, Bad):
+                raise record
+            example, flagged = parse(record)
+        except Bad as bad:
+            problems.append(Problem(str(source), line, bad.field, bad.message))
+            continue
+        examples.append(replace(example, source=f"{source}:{line}"))
+        if flagged:
+            message = f"{example.target!r} is already the answer, so there is nothing to change"
+            problems.append(Problem(str(source), line, flagged, message, kept=True))
+    if not examples:
+        why = f"{len(problems)} skipped, the first: {problems[0]}" if problems else "it is empty"
+        raise ValueError(f"No {' and '.join(columns)} was found in {source}: {why}.")
+    return examples, problems
+
+
+def open_records(
+    source: str | Path, limit: int | None, columns: tuple[str, str] = ("question", "answer"), tabs: bool | None = None
+) -> Records:
+    """The records of a file or Hub dataset; see :func:`read_examples`."""
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit is {limit}; it must be at least 1, or None for everything.")
+    path = Path(source)
+    if path.is_dir():
+        raise ValueError(f"{source} is a folder; pass the file in it, or a Hub dataset's name.")
+    if path.exists():
+        return _file_records(path, columns, tabs)
+    if path.suffix.lower() in _FILE_ENDINGS:
+        raise ValueError(f"There is no file {source}; pass one that exists, or a Hub dataset's name.")
+    return hub_records(str(source))
+
+
+# -- files and datasets ------------------------------------------------------------------------------------
+
+
+def _file_records(path: Path, columns: tuple[str, str], tabs: bool | None) -> Records:
+    with path.open("rb") as file:
+        start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
+    if tabs or (tabs is None and start[:1] not in (b"[", b"{")):
+        return _tsv_records(path, columns)
+    return _array_records(path) if start[:1] == b"[" else _jsonl_records(path)
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str | Bad]]:
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, 1):
+            try:
+                line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                yield number, _not_utf8(error)
+                continue
+            if line.strip():
+                yield number, line
+
+
+def _not_utf8(error: UnicodeDecodeError) -> Bad:
+    return Bad("", f"is not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8")
+
+
+def _tsv_records(path: Path, columns: tuple[str, str]) -> Records:
+    for number, line in _lines(path):
+        if isinstance(line, Bad):
+            yield number, line
+            continue
+        fields = line.rstrip("\r\n").split("\t")
+        if number == 1 and tuple(field.strip().lower() for field in fields) in (columns, _HEADER):
+            continue
+        if len(fields) != 2:
+            found = f"{len(fields)} field" + "s" * (len(fields) != 1)
+            yield number, Bad("", f"has {found} between tabs; a line is {' TAB '.join(columns)}")
+            continue
+        yield number, dict(zip(columns, fields, strict=True))
+
+
+_HEADER = ("prompt", "target")
+
+
+def _jsonl_records(path: Path) -> Records:
+    for number, line in _lines(path):
+        if not isinstance(line, Bad):
+            try:
+                line = json.loads(line)
+            except (json.JSONDecodeError, RecursionError) as error:
+                line = Bad("", f"is no JSON: {error}")
+        yield number, line
+
+
+def _array_records(path: Path) -> Records:
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        yield 1, _not_utf8(error)
+        return
+    decoder, at, line = json.JSONDecoder(), text.index("[") + 1, 1
+    counted = 0
+    while True:
+        at = _GAP.match(text, at).end()
+        line, counted = line + text.count("\n", counted, at), at
+        if text[at : at + 1] == "]":
+            return
+        try:
+            record, at = decoder.raw_decode(text, at)
+        except (json.JSONDecodeError, RecursionError) as error:
+            # Inside an array nothing says where the next record starts.
+            yield line, Bad("", f"is no JSON, and the rest of the array is lost with it: {error}")
+            return
+        yield line, record
+
+
+_GAP = re.compile(r"[\s,]*")
+
+
+def hub_records(name: str) -> Records:
+    """The rows of a Hub dataset, "owner/name" or "owner/name:split"."""
+    dataset, _, split = name.partition(":")
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", dataset):
+        raise ValueError(f"{name!r} is no file here, nor a Hub dataset's name (owner/name:split).")
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise ValueError(
+            f"There is no file {name}, and reading the Hub dataset of that name needs the package datasets: "
+            "pip install datasets."
+        ) from error
+    try:
+        loaded = load_dataset(dataset, split=split or None)
+    except Exception as error:
+        raise ValueError(f"No file {name} here, and no such dataset from the Hub: {error}.") from error
+    if isinstance(loaded, dict):
+        if len(loaded) > 1:
+            splits = " or ".join(f"{dataset}:{split}" for split in loaded)
+            raise ValueError(f"{name} has several splits; choose one of them: {splits}.")
+        loaded = next(iter(loaded.values()))
+    return ((row, dict(record)) for row, record in enumerate(loaded, 1))
+
+
+# -- fields ------------------------------------------------------------------------------------------------
+
+
+def show(value: Any) -> str:
+    """A value as a sentence names it."""
+    if value is None:
+        return "missing"
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return f"{text[:37]}..." if len(text) > 40 else text
+
+
+def required(record: dict[str, Any], *names: str, prefix: str = "") -> str:
+    """The first text of the first field that is there; :class:`Bad` where there is none."""
+    found = texts(record, *names, prefix=prefix)
+    if not found:
+        present = next((name for name in names if name in record), names[0])
+        raise Bad(prefix + present, "is empty" if present in record else "is missing")
+    return found[0]
+
+
+def optional(record: dict[str, Any], *names: str) -> str | None:
+    """The first text of the first field that is there, or None."""
+    return next(iter(texts(record, *names)), None)
+
+
+def texts(record: dict[str, Any], *names: str, prefix: str = "") -> tuple[str, ...]:
+    """The non-empty texts in the first field that is there: one text, or lists of them to any depth."""
+    for name in names:
+        if record.get(name) is not None:
+            return tuple(text for text in flat(record[name], prefix + name) if text)
+    return ()
+
+
+def flat(value: Any, field: str) -> Iterator[str]:
+    """The texts in a text or in lists of them."""
+    if isinstance(value, str):
+        yield value.strip()
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from flat(item, field)
+    else:
+        raise Bad(field, f"is or holds {show(value)}; it must be text or a list of texts")
+
+
+def others(prompt: str, texts: Iterable[str]) -> tuple[str, ...]:
+    """The distinct texts that are not the prompt."""
+    return tuple(text for text in dict.fromkeys(texts) if text != prompt)
