@@ -81,7 +81,6 @@ def test_every_system_edits_every_kind_of_model_and_leaves_it_as_it_was(key, nam
     with system.edit(edits(name)) as edited:
         assert edited is system.subject.model
         assert not torch.equal(outputs(system, name), old)
-        assert len(system.predict(["x"])) == 1
     assert system.seconds > 0
     with pytest.raises(KeyError), system.edit(edits(name)[:1]):
         raise KeyError
@@ -89,6 +88,15 @@ def test_every_system_edits_every_kind_of_model_and_leaves_it_as_it_was(key, nam
     assert torch.equal(outputs(system, name), old)
     assert all(parameter.grad is None for parameter in system.subject.model.parameters())
     assert not system.subject.model.training
+
+
+def test_predict_asks_the_model_as_it_is_now(tokenizer):
+    system = make("ft", "bert", tokenizer, max_steps=50)
+    (old,) = system.predict(["What is 1?"])
+    new = next(label for label in ANSWERS["bert"] if label != old)
+    with system.edit([("What is 1?", new)]):
+        assert system.predict(["What is 1?"]) == [new]
+    assert system.predict(["What is 1?"]) == [old]
 
 
 @pytest.mark.parametrize("key", SYSTEMS)

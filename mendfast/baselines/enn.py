@@ -36,20 +36,21 @@ class _Editable(nn.Module):
 class EditableNetwork(Fitted):
     """ENN: edits are ``steps`` steps of gradient descent on the edited matrices, at learned rates.
 
-    The model is trained so that those few steps do: Sinitsin et al. (2020, section 3), equation 4, minimise
+    The model is trained so that those few steps do. With W~ what the steps make of W, each of them
+    ``W <- W - rate * grad_W L_e(W)``, Adam minimises, through the steps (second order),
 
-        L_base(W) + c_edit L_e(W~) + c_loc KL(p_W0 || p_W~),    W~ = W - rate * grad_W L_e(W), step after step
+        L_base(W) + c_edit L_e(W~) + c_loc KL(p_W0 || p_W~)
 
-    through the steps (second order). As in Mitchell et al. (2022, section 5) the steps are plain gradient
-    descent with a learned rate for each matrix, of which there is one, and L_e(W~) is taken on rephrasings. Here
-    the KL is against the model as it was before all training, W0, and L_base the loss of the locality inputs'
-    own answers. The loss of several simultaneous edits is the sum of theirs, so that with one step their update
-    is the sum of the separate ones.
+    This is the objective of Sinitsin et al. (section 3) with the choices that Mitchell et al. (2022, section 5)
+    made for their comparison: plain gradient descent, a learned rate for each matrix, L_e(W~) on rephrasings. The
+    KL is against the model before all training, W0, and L_base the loss of the locality inputs' known answers.
+    The loss of simultaneous edits is the sum of theirs, so that with one step their update is the sum of the
+    separate ones; the released code of Mitchell et al. takes the mean, which divides the step by their number.
 
     Args:
         subject: names the model, of which a copy is trained and edited; the caller's model stays as it is.
-        steps: of gradient descent in an edit.
-        rate: of each step, before training.
+        steps: of gradient descent in an edit; each has rates of its own.
+        rate: of each step before training.
         learning_rate: Adam's, of the model; the logarithms of the rates have ``config.alpha_learning_rate``.
         first_order: take the steps' gradients for constants.
         c_base: weight of the model's own loss on known answers.
