@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from rich.console import Console
 
 from mendfast import MendEditor
@@ -27,6 +28,14 @@ def test_held_out_facts_are_not_trained_on():
     for case in run.cases(200, seed=5):
         assert case.question not in asked and case.paraphrase not in asked
         assert case.target != case.fact.answer
+
+
+def test_untrained_editor_is_the_identity_on_normalised_rows():
+    editor = build.load()
+    fresh = editor.untrained()
+    net, trained = next(iter(fresh.networks.values())), next(iter(editor.networks.values()))
+    assert torch.equal(net.u_mean, trained.u_mean) and int(net.count) == int(trained.count) > 0
+    assert all((block.U == 0).all() for block in net.both)
 
 
 def test_retrain(tmp_path, capsys):
