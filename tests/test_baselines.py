@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from conftest import make_model
@@ -141,13 +143,15 @@ def test_a_run_that_was_cut_off_ends_in_the_same_bits(key, tokenizer, tmp_path, 
         for parameter in rest.network.parameters() if key != "mend" else rest.subject.parameters():
             parameter.add_(1)
     got = rest.fit(facts, config, output=tmp_path / "cut", validation=validation, progress=False)
-    assert got == expected and {"val_loss", "edit_success", "l_edit", "l_loc"} <= set(got)
-    with whole.edit(edits("gpt2")), rest.edit(edits("gpt2")):
-        assert torch.equal(outputs(whole, "gpt2"), outputs(rest, "gpt2"))
     logs = [(tmp_path / run / "metrics.jsonl").read_text() for run in ("whole", "cut")]
     assert logs[0] == logs[1] and len(logs[0].splitlines()) == 7
-    # A run that is over gives its last figures again.
-    assert rest.fit(facts, config, output=tmp_path / "cut", validation=validation, progress=False) == expected
+    last = json.loads(logs[0].splitlines()[-1])
+    assert {"val_loss", "edit_success", "l_edit", "l_loc"} <= set(last)
+    assert last.items() <= expected.items() and last.items() <= got.items()
+    with whole.edit(edits("gpt2")), rest.edit(edits("gpt2")):
+        assert torch.equal(outputs(whole, "gpt2"), outputs(rest, "gpt2"))
+    again = rest.fit(facts, config, output=tmp_path / "cut", validation=validation, progress=False)
+    assert last.items() <= again.items(), "a run that is over gives its last figures again"
     if key != "mend":
         best = make(key, "gpt2", tokenizer)
         best.load(tmp_path / "cut" / "best")
@@ -171,7 +175,7 @@ def test_training_lowers_the_loss(key, options, tokenizer, tmp_path):
 
 
 def test_steps_that_are_not_finite_are_skipped_and_ten_in_a_row_stop(tokenizer):
-    system = make("ke", "gpt2", tokenizer)
+    system = make("ke", "bert", tokenizer)
     losses, calls, bad = system.losses, [], {1}
 
     def poisoned(draw, config, joint):
@@ -180,11 +184,11 @@ def test_steps_that_are_not_finite_are_skipped_and_ten_in_a_row_stop(tokenizer):
             yield total * (torch.nan if calls[-1] in bad else 1), metrics
 
     system.losses = poisoned
-    system.fit(sampler("gpt2"), training(steps=3), progress=False)
+    system.fit(sampler("bert"), training(steps=3), progress=False)
     assert len(calls) == 3 and all(p.isfinite().all() for p in system.network.parameters())
     bad.update(range(100))
     with pytest.raises(TrainingError, match="KE: 10 steps in a row"):
-        system.fit(sampler("gpt2"), training(steps=30), progress=False)
+        system.fit(sampler("bert"), training(steps=30), progress=False)
 
 
 def test_parameter_counts(tokenizer):

@@ -52,7 +52,8 @@ class EditableNetwork(Fitted):
         steps: of gradient descent in an edit; each has rates of its own.
         rate: of each step before training.
         learning_rate: Adam's, of the model; the logarithms of the rates have ``config.alpha_learning_rate``.
-        first_order: take the steps' gradients for constants.
+        first_order: take the steps' gradients for constants. Needed for models whose attention can't be
+            differentiated twice (FlashAttention); PyTorch's own is switched to one that can.
         c_base: weight of the model's own loss on known answers.
     """
 

@@ -41,8 +41,9 @@ class Mend(System):
     ) -> dict[str, float]:
         trainer = Trainer(self.subject, sampler, config, output=output, validation=validation, progress=progress)
         trainer.resume()
+        metrics = trainer.run()
         # A run that had ended before has no step left to tell of.
-        return trainer.run() or read_metrics(output)[-1]
+        return metrics if "loss" in metrics else {**read_metrics(output)[-1], **metrics}
 
     def parameter_count(self) -> int:
         return sum(parameter.numel() for parameter in self.subject.parameters())
