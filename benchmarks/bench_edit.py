@@ -32,18 +32,24 @@ def _one(tokens: dict, i: int) -> dict:
     return {name: value[i : i + 1] for name, value in tokens.items()}
 
 
-def naive_edit(editor, tokens: dict) -> list[torch.Tensor]:
-    """Algorithm 2 for each edit, one after the other, and the sum of the full updates; the weights before it."""
-    before = [layer.weight.detach().clone() for layer in editor.layers]
-    after = [weight.clone() for weight in before]
-    for i in range(len(tokens["labels"])):
-        weights = naive_mend.edited_weights(editor, _one(tokens, i))
-        for layer, old, new in zip(editor.layers, before, after, strict=True):
-            new += weights[layer.name].detach() - old
-    with torch.no_grad():
-        for layer, new in zip(editor.layers, after, strict=True):
-            layer.weight.copy_(new)
-    return before
+def weights_of(editor) -> list[torch.Tensor]:
+    return [layer.weight.detach().clone() for layer in editor.layers]
+
+
+def naive_edit(editor, tokens: dict) -> None:
+    """Algorithm 2 for each edit, one after the other, and the sum of the full updates written into the weights."""
+    edits = (naive_mend.edited_weights(editor, _one(tokens, i)) for i in range(len(tokens["labels"])))
+    total = {name: weight.detach() for name, weight in next(edits).items()}
+    for weights in edits:
+        for layer in editor.layers:
+            total[layer.name] += (weights[layer.name] - layer.weight).detach()
+    restore(editor, [total[layer.name] for layer in editor.layers])
+
+
+@torch.no_grad()
+def restore(editor, weights: list[torch.Tensor]) -> None:
+    for layer, weight in zip(editor.layers, weights, strict=True):
+        layer.weight.copy_(weight)
 
 
 def bare_pass(editor, tokens: dict):
@@ -67,22 +73,16 @@ def bare_pass(editor, tokens: dict):
 
 def check(editor, tokens: dict, tolerance: float = 1e-3) -> None:
     """The edit's update of every weight is the naive loop's, in float32, relative to its norm."""
-    edit = editor.edit_tokens(tokens)
-    before = naive_edit(editor, tokens)
+    edit, before = editor.edit_tokens(tokens), weights_of(editor)
+    naive_edit(editor, tokens)
     naive = [layer.weight.detach() - old for layer, old in zip(editor.layers, before, strict=True)]
-    _restore(editor, before)
+    restore(editor, before)
     edit.apply_(editor.model)
     ours = [layer.weight.detach() - old for layer, old in zip(editor.layers, before, strict=True)]
     edit.revert_(editor.model)
     error = relative_error(ours, naive)
     assert error <= tolerance, f"the edit differs from the naive loop's by {error:.1e}, more than {tolerance:.0e}"
     assert all(torch.equal(layer.weight, old) for layer, old in zip(editor.layers, before, strict=True))
-
-
-@torch.no_grad()
-def _restore(editor, weights: list[torch.Tensor]) -> None:
-    for layer, weight in zip(editor.layers, weights, strict=True):
-        layer.weight.copy_(weight)
 
 
 def _check_somewhere(contest, case: Case, editor, tokens: dict, dtype: torch.dtype) -> None:
@@ -105,9 +105,10 @@ def test_end_to_end(contest, case):
 
     _check_somewhere(contest, case, editor, data(0), dtype)
 
+    before = weights_of(editor)
+
     def undo(_) -> None:
-        what = held.pop()
-        what.revert_(model) if isinstance(what, mendfast.Edit) else _restore(editor, what)
+        held.pop().revert_(model)
 
     def one_at_a_time(tokens: dict) -> None:
         edits = [editor.edit_tokens(_one(tokens, i)) for i in range(size)]
@@ -117,7 +118,9 @@ def test_end_to_end(contest, case):
         "mendfast": Contestant(lambda tokens: held.append(editor.edit_tokens(tokens).apply_(model)), finish=undo)
     }
     if size <= NAIVE_EDITS[contest.device.type]:
-        contestants["naive"] = Contestant(lambda tokens: held.append(naive_edit(editor, tokens)), finish=undo)
+        contestants["naive"] = Contestant(
+            lambda tokens: naive_edit(editor, tokens), finish=lambda _: restore(editor, before)
+        )
     if size > 1:
         contestants["one at a time"] = Contestant(one_at_a_time, finish=undo)
     contestants["bare pass"] = lambda tokens: bare_pass(editor, tokens)

@@ -91,7 +91,8 @@ def test_backward(contest, case):
     if contest.on_gpu and case.typical:
         contestants["torch.compile"] = call(compiled(reference.editor_mlp))
     row = {"shape": case.shape.name, "rows": case.size}
-    contest(row, data, contestants, work=work, queued=True, backend=_backend(contest))
+    # a pre-activation within rounding of 0 may fall on either side of it, and takes its whole gradient along
+    contest(row, data, contestants, work=work, tolerance=1e-2, queued=True, backend=_backend(contest))
 
 
 def _backend(contest) -> str:

@@ -40,8 +40,11 @@ def naive(editor, batches: tuple) -> torch.Tensor:
     return meta_step(editor, *batches)[0]
 
 
-def check(editor, batches: tuple, tolerance: float = 1e-3) -> None:
-    """Loss and every gradient are the naive loop's. In eval mode: the naive loop moves no statistics."""
+def check(editor, batches: tuple, tolerance: float = 1e-2) -> None:
+    """Loss and every gradient are the naive loop's. In eval mode: the naive loop moves no statistics.
+
+    The tolerance is for gradients: a pre-activation within rounding of 0 may fall on either side of it.
+    """
     results = []
     for step in (ours, naive):
         total = step(editor, batches)

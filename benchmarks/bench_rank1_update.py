@@ -12,7 +12,7 @@ from .contest import Work, compiled
 
 ONE = cases((1, 20, 60, 250, 1000, 4096), typical=60, cpu=(1, 60, 250), cpu_others=False)
 GROUP = cases((20, 500), typical=20, cpu=(20,), cpu_others=False)
-ALPHA = 1e-4
+ALPHA = 0.1  # updates of about the size of the weights, so that a missing one is seen
 
 
 def _dtype(contest, case: Case) -> torch.dtype:

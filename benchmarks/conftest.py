@@ -18,7 +18,7 @@ import pytest
 from mendfast.files import atomic_write
 
 from . import machine, report
-from .contest import Contest
+from .contest import QUICK_AMOUNT, Contest
 
 _ROWS, _LEFT = pytest.StashKey[list[dict]](), pytest.StashKey[list[str]]()
 
@@ -37,8 +37,22 @@ def pytest_configure(config) -> None:
 def pytest_collection_modifyitems(config, items) -> None:
     if config.getoption("--resume"):
         done = {row["test"] for row in _kept(config.getoption("--results"))["rows"]}
-        config.hook.pytest_deselected(items=[item for item in items if _test_of(item) in done])
-        items[:] = [item for item in items if _test_of(item) not in done]
+        _keep(config, items, [item for item in items if _test_of(item) not in done])
+    if config.getoption("benchmark_disable"):
+        # cut to QUICK_AMOUNT, the larger sizes of a shape are all the same
+        _keep(config, items, list({_quick_key(item): item for item in reversed(items)}.values())[::-1])
+
+
+def _keep(config, items: list, kept: list) -> None:
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = kept
+
+
+def _quick_key(item) -> tuple:
+    given = dict(getattr(getattr(item, "callspec", None), "params", {}))
+    if (case := given.pop("case", None)) is not None:
+        given["case"] = (case.shape.name, min(case.size, QUICK_AMOUNT))
+    return item.path, item.originalname, tuple(sorted(given.items()))
 
 
 def _test_of(item) -> str:

@@ -18,7 +18,7 @@ SECONDS = {"cpu": 2.0, "cuda": 1.0}
 """Spent on one row by all its contestants together, more only where MIN_ROUNDS take longer."""
 MIN_ROUNDS, MIN_ROUNDS_OF_SLOW, MAX_ROUNDS, MAX_SETS = 5, 3, 200, 256
 QUICK_AMOUNT = 9
-AHEAD = 500_000
+AHEAD = 2_000_000
 """Cycles that a GPU waits before a queued call, so that the host's share of the call is over when it starts."""
 
 
@@ -174,7 +174,10 @@ class Contest:
             return
         walls = times
         if queued and self.on_gpu:
-            times = {name: [once(name, True) for _ in range(rounds)] for name in racing}
+            times = {name: [] for name in racing}
+            for _ in range(rounds):
+                for name in racing:
+                    times[name].append(once(name, True))
         figures: dict[str, dict] = {name: {"error": reason} for name, reason in failed.items()}
         for name in racing:
             state, run = field[name].prepare(draw(name)), field[name].run

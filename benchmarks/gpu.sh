@@ -19,9 +19,9 @@ tests() { "$python" -m pytest -q -p no:cacheprovider tests/gpu -m gpu; }
 updates() { "$python" -m pytest -q -p no:cacheprovider tests/test_rank1_update.py -m gpu; }
 tune() { "$python" -m mendfast.kernels.tune --precision tf32x3 --seconds 9; }
 bench() { "$python" -m benchmarks.run --resume --output "$out/results" --only "$1"; }
-edit() { bench bench_edit; }
-meta() { bench bench_meta_step; }
-ops() { bench "not bench_edit and not bench_meta_step"; }
+edit() { bench bench_edit.py; }
+meta() { bench bench_meta_step.py; }
+ops() { bench "not bench_edit.py and not bench_meta_step.py"; }
 sanitize() { bash tests/gpu/sanitize.sh; }
 
 # Seconds that a part may take in one call. Benchmarks that are cut off keep their rows, and go on with the others.

@@ -43,7 +43,7 @@ def kl(base: torch.Tensor, edited: torch.Tensor, batch: Batch, model: nn.Module)
     """KL(base || edited), the mean over the positions that the (decoder's) mask keeps."""
     if base.dim() == 2:
         base, edited = base.unsqueeze(1), edited.unsqueeze(1)
-        mask = torch.ones(base.shape[:2])
+        mask = torch.ones(base.shape[:2], device=base.device)
     elif model.config.is_encoder_decoder:
         mask = batch["labels"] != -100
     else:
