@@ -16,7 +16,7 @@ from .capture import Factors, capture
 from .config import MendConfig
 from .edit import Edit, EditRequest
 from .files import read_tensors, write_tensors
-from .labels import collate, encode_pair, pad_token_id
+from .labels import class_ids, collate, encode_pair, pad_token_id
 from .layers import device_of, find_layers
 from .network import EditorNetwork
 from .objective import IGNORE, Batch, context_length, model_kind, nll, target_rows, to_device
@@ -228,9 +228,7 @@ class MendEditor(nn.Module):
         return found
 
     def _class(self, target: str) -> int:
-        names = {str(name).lower(): int(i) for name, i in (self.model.config.label2id or {}).items()}
-        if self.model.config.num_labels == 1:
-            names = {"false": 0, "0": 0, "true": 1, "1": 1}
+        names = class_ids(self.model.config)
         try:
             return names[str(target).strip().lower()]
         except KeyError:

@@ -157,6 +157,13 @@ def pad_token_id(tokenizer: Any) -> int:
     return 0
 
 
+def class_ids(config: Any) -> dict[str, int]:
+    """A sequence classifier's classes by lower-case name; one logit says "true" (or 1) against "false" (0)."""
+    if config.num_labels == 1:
+        return {"false": 0, "0": 0, "true": 1, "1": 1}
+    return {str(name).lower(): int(i) for name, i in (config.label2id or {}).items()}
+
+
 def _ids(tokenizer: Any, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False, padding=False, truncation=False)["input_ids"])
 
