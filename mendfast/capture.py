@@ -46,7 +46,8 @@ class Captured:
             if not output.requires_grad:
                 # The graph starts here: nothing below the first edited layer is differentiated.
                 output = output.detach().requires_grad_()
-            self._calls[name].append((args[0].detach(), output))
+            # A split model may hand a layer its input on the device of the block before.
+            self._calls[name].append((args[0].detach().to(output.device), output))
             return output
 
         return hook
@@ -95,7 +96,11 @@ def lowrank_updates(layers: Sequence[Layer], factors: Mapping[str, Factors]) -> 
 
     def hook_of(layer: Layer, u: torch.Tensor, delta: torch.Tensor, alpha: torch.Tensor | float) -> Callable:
         def hook(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
-            x = args[0]
+            nonlocal u, delta, alpha
+            if u.device != output.device:  # the editor's; from the second call on they are the layer's
+                u, delta = u.to(output.device), delta.to(output.device)
+                alpha = alpha.to(output.device) if isinstance(alpha, torch.Tensor) else alpha
+            x = args[0].to(output.device)
             if u.dim() == 2:
                 return ops.lowrank_linear(output, x, u, delta, alpha)
             groups = u.shape[0]

@@ -157,7 +157,16 @@ def load_model(name: str, arguments: argparse.Namespace) -> tuple[Any, Any]:
         kind = hf.AutoModelForSeq2SeqLM
     dtype = arguments.dtype if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return kind.from_pretrained(name, dtype=dtype).to(device).eval(), hf.AutoTokenizer.from_pretrained(name)
+    options: dict[str, Any] = {"device_map": getattr(arguments, "device_map", None)}
+    if quantize := getattr(arguments, "quantize", None):
+        options["quantization_config"] = hf.BitsAndBytesConfig(**{f"load_in_{quantize}": True})
+        options["device_map"] = options["device_map"] or device
+    try:
+        model = kind.from_pretrained(name, dtype=dtype, **options)
+    except ImportError as error:
+        raise RuntimeError(f"{name} can't be loaded so: {error}") from error
+    # A device map has placed the model already.
+    return (model if options["device_map"] else model.to(device)).eval(), hf.AutoTokenizer.from_pretrained(name)
 
 
 def _run_edit(arguments: argparse.Namespace) -> dict | None:
@@ -222,14 +231,19 @@ def _train(commands: Any) -> None:
     command.add_argument("--step-size", type=float, default=2e-3, help="the edit's step size at initialisation")
     command.add_argument("--device", default=None, help="cpu, cuda, ...; default: cuda where there is one")
     command.add_argument("--dtype", default="auto", help="of --model: auto, float32, bfloat16 or float16")
+    command.add_argument("--device-map", help="of --model: auto, balanced, ... splits it over devices (accelerate)")
+    command.add_argument("--quantize", choices=["8bit", "4bit"], help="of --model, by bitsandbytes on a GPU")
+    command.add_argument("--tensorboard", action="store_true", help="write events to OUTPUT/tensorboard too")
     command.add_argument("--dry-run", action="store_true", help="print layers, parameters and bytes, and stop")
     defaults = TrainConfig()
     for option in fields(TrainConfig):
         value = getattr(defaults, option.name)
-        kind = {"nargs": "+", "type": int} if isinstance(value, list) else {"type": type(value)}
-        command.add_argument(
-            f"--{option.name.replace('_', '-')}", default=value, help=f"{option.metadata['help']} ({value})", **kind
-        )
+        name, text = f"--{option.name.replace('_', '-')}", option.metadata["help"]
+        if isinstance(value, bool):
+            command.add_argument(name, action="store_true", help=text)
+        else:
+            kind = {"nargs": "+", "type": int} if isinstance(value, list) else {"type": type(value)}
+            command.add_argument(name, default=value, help=f"{text} ({value})", **kind)
 
 
 def _run_train(arguments: argparse.Namespace) -> dict:

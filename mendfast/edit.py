@@ -107,13 +107,7 @@ class Edit:
 
         Works on frozen, quantised and sharded weights too. Blocks nest: the updates add up.
         """
-        layers = self._layers(model)
-        factors = {
-            layer.name: tuple(t.to(layer.weight.device) for t in self.factors[layer.name][:2])
-            + (self.factors[layer.name].alpha,)
-            for layer in layers
-        }
-        with lowrank_updates(layers, factors):
+        with lowrank_updates(self._layers(model), self.factors):
             yield model
 
     def apply_(self, model: nn.Module, *, backup: str = "cpu", rounding: str = "nearest", seed: int = 0) -> Edit:

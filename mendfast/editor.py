@@ -17,8 +17,8 @@ from .config import MendConfig
 from .edit import Edit, EditRequest
 from .files import read_tensors, write_tensors
 from .labels import class_ids, collate, encode_pair, pad_token_id
-from .layers import device_of, find_layers
-from .network import EditorNetwork
+from .layers import device_of, execution_device, find_layers
+from .network import EditorNetwork, Gather
 from .objective import IGNORE, Batch, context_length, model_kind, nll, target_rows, to_device
 
 log = logging.getLogger("mendfast")
@@ -57,6 +57,7 @@ class MendEditor(nn.Module):
             modes = len(members) if self.config.shared else None
             self.networks[name] = EditorNetwork(*members[0].shape, modes, self.config)
             self._groups[name] = members
+        self.gather: Gather | None = None  # set by a Trainer that is one of several processes
         self._warned = False
         self._encoded: dict[tuple, dict[str, list[int]]] = {}
         self.alpha_multiplier = nn.Parameter(torch.ones(len(self.layers)))
@@ -267,7 +268,7 @@ class MendEditor(nn.Module):
         One forward and one backward pass; no gradient below the first edited layer, none of a parameter.
         """
         self._check(batch)
-        batch = to_device(batch, self.model.get_input_embeddings().weight.device)
+        batch = to_device(batch, execution_device(self.model.get_input_embeddings()))
         size = batch["labels"].shape[0]
         with capture(self.model, self.layers, size) as captured:
             rows = target_rows(self.model, batch)
@@ -317,12 +318,12 @@ class MendEditor(nn.Module):
                 deltas.append(delta[keep])
                 samples.append(keep.nonzero()[:, 0])
             network, sizes = self.networks[key], [len(s) for s in samples]
-            u, delta = torch.cat(us).float().to(self.device), torch.cat(deltas).float().to(self.device)
+            u, delta = (torch.cat([part.to(self.device) for part in side]).float() for side in (us, deltas))
             mode = torch.repeat_interleave(
                 torch.arange(len(members), device=u.device), torch.tensor(sizes, device=u.device)
             )
             if self.training:
-                network.observe(u, delta)
+                network.observe(u, delta, self.gather)
             # No row is left where the model is so sure of its target that the gradient is exactly 0.
             new_u, new_delta = network(u, delta, mode if network.modes else None) if len(u) else (u, delta)
             parts = zip(members, new_u.split(sizes), new_delta.split(sizes), samples, strict=True)

@@ -43,7 +43,9 @@ def find_layers(model: nn.Module, names: Sequence[str] | None) -> list[Layer]:
 
 
 def is_matrix(module: nn.Module) -> bool:
-    return isinstance(module, (nn.Linear, Conv1D))
+    """nn.Linear, Conv1D, or a (quantised) module that stands for one and says how wide it is."""
+    widths = (getattr(module, name, None) for name in ("in_features", "out_features"))
+    return isinstance(module, (nn.Linear, Conv1D)) or all(isinstance(width, int) for width in widths)
 
 
 def _find(modules: dict[str, nn.Module], name: str) -> Layer:
@@ -56,7 +58,7 @@ def _find(modules: dict[str, nn.Module], name: str) -> Layer:
     if isinstance(module, Conv1D):
         m, n = module.weight.shape
         return Layer(f"{path}.weight", module, m, n, "in_out")
-    if isinstance(module, nn.Linear):
+    if is_matrix(module):
         return Layer(f"{path}.weight", module, module.in_features, module.out_features, "out_in")
     raise ValueError(
         f"Layer {name!r} is a {type(module).__name__}, not a matrix that can be edited; "
@@ -103,7 +105,10 @@ def choose_layers(model: nn.Module) -> list[str]:
 def check_writable(layer: Layer) -> None:
     """A ValueError that says why a weight can't be written in place, and what to do instead."""
     weight, instead = layer.weight, "attach the edit instead: with edit.attached(model): ..."
-    kind = type(weight.data).__name__
+    if not isinstance(weight, torch.Tensor):
+        packer = type(layer.module).__name__
+        raise ValueError(f"{layer.name} is quantised by {packer} and can't be edited in place; {instead}")
+    kind = type(weight.data)
     if hasattr(weight, "quant_state") or not weight.dtype.is_floating_point or weight.dtype.itemsize < 2:
         raise ValueError(f"{layer.name} is quantised ({weight.dtype}) and can't be edited in place; {instead}")
     if weight.is_meta:
@@ -111,8 +116,10 @@ def check_writable(layer: Layer) -> None:
             f"{layer.name} is on the meta device and holds no numbers; load the model's weights first. "
             f"If a device map offloads them, {instead}"
         )
-    if kind == "DTensor" or hasattr(weight, "device_mesh"):
+    if kind.__name__ == "DTensor" or hasattr(weight, "device_mesh"):
         raise ValueError(f"{layer.name} is sharded over devices and can't be edited in place; {instead}")
+    if kind is not torch.Tensor:
+        raise ValueError(f"{layer.name} is quantised (a {kind.__name__}) and can't be edited in place; {instead}")
     expected = (layer.n, layer.m) if layer.layout == "out_in" else (layer.m, layer.n)
     if tuple(weight.shape) != expected:
         raise ValueError(f"{layer.name} is stored as {tuple(weight.shape)}, not as {expected}; {instead}")
@@ -132,11 +139,26 @@ def check_untied(model: nn.Module, layers: Sequence[Layer]) -> None:
             )
 
 
-def device_of(layers: Sequence[Layer]) -> torch.device:
-    devices = {layer.weight.device for layer in layers}
-    if len(devices) > 1:
+def execution_device(module: nn.Module) -> torch.device:
+    """Where a module computes: with its weights, or where accelerate brings offloaded ones to.
+
+    Raises:
+        ValueError: the weights are on the meta device, and nothing brings them anywhere.
+    """
+    weight = next(iter(module.parameters(recurse=False)), None)
+    if weight is None:  # packed weights may be buffers
+        weight = next(iter(module.buffers()), torch.empty(0))
+    if not weight.is_meta:
+        return weight.device
+    device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+    if device is None:
         raise ValueError(
-            f"The edited layers lie on several devices ({', '.join(sorted(map(str, devices)))}); "
-            "load the model so that its last blocks share one device."
+            f"A {type(module).__name__} of the model is on the meta device and holds no numbers; load the model's "
+            "weights (from_pretrained, with device_map if they must be split or offloaded)."
         )
-    return devices.pop()
+    return torch.device(device if isinstance(device, str) else f"cuda:{device}" if isinstance(device, int) else device)
+
+
+def device_of(layers: Sequence[Layer]) -> torch.device:
+    """Where the editor lives: with the last edited layer, whose model may be split over devices."""
+    return execution_device(layers[-1].module)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
 from . import ops
 from .config import MendConfig
 from .types import EPS, Block, Stats
+
+Gather = Callable[[torch.Tensor], torch.Tensor]
+"""[1, K] of this process -> [processes, K], the same in each."""
 
 
 class LowRankBlock(nn.Module):
@@ -67,16 +72,41 @@ class EditorNetwork(nn.Module):
             self.register_buffer(f"{side}_m2", torch.zeros(width))
 
     @torch.no_grad()
-    def observe(self, u: torch.Tensor, delta: torch.Tensor) -> None:  # [N, m], [N, n]
-        """Merge rows into the running statistics."""
-        if not len(u):
-            return
-        seen = self.count.clone()
-        ops.running_stats_(seen, self.u_mean, self.u_m2, u)
-        ops.running_stats_(self.count, self.delta_mean, self.delta_m2, delta)
+    def observe(self, u: torch.Tensor, delta: torch.Tensor, gather: Gather | None = None) -> None:  # [N, m], [N, n]
+        """Merge rows into the running statistics; those whose square is not finite would spoil them for good.
+
+        With ``gather`` the rows of all processes, which then hold the same statistics, as if one had seen all.
+        """
+        finite = (u.square().sum(-1) + delta.square().sum(-1)).isfinite()
+        if not finite.all():
+            u, delta = u[finite], delta[finite]
+        if gather is not None:
+            self._observe_all(u, delta, gather)
+        elif len(u):
+            seen = self.count.clone()
+            ops.running_stats_(seen, self.u_mean, self.u_m2, u)
+            ops.running_stats_(self.count, self.delta_mean, self.delta_m2, delta)
         # Written without a branch on the count, which may live on a GPU: with fewer than two rows std stays 1.
         for std, m2 in ((self.u_std, self.u_m2), (self.delta_std, self.delta_m2)):
             std.copy_(torch.where(self.count > 1, (m2 / (self.count - 1)).sqrt(), torch.ones_like(m2)))
+
+    def _observe_all(self, u: torch.Tensor, delta: torch.Tensor, gather: Gather) -> None:
+        own = torch.zeros(1 + 2 * (self.m + self.n), dtype=torch.float64, device=u.device)
+        if len(u):
+            _, mean, m2 = own.split([1, self.m + self.n, self.m + self.n])
+            ops.running_stats_(own[:1], mean, m2, torch.cat([u, delta], 1))
+        mean, m2 = (torch.cat(sides).double() for sides in ((self.u_mean, self.delta_mean), (self.u_m2, self.delta_m2)))
+        count = self.count.double()
+        # In the order of the ranks, so that all of them end in the same bits (Chan, Golub and LeVeque 1979).
+        for seen, other_mean, other_m2 in (part.split([1, len(mean), len(mean)]) for part in gather(own[None])):
+            weight = seen / (count + seen).clamp(min=1)
+            difference = other_mean - mean
+            m2 = m2 + other_m2 + difference.square() * (count * weight)
+            mean, count = mean + difference * weight, count + seen[0]
+        self.count.copy_(count)
+        for values, side in ((mean, "mean"), (m2, "m2")):
+            self.get_buffer(f"u_{side}").copy_(values[: self.m])
+            self.get_buffer(f"delta_{side}").copy_(values[self.m :])
 
     def stats(self) -> Stats | None:
         if not self.normalize:

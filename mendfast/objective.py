@@ -61,13 +61,14 @@ def target_rows(model: nn.Module, batch: Batch, *, positions: torch.Tensor | Non
         logits = _classes(_forward(model, batch, kind, None))
         if logits.shape[0] != labels.shape[0]:
             raise ValueError(f"A classifier's labels are one per sample; these are {tuple(labels.shape)}.")
-        return Rows(logits, labels.reshape(-1).long(), torch.arange(len(logits), device=logits.device))
+        labels = labels.reshape(-1).long().to(logits.device)
+        return Rows(logits, labels, torch.arange(len(logits), device=logits.device))
     if kind == "causal":
         # Position s predicts token s + 1.
         labels = torch.cat([labels[:, 1:], labels.new_full((labels.shape[0], 1), IGNORE)], dim=1)
     keep = labels != IGNORE
     logits = _forward(model, batch, kind, keep)
-    return Rows(logits, labels[keep], keep.nonzero()[:, 0])
+    return Rows(logits, labels[keep].to(logits.device), keep.nonzero()[:, 0].to(logits.device))
 
 
 def kept_rows(model: nn.Module, batch: Batch) -> Rows:
@@ -84,7 +85,8 @@ def kept_rows(model: nn.Module, batch: Batch) -> Rows:
         keep = batch["labels"] != IGNORE
     else:
         keep = torch.ones_like(batch["decoder_input_ids"], dtype=torch.bool)
-    return Rows(_forward(model, batch, kind, keep), None, keep.nonzero()[:, 0])
+    logits = _forward(model, batch, kind, keep)
+    return Rows(logits, None, keep.nonzero()[:, 0].to(logits.device))
 
 
 def per_sample_mean(values: torch.Tensor, sample: torch.Tensor, batch_size: int) -> torch.Tensor:
@@ -116,7 +118,7 @@ def _forward(model: nn.Module, batch: Batch, kind: str, keep: torch.Tensor | Non
             inputs["position_ids"] = (inputs["attention_mask"].long().cumsum(-1) - 1).clamp(min=0)
     with _head_rows(model, keep) as selected:
         logits = model(**inputs, use_cache=False).logits
-    return logits[0] if selected else logits[keep]
+    return logits[0] if selected else logits[keep.to(logits.device)]
 
 
 @contextlib.contextmanager
@@ -126,7 +128,12 @@ def _head_rows(model: nn.Module, keep: torch.Tensor) -> Iterator[bool]:
     if head is None or head._forward_hooks:  # an edited head needs its rows as samples
         yield False
         return
-    handle = head.register_forward_pre_hook(lambda module, args: (args[0][keep].unsqueeze(0), *args[1:]))
+
+
+    def select(module: nn.Module, args: tuple) -> tuple:
+        return args[0][keep.to(args[0].device)].unsqueeze(0), *args[1:]
+
+    handle = head.register_forward_pre_hook(select)
     try:
         yield True
     finally:

@@ -117,3 +117,44 @@ def test_batches_that_do_not_fit():
         meta_loss(editor, inner, outer, make_batch("gpt2", 7))
     with pytest.raises(ValueError, match="groups of 3"):
         meta_loss(editor, inner, outer, outer, joint=3)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "t5", "bart", "bert"])
+@pytest.mark.parametrize("user_trains", [False, True])
+def test_checkpointed_activations_change_nothing(name, user_trains):
+    """The blocks are run again when all contexts have closed, and the user's model may want gradients then."""
+    model = make_model(name).train(user_trains).requires_grad_(user_trains)
+    editor = trained(model, name)
+    results, held = [], []
+    for recompute in (False, True):
+        editor.zero_grad()
+        kept = 0
+
+        def pack(tensor):
+            nonlocal kept
+            kept += tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            total, parts = meta_loss(editor, *batches(name), checkpoint_activations=recompute)
+        total.backward()
+        results.append({**gradients(editor), "total": total.detach(), **parts})
+        held.append(kept)
+    for key, value in results[0].items():
+        assert torch.equal(results[1][key], value), key
+    assert held[1] < 0.75 * held[0]
+    assert all(p.grad is None and p.requires_grad == user_trains for p in model.parameters())
+    assert all("forward" not in vars(module) and not module._forward_hooks for module in model.modules())
+
+
+def test_rows_that_are_not_finite_stay_out_of_the_statistics():
+    net = MendEditor.from_model(make_model("gpt2"), None, MendConfig(rank=8)).networks["(32, 128)"]
+    u, delta = torch.randn(9, 32), torch.randn(9, 128)
+    net.observe(u[2:8], delta[2:8])
+    alone = {name: buffer.clone() for name, buffer in net.named_buffers()}
+    net.count.zero_(), net.u_m2.zero_(), net.u_mean.zero_(), net.delta_m2.zero_(), net.delta_mean.zero_()
+    u[0, 3], delta[1, 5], u[8, 0] = float("nan"), float("inf"), 1e30  # the last one's square overflows
+    net.observe(u, delta)
+    net.observe(u[:2], delta[:2])
+    assert all(torch.equal(buffer, alone[name]) for name, buffer in net.named_buffers())
+    assert net.count == 6 and net.u_std.isfinite().all()

@@ -79,14 +79,14 @@ def test_a_resumed_run_ends_in_the_same_bits(base, tmp_path):
     whole.run()
     half = trainer(tmp_path / "half")
     half.config.steps = 6
-    step = half._backward
+    gradients = half._gradients
 
-    def stop_after_five(loss):
+    def stop_after_five(joint):
         if half.step == 5:
             raise KeyboardInterrupt
-        return step(loss)
+        return gradients(joint)
 
-    half._backward = stop_after_five
+    half._gradients = stop_after_five
     with pytest.raises(KeyboardInterrupt):
         half.run()
     rest = trainer(tmp_path / "half")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from ..editor import MendEditor
 from ..metrics import correct
 from ..training import FactSampler, Item, TrainConfig, Trainer
 from ..training.base import fit_base_model, small_gpt2, small_t5, train_tokenizer
+from ..training.processes import launched
 from .qa import QAExample, read_qa
 from .wordings import Wordings, mine_wordings
 
@@ -56,7 +58,9 @@ def fact_items(examples: Sequence[QAExample], seed: int = 0) -> tuple[list[Item]
     return items, wordings
 
 
-def base_model(items: Sequence[Item], arguments: argparse.Namespace, output: Path) -> tuple[Any, Any]:
+def base_model(
+    items: Sequence[Item], arguments: argparse.Namespace, output: Path, progress: bool = True
+) -> tuple[Any, Any]:
     """A small model trained on every wording of every fact; made once per ``output``."""
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
@@ -69,7 +73,7 @@ def base_model(items: Sequence[Item], arguments: argparse.Namespace, output: Pat
     make = small_t5 if arguments.base == "t5" else small_gpt2
     heads = max(1, arguments.base_width // 32)
     model = make(len(tokenizer), width=arguments.base_width, depth=arguments.base_depth, heads=heads)
-    fit_base_model(model, tokenizer, pairs, steps=arguments.base_steps, seed=arguments.seed)
+    fit_base_model(model, tokenizer, pairs, steps=arguments.base_steps, seed=arguments.seed, progress=progress)
     model.save_pretrained(output)
     tokenizer.save_pretrained(output)
     return model, tokenizer
@@ -77,7 +81,11 @@ def base_model(items: Sequence[Item], arguments: argparse.Namespace, output: Pat
 
 def train(arguments: argparse.Namespace) -> dict[str, Any]:
     """What the command does; returns the last metrics."""
-    console, output = Console(), Path(arguments.output)
+    accelerator = launched()
+    main = accelerator is None or accelerator.is_main_process
+    console, output = Console(quiet=not main), Path(arguments.output)
+    if accelerator is not None and arguments.device is None:
+        arguments.device = str(accelerator.device)
     examples = read_examples(arguments.data, arguments.limit, console)
     items, _ = fact_items(examples, arguments.seed)
     rephrased = sum(len(item.wordings) > 1 for item in items)
@@ -87,7 +95,8 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
 
         model, tokenizer = load_model(arguments.model, arguments)
     else:
-        model, tokenizer = base_model(items, arguments, output / "model")
+        with accelerator.main_process_first() if accelerator else contextlib.nullcontext():
+            model, tokenizer = base_model(items, arguments, output / "model", progress=main)
     config = MendConfig(
         layers=arguments.layers,
         rank=arguments.rank,
@@ -100,26 +109,39 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
         editor = MendEditor.from_pretrained(arguments.from_editor, model, tokenizer)
     else:
         editor = MendEditor.from_model(model, tokenizer, config)
-    plan(editor, console)
-    if arguments.dry_run:
-        return {"layers": editor.config.layers, "parameters": sum(p.numel() for p in editor.parameters())}
-    known = correct(editor, [(item.wordings[0], item.answer) for item in items[:1000]]).float().mean().item()
-    console.print(f"The base model answers {known:.1%} of the first {min(1000, len(items)):,} questions.")
     settings = TrainConfig(**{f.name: getattr(arguments, f.name) for f in fields(TrainConfig)})
     training = [item for i, item in enumerate(items) if i % VALIDATION_SHARE]
     held_out = items[::VALIDATION_SHARE]
-    sampler = FactSampler(training, neighbours=items, seed=settings.seed)
-    validation = FactSampler(held_out, neighbours=items, seed=settings.seed + 1)
-    trainer = Trainer(editor, sampler, settings, output=output, validation=validation)
+    trainer = Trainer(
+        editor,
+        FactSampler(training, neighbours=items, seed=settings.seed),
+        settings,
+        output=output,
+        validation=FactSampler(held_out, neighbours=items, seed=settings.seed + 1),
+        tensorboard=arguments.tensorboard,
+        accelerator=accelerator,
+    )
+    planned = trainer.plan()
+    show_plan(editor, planned, console)
+    if arguments.dry_run:
+        return {
+            "layers": editor.config.layers,
+            "parameters": sum(p.numel() for p in editor.parameters()),
+            "bytes": planned,
+        }
+    known = correct(editor, [(item.wordings[0], item.answer) for item in items[:1000]]).float().mean().item()
+    console.print(f"The base model answers {known:.1%} of the first {min(1000, len(items)):,} questions.")
     if trainer.resume():
         console.print(f"Going on from step {trainer.step}.")
     started = time.perf_counter()
     metrics = trainer.run()
+    where = "the GPU" if editor.device.type == "cuda" else "the process"
+    console.print(f"Peak memory of {where}: {metrics['peak_bytes'] / 2**20:,.0f} MiB")
     return {**metrics, "base_accuracy": known, "seconds": time.perf_counter() - started}
 
 
-def plan(editor: MendEditor, console: Console) -> None:
-    """Print the layers, the networks, and the bytes that training holds."""
+def show_plan(editor: MendEditor, planned: Mapping[str, int], console: Console) -> None:
+    """Print the layers, the networks, and the bytes that training is predicted to hold."""
     table = Table(title="What is trained")
     for column in ("network", "layers", "parameters"):
         table.add_column(column)
@@ -128,8 +150,5 @@ def plan(editor: MendEditor, console: Console) -> None:
         table.add_row(key, ", ".join(names), f"{sum(p.numel() for p in network.parameters()):,}")
     console.print(table)
     parameters = sum(p.numel() for p in editor.parameters())
-    base = sum(p.numel() * p.element_size() for p in editor.model.parameters())
-    console.print(
-        f"{parameters:,} parameters; with gradients and Adam's moments {16 * parameters / 2**20:,.0f} MiB, "
-        f"beside a base model of {base / 2**20:,.0f} MiB"
-    )
+    kinds = ", ".join(f"{kind} {size / 2**20:,.0f}" for kind, size in planned.items() if kind != "total")
+    console.print(f"{parameters:,} parameters; predicted memory {planned['total'] / 2**20:,.0f} MiB ({kinds})")

@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import nn
 from tqdm import tqdm
 from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
     PreTrainedTokenizerFast,
@@ -18,8 +21,8 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from ..labels import collate, encode_pair, pad_token_id
-from ..objective import model_kind, target_rows
+from ..labels import class_ids, collate, encode_pair, pad_token_id
+from ..objective import Batch, model_kind, target_rows
 
 EOS, PAD = "<eos>", "<pad>"
 _IN_BLOCK = re.compile(r"\.(h|block|layer|layers)\.\d+\.")
@@ -40,6 +43,22 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenize
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=EOS, pad_token=PAD)
 
 
+def train_wordpiece(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A WordPiece tokenizer that tells capitals from small letters, with BERT's special tokens around a text."""
+    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    pieces = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    pieces.normalizer = normalizers.BertNormalizer(lowercase=False)
+    pieces.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    pieces.decoder = decoders.WordPiece(prefix="##")
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocab_size, special_tokens=list(special.values()), show_progress=False
+    )
+    pieces.train_from_iterator(texts, trainer)
+    ends = [(token, pieces.token_to_id(token)) for token in ("[CLS]", "[SEP]")]
+    pieces.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ends)
+    return PreTrainedTokenizerFast(tokenizer_object=pieces, **special)
+
+
 def small_gpt2(vocab_size: int, *, width: int, depth: int, heads: int, context: int = 64) -> GPT2LMHeadModel:
     """A randomly initialised GPT-2 of the given size, without dropout."""
     config = GPT2Config(
@@ -58,6 +77,55 @@ def small_t5(vocab_size: int, *, width: int, depth: int, heads: int) -> T5ForCon
         decoder_start_token_id=0,
     )  # fmt: skip
     return T5ForConditionalGeneration(config)
+
+
+def small_bert(
+    vocab_size: int, *, width: int, depth: int, heads: int, context: int = 64
+) -> BertForSequenceClassification:
+    """A randomly initialised BERT of the given size with one logit, without dropout."""
+    config = BertConfig(
+        vocab_size=vocab_size, hidden_size=width, intermediate_size=4 * width, num_hidden_layers=depth,
+        num_attention_heads=heads, max_position_embeddings=context, hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0, num_labels=1, pad_token_id=0,
+    )  # fmt: skip
+    return BertForSequenceClassification(config)
+
+
+SHAPES = {
+    "gpt2": (small_gpt2, train_tokenizer), "t5": (small_t5, train_tokenizer), "bert": (small_bert, train_wordpiece),
+}  # fmt: skip
+
+
+def make_base(
+    shape: str,
+    pairs: Sequence[tuple[str, str]],
+    *,
+    vocabulary: int = 4000,
+    width: int = 160,
+    depth: int = 4,
+    seed: int = 0,
+    **options: Any,
+) -> tuple[nn.Module, PreTrainedTokenizerFast]:
+    """A small model, and its tokenizer, that answers each prompt with its target.
+
+    Args:
+        shape: one of :data:`SHAPES`; "bert" is a classifier of one logit, whose targets are "true" and "false".
+        options: those of :func:`fit_base_model`.
+
+    Raises:
+        ValueError: an unknown shape, no pairs.
+    """
+    if shape not in SHAPES:
+        raise ValueError(f"There is no shape {shape!r}; choose one of {', '.join(SHAPES)}.")
+    if not pairs:
+        raise ValueError("There is nothing to train a base model on; pass at least one (prompt, target).")
+    make, tokens = SHAPES[shape]
+    torch.manual_seed(seed)
+    # A classifier's targets are no text.
+    tokenizer = tokens([p if shape == "bert" else f"{p} {t}" for p, t in pairs], vocabulary)
+    model = make(len(tokenizer), width=width, depth=depth, heads=max(1, width // 32))
+    fit_base_model(model, tokenizer, pairs, seed=seed, **options)
+    return model, tokenizer
 
 
 def _batches(lengths: Sequence[int], size: int, generator: torch.Generator) -> Iterator[list[int]]:
@@ -113,17 +181,16 @@ def fit_base_model(
     matrix_rate: float = 0.02,
     warmup: int = 50,
     seed: int = 0,
+    append_eos: bool = True,
     progress: bool = True,
 ) -> float:
     """Train ``model`` in place to answer each prompt with its target; returns the last loss.
 
     Orthogonalised momentum for the blocks' matrices, AdamW without weight decay for the rest, linear warm-up
-    and decay, gradients clipped at norm 1. The loss is the mean over answer tokens.
+    and decay, gradients clipped at norm 1. The loss is the mean over answer tokens, or over a classifier's
+    samples. ``append_eos``: a decoder-only model learns to stop after the target.
     """
-    kind = model_kind(model)
-    examples = [
-        encode_pair(tokenizer, p, t, encoder_decoder=kind == "encoder-decoder", append_eos=True) for p, t in pairs
-    ]
+    examples = _encode(model, tokenizer, pairs, append_eos)
     lengths = [len(example["input_ids"]) for example in examples]
     generator = torch.Generator().manual_seed(seed)
     batches = _batches(lengths, batch_size, generator)
@@ -143,7 +210,7 @@ def fit_base_model(
     bar = tqdm(range(steps), desc="base model", unit="step", disable=not progress)
     value = math.nan
     for step in bar:
-        batch = collate([examples[i] for i in next(batches)], pad_token_id=pad_token_id(tokenizer))
+        batch = _collate(model, tokenizer, [examples[i] for i in next(batches)])
         rows = target_rows(model, batch)
         loss = nn.functional.cross_entropy(rows.logits.float(), rows.labels)
         model.zero_grad(set_to_none=True)
@@ -157,3 +224,21 @@ def fit_base_model(
             bar.set_postfix(loss=f"{value:.4f}")
     model.eval()
     return value
+
+
+def _encode(
+    model: nn.Module, tokenizer: PreTrainedTokenizerFast, pairs: Sequence[tuple[str, str]], append_eos: bool
+) -> list[dict[str, Any]]:
+    kind = model_kind(model)
+    if kind == "classifier":
+        ids, classes = tokenizer([prompt for prompt, _ in pairs])["input_ids"], class_ids(model.config)
+        return [{"input_ids": i, "labels": classes[t.lower()]} for i, (_, t) in zip(ids, pairs, strict=True)]
+    options = {"encoder_decoder": kind == "encoder-decoder", "append_eos": append_eos}
+    return [encode_pair(tokenizer, prompt, target, **options) for prompt, target in pairs]
+
+
+def _collate(model: nn.Module, tokenizer: PreTrainedTokenizerFast, examples: list[dict[str, Any]]) -> Batch:
+    if model_kind(model) == "classifier":
+        inputs = tokenizer.pad({"input_ids": [example["input_ids"] for example in examples]}, return_tensors="pt")
+        return {**inputs, "labels": torch.tensor([example["labels"] for example in examples])}
+    return collate(examples, pad_token_id=pad_token_id(tokenizer))

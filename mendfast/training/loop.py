@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from tqdm import tqdm
@@ -16,9 +17,16 @@ from tqdm import tqdm
 from ..editor import MendEditor
 from ..files import atomic_write, read_tensors, write_tensors
 from ..metrics import Score
-from .data import Draw, FactSampler
+from ..objective import Batch
+from .data import FactSampler
+from .memory import peak_bytes, predict, reset_peak
 from .meta import meta_loss
+from .processes import Processes, launched
+from .record import Record
 from .report import write_report
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 MAX_SKIPPED_IN_A_ROW = 10
 
@@ -28,7 +36,13 @@ class TrainConfig:
     """How an editor is trained."""
 
     steps: int = field(default=1000, metadata={"help": "Optimiser steps."})
-    batch_size: int = field(default=16, metadata={"help": "Independent edits per step, B."})
+    batch_size: int = field(default=16, metadata={"help": "Independent edits per step, B, of all processes."})
+    accumulate: int = field(
+        default=1, metadata={"help": "Parts that a step's edits go through the model in, to save memory."}
+    )
+    checkpoint_activations: bool = field(
+        default=False, metadata={"help": "Compute the edited blocks again in the backward pass, to save memory."}
+    )
     joint: list[int] = field(
         default_factory=lambda: [1],
         metadata={"help": "Sizes of simultaneous edits, drawn at random each step; 1 = alone."},
@@ -49,11 +63,15 @@ class TrainConfig:
     seed: int = field(default=0, metadata={"help": "Of the data order."})
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "validation_size", "checkpoint_every"):
+        for name in ("steps", "batch_size", "accumulate", "validation_size", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
         if not self.joint or min(self.joint) < 1:
             raise ValueError(f"joint is {self.joint}; it must be a list of sizes of at least 1.")
+
+    def groups(self, joint: int) -> int:
+        """The edits of a step whose edits are ``joint`` at once."""
+        return max(1, self.batch_size // joint)
 
 
 class TrainingError(RuntimeError):
@@ -67,9 +85,17 @@ class Trainer:
         output: a directory for ``last/`` and ``best/`` (editors as ``save_pretrained`` writes them, with the
             optimiser's state beside the last), ``metrics.jsonl``, and at the end ``curves.png`` and ``report.html``;
             None keeps everything in memory.
-        validate: scores the editor as it is; by default the loss of Algorithm 1 on ``validation`` draws.
+        validation: draws for the loss of Algorithm 1 that the best editor and ``patience`` go by.
+        score: scores the editor as it is, for the record.
+        tensorboard: write events to ``output/tensorboard`` too.
+        accelerator: of a run in several processes; by default made when torchrun or accelerate has launched them.
+            Each takes its share of every step's edits, so that the steps are those of one process that takes all;
+            the first writes the files.
 
     A step whose loss or gradient is not finite is skipped and counted; ten in a row stop the run.
+
+    Raises:
+        ValueError: a step's edits can't be divided evenly by processes and ``accumulate``.
     """
 
     def __init__(
@@ -82,50 +108,93 @@ class Trainer:
         validation: FactSampler | None = None,
         score: Callable[[MendEditor], Score] | None = None,
         progress: bool = True,
+        tensorboard: bool = False,
+        accelerator: Accelerator | None = None,
     ):
         self.editor, self.sampler, self.config = editor, sampler, config
         self.output = Path(output) if output is not None else None
-        self.validation, self.score, self.progress = validation, score, progress
+        self.validation, self.score = validation, score
+        self.processes = Processes(accelerator or launched())
+        self.progress = progress and self.processes.main
+        self._record = Record(self.output if self.processes.main else None, tensorboard and self.processes.main)
+        parts = self.processes.count * config.accumulate
+        for joint in config.joint:
+            if config.groups(joint) % parts:
+                raise ValueError(
+                    f"batch_size {config.batch_size} makes {config.groups(joint)} edits of {joint} at once, which "
+                    f"{self.processes.count} processes and accumulate {config.accumulate} can't share evenly; use a "
+                    f"batch_size that is a multiple of {joint * parts}."
+                )
         self.step, self.skipped, self.best, self.stale = 0, 0, math.inf, 0
         networks = [p for name, p in editor.named_parameters() if name != "alpha_multiplier"]
         self.optimizer = torch.optim.Adam(
             [
                 {"params": networks, "lr": config.learning_rate},
                 {"params": [editor.alpha_multiplier], "lr": config.alpha_learning_rate},
-            ]
+            ],
+            fused=editor.device.type in ("cpu", "cuda"),  # in place: no temporaries of the parameters' size
         )
         self._rates = [group["lr"] for group in self.optimizer.param_groups]
+
+    def plan(self) -> dict[str, int]:
+        """The bytes, by kind, that each process will hold at most; see :func:`mendfast.training.memory.predict`."""
+        parts = self.config.accumulate * self.processes.count
+        joint = min(self.config.joint)
+        batches = self.batches(self.sampler, 0, joint, 0, parts)
+        return predict(self.editor, batches, checkpoint_activations=self.config.checkpoint_activations)
 
     # -- the run -------------------------------------------------------------------------------------------
 
     def run(self) -> dict[str, float]:
-        """Train to ``config.steps``, or until validation stops improving; returns the last metrics."""
-        self._trim_log()
+        """Train to ``config.steps``, or until validation stops improving; returns the last metrics, and as
+        "peak_bytes" the most memory that was taken (of the GPU; on a CPU, by the process)."""
+        self.editor.gather = self.processes.gather
+        self.processes.agree(self.editor, self.step)
+        self._record.open(self.step)
+        reset_peak(self.editor.device)
+        bar = tqdm(
+            total=self.config.steps,
+            initial=self.step,
+            desc="meta-training",
+            unit="step",
+            disable=not self.progress,
+        )
+        try:
+            metrics = self._run(bar)
+        finally:
+            self.editor.gather = None
+            self._record.close()
+            bar.close()
+        self.save()
+        if self.output and self.processes.main:
+            write_report(self.output)
+        self.editor.eval()
+        return {**metrics, "peak_bytes": peak_bytes(self.editor.device)}
+
+    def _run(self, bar: tqdm) -> dict[str, float]:
         config, recent, in_a_row = self.config, deque(maxlen=50), 0
         metrics: dict[str, float] = {}
         validated: dict[str, float] = {}
         started, done = time.perf_counter(), 0
-        bar = tqdm(total=config.steps, initial=self.step, desc="meta-training", unit="step", disable=not self.progress)
         while self.step < config.steps:
             self.editor.train()
             joint = self._joint_size(self.step)
-            loss, parts = self._loss(self.sampler, self.step, joint)
-            norm = self._backward(loss)
-            if math.isfinite(norm):
-                self.optimizer.step()
+            losses = self._gradients(joint)
+            norm = float(torch.nn.utils.clip_grad_norm_(self.editor.parameters(), config.clip))
+            if math.isfinite(losses["loss"]) and math.isfinite(norm):
+                self._update()
                 in_a_row = 0
             else:
                 self.skipped, in_a_row = self.skipped + 1, in_a_row + 1
                 if in_a_row == MAX_SKIPPED_IN_A_ROW:
                     raise TrainingError(
                         f"{in_a_row} steps in a row had a loss or gradient that is not finite (the last loss was "
-                        f"{loss.item()}); stopped at step {self.step}. "
+                        f"{losses['loss']}); stopped at step {self.step}. "
                         + (f"The last good checkpoint is {self.output / 'last'}. " if self.output else "")
                         + "Lower the learning rates or step_size, or load the base model in float32."
                     )
-            self.step, done = self.step + 1, done + max(config.batch_size, joint)
-            metrics = {"step": self.step, "joint": joint, "loss": loss.item(), "gradient_norm": norm}
-            metrics |= {name: value.item() for name, value in parts.items()}
+            self.step, done = self.step + 1, done + config.groups(joint) * joint
+            metrics = {"step": self.step, "joint": joint, "gradient_norm": norm, **losses}
             if joint == 1:
                 recent.append(metrics["edit_success"])
             rate = done / (time.perf_counter() - started)
@@ -141,38 +210,56 @@ class Trainer:
                 validated = self.validate()
                 metrics |= validated
                 self._keep_best(validated)
-            self._log(metrics)
+            self._record.add(metrics)
             if self.step % config.checkpoint_every == 0 or self.step == config.steps:
                 self.save()
             if config.patience and self.stale >= config.patience:
                 bar.write(f"No better validation loss in {self.stale} validations: stopped at step {self.step}.")
                 break
-        bar.close()
-        self.save()
-        if self.output:
-            write_report(self.output)
-        self.editor.eval()
         return metrics
 
     def _joint_size(self, step: int) -> int:
         return self.config.joint[hash((self.config.seed, step)) % len(self.config.joint)]
 
-    def _loss(self, sampler: FactSampler, step: int, joint: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        size = max(1, self.config.batch_size // joint) * joint
-        draw: Draw = sampler.draw(step, size)
-        batches = [self.editor.tokenize(pairs) for pairs in draw]
-        return meta_loss(self.editor, *batches, self.config.c_edit, self.config.c_loc, joint=joint)
+    def batches(self, sampler: FactSampler, step: int, joint: int, part: int, parts: int) -> tuple[Batch, ...]:
+        """Part ``part`` of ``parts`` of a step's inner, outer and locality examples: an equal share of its edits."""
+        draw = sampler.draw(step, self.config.groups(joint) * joint)
+        return tuple(
+            self.editor.tokenize(pairs[part * len(pairs) // parts : (part + 1) * len(pairs) // parts]) for pairs in draw
+        )
 
-    def _backward(self, loss: torch.Tensor) -> float:
+    def _loss(self, batches: tuple[Batch, ...], joint: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        config = self.config
+        return meta_loss(
+            self.editor,
+            *batches,
+            config.c_edit,
+            config.c_loc,
+            joint=joint,
+            checkpoint_activations=config.checkpoint_activations,
+        )
+
+    def _gradients(self, joint: int) -> dict[str, float]:
+        """Leave the gradients of a step's edits in the parameters, summed over parts and processes."""
+        self.optimizer.zero_grad(set_to_none=True)
+        own, sums = self.config.accumulate, {}
+        parts = own * self.processes.count
+        for part in range(self.processes.rank * own, (self.processes.rank + 1) * own):
+            loss, details = self._loss(self.batches(self.sampler, self.step, joint, part, parts), joint)
+            (loss / parts).backward()
+            for name, value in {"loss": loss.detach(), **details}.items():
+                sums[name] = sums.get(name, 0) + value / parts
+        self.processes.sum_gradients(self.editor.parameters())
+        values = self.processes.sum(torch.stack(list(sums.values()))).tolist()
+        return dict(zip(sums, values, strict=True))
+
+    def _update(self) -> None:
         config = self.config
         share = min((self.step + 1) / max(1, config.warmup), 1.0)
         decay = 1 - (1 - config.final_rate) * self.step / max(1, config.steps)
         for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * share * decay
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.editor.parameters(), config.clip)
-        return float(norm) if torch.isfinite(loss) else math.nan
+        self.optimizer.step()
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
@@ -180,41 +267,43 @@ class Trainer:
         self.editor.eval()
         result: dict[str, float] = {}
         if self.validation is not None:
-            size, totals = min(32, self.config.validation_size), []
-            for i in range(-(-self.config.validation_size // size)):
-                draw = self.validation.draw(-1 - i, size)
-                batches = [self.editor.tokenize(pairs) for pairs in draw]
-                totals.append(meta_loss(self.editor, *batches, self.config.c_edit, self.config.c_loc))
-            result["val_loss"] = sum(total.item() for total, _ in totals) / len(totals)
-            for name in totals[0][1]:
-                result[f"val_{name}"] = sum(parts[name].item() for _, parts in totals) / len(totals)
-        if self.score is not None:
+            result = {f"val_{name}": value for name, value in self._validation_losses().items()}
+        if self.score is not None and self.processes.main:
             scored = self.score(self.editor).to_dict()
             result |= {f"val_{name}": value for name, value in scored.items()}
         return result
+
+    def _validation_losses(self) -> dict[str, float]:
+        size, processes = min(32, self.config.validation_size), self.processes
+        draws = -(-self.config.validation_size // size)
+        names = ("loss", "l_edit", "l_loc", "edit_success")
+        sums = torch.zeros(len(names), dtype=torch.float64, device=self.editor.device)
+        for i in range(draws):
+            draw = self.validation.draw(-1 - i, size)
+            start, end = (size * (processes.rank + j) // processes.count for j in (0, 1))
+            if start < end:
+                share = [pairs[start * len(pairs) // size : end * len(pairs) // size] for pairs in draw]
+                loss, details = self._loss(tuple(self.editor.tokenize(pairs) for pairs in share), 1)
+                values = {"loss": loss, **details}
+                sums += torch.stack([values[name] for name in names]).double() * ((end - start) / size / draws)
+        return dict(zip(names, processes.sum(sums).tolist(), strict=True))
 
     def _keep_best(self, validated: dict[str, float]) -> None:
         if "val_loss" not in validated:
             return
         if validated["val_loss"] < self.best:
             self.best, self.stale = validated["val_loss"], 0
-            if self.output:
+            if self.output and self.processes.main:
                 self.editor.save_pretrained(self.output / "best")
         else:
             self.stale += 1
 
     # -- files ---------------------------------------------------------------------------------------------
 
-    def _log(self, metrics: dict[str, float]) -> None:
-        if self.output:
-            self.output.mkdir(parents=True, exist_ok=True)
-            with (self.output / "metrics.jsonl").open("a") as file:
-                file.write(json.dumps(metrics) + "\n")
-
     def save(self) -> None:
         """Write ``last/``: the editor for use, and in one file all that a resume needs. Each file is atomic,
         and the one that a resume reads holds the editor too, so that a kill between them does no harm."""
-        if not self.output:
+        if not self.output or not self.processes.main:
             return
         last = self.output / "last"
         tensors = {f"editor:{name}": tensor for name, tensor in self.editor.state_dict().items()}
@@ -236,7 +325,7 @@ class Trainer:
         if path is None or not path.is_file():
             return False
         tensors, metadata = read_tensors(path, "checkpoint")
-        saved = json.loads(metadata["config"])
+        saved = asdict(TrainConfig()) | json.loads(metadata["config"])  # an older run lacks the newer settings
         changed = [k for k, v in asdict(self.config).items() if saved.get(k) != v]
         if changed:
             raise ValueError(
@@ -256,16 +345,3 @@ class Trainer:
         self.step, self.skipped = progress["step"], progress["skipped"]
         self.best, self.stale = progress["best"], progress["stale"]
         return True
-
-    def _trim_log(self) -> None:
-        """Drop the log's lines past the checkpoint: their steps are run again."""
-        path = self.output / "metrics.jsonl" if self.output else None
-        if path is not None and path.is_file():
-            kept = []
-            for line in path.read_text().splitlines():
-                try:
-                    if json.loads(line)["step"] <= self.step:
-                        kept.append(line)
-                except (json.JSONDecodeError, KeyError):
-                    continue  # the line that the kill cut short
-            atomic_write(path, "".join(f"{line}\n" for line in kept).encode())

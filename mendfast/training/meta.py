@@ -7,8 +7,10 @@ import torch
 from .. import ops
 from ..capture import frozen, lowrank_updates
 from ..editor import MendEditor
+from ..layers import execution_device
 from ..objective import Batch, Rows, kept_rows, per_sample_mean, target_rows, to_device
 from .prefix import FrozenPrefix
+from .recompute import recomputed_updates
 
 
 def meta_loss(
@@ -19,6 +21,8 @@ def meta_loss(
     c_edit: float = 0.1,
     c_loc: float = 1.0,
     joint: bool | int = False,
+    *,
+    checkpoint_activations: bool = False,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """c_edit * NLL(outer; edited) + c_loc * KL(base || edited on loc), differentiable in the editor.
 
@@ -33,6 +37,8 @@ def meta_loss(
             encoder-decoder's decoder inputs.
         joint: False: each edit alone. k: each k consecutive examples are one edit, the sum of their updates
             (B and the sizes of the other batches must be multiples of B / k). True: all B are one edit.
+        checkpoint_activations: keep only the inputs of the blocks that gradients pass, and compute the rest again
+            in the backward pass: less memory for about one more forward pass, the results the same.
 
     Returns:
         The scalar total, and its parts, detached: "l_edit", "l_loc", and "edit_success", the share of outer
@@ -41,7 +47,7 @@ def meta_loss(
     size = edit_inner["labels"].shape[0]
     group = size if joint is True else int(joint) or 1
     model = editor.model
-    device = model.get_input_embeddings().weight.device
+    device = execution_device(model.get_input_embeddings())
     edit_outer, loc = to_device(edit_outer, device), to_device(loc, device)
     groups = size // group
     for name, batch in (("edit_outer", edit_outer), ("loc", loc)):
@@ -54,7 +60,10 @@ def meta_loss(
     with frozen(model):
         with torch.no_grad(), prefix.recorded():
             base = kept_rows(model, loc)
-        with lowrank_updates(editor.layers, factors):
+        updates = lowrank_updates(editor.layers, factors)
+        if checkpoint_activations:
+            updates = recomputed_updates(model, editor.layers, factors, prefix.blocks)
+        with updates:
             with prefix.replayed():
                 edited = kept_rows(model, loc)
             outer = target_rows(model, edit_outer)

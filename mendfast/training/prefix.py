@@ -4,13 +4,28 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from torch import nn
 
 from ..layers import Layer, stacks
 
 log = logging.getLogger("mendfast")
+
+
+@contextlib.contextmanager
+def replaced_forwards(forwards: Mapping[nn.Module, Callable]) -> Iterator[None]:
+    """Within the block the modules run these functions; a forward that accelerate has put there comes back."""
+    before = {module: vars(module).get("forward") for module in forwards}
+    try:
+        for module, forward in forwards.items():
+            module.forward = forward
+        yield
+    finally:
+        for module, forward in before.items():
+            del module.forward
+            if forward is not None:
+                module.forward = forward
 
 
 class FrozenPrefix:
@@ -58,15 +73,9 @@ class FrozenPrefix:
     @contextlib.contextmanager
     def replayed(self) -> Iterator[None]:
         """A forward pass within the block, on the same tokens, takes that output for theirs."""
-        stubbed = []
+        ends = {block: self._kept[last] for blocks, last in self._ends for block in blocks}
         try:
-            for blocks, last in self._ends:
-                kept = self._kept[last]
-                for block in blocks:
-                    block.forward = lambda *args, kept=kept, **kwargs: kept
-                    stubbed.append(block)
-            yield
+            with replaced_forwards({block: lambda *_, kept=kept, **__: kept for block, kept in ends.items()}):
+                yield
         finally:
-            for block in stubbed:
-                del block.forward
             self._kept.clear()

@@ -1,0 +1,130 @@
+"""How much memory training takes: predicted from a pass over one and two edits, and the peak when it is over."""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from ..editor import MendEditor
+from ..objective import Batch, model_kind
+from .meta import meta_loss
+
+
+def tensor_bytes(tensor: torch.Tensor) -> int:
+    """Bytes of a tensor's own elements; of a packed or sharded one, those of the parts that lie here."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        return sum(tensor_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
+    return tensor.numel() * tensor.element_size()
+
+
+def _bytes(tensors: Iterable[torch.Tensor]) -> int:
+    return sum(tensor_bytes(tensor) for tensor in tensors)
+
+
+class LivePeak(TorchDispatchMode):
+    """Within the context, the bytes that operations have made and that are still referred to: ``now``, ``peak``.
+
+    Storages of ``known`` tensors are not counted. What an operation allocates and frees inside is not seen.
+    """
+
+    def __init__(self, known: Iterable[torch.Tensor] = ()):
+        super().__init__()
+        self.now = self.peak = 0
+        self._live = {tensor.untyped_storage()._cdata for tensor in known}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor):
+                self._count(leaf.untyped_storage())
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self._live:
+            self._live.add(key)
+            self.now += size
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._drop, key, size).atexit = False
+
+    def _drop(self, key: int, size: int) -> None:
+        self._live.discard(key)
+        self.now -= size
+
+
+def predict(editor: MendEditor, batches: tuple[Batch, Batch, Batch], **options: Any) -> dict[str, int]:
+    """Bytes that training holds at most, by kind, and their "total".
+
+    "base" and "editor" (with its statistics), "gradients" and "adam" follow from shapes. "logits" are the base
+    and edited logits with their gradients. "activations" is what remains of the peak of a meta-training step,
+    which is measured on one and on two of the edits and goes on in a straight line: a process's own libraries,
+    an allocator's gaps and the workspace inside operations come on top.
+
+    Args:
+        batches: inner, outer and locality examples of all edits that go through the model at once.
+        options: as :func:`meta_loss` takes them.
+    """
+    model, parameters = editor.model, list(editor.parameters())
+    size = len(batches[0]["input_ids"])
+    gradients = _bytes(parameters)
+    one = _step_peak(editor, batches, 1, options)
+    two = _step_peak(editor, batches, 2, options) if size > 1 else one
+    logits = _logit_bytes(model, *batches[1:])
+    result = {
+        "base": _bytes(model.parameters()) + _bytes(model.buffers()),
+        "editor": _bytes(editor.state_dict().values()),
+        "gradients": gradients,
+        # two moments like each parameter, and a float32 count of steps for each
+        "adam": 2 * gradients + 4 * len(parameters),
+        "logits": logits,
+        "activations": max(0, one + (size - 1) * (two - one) - gradients - logits),
+    }
+    return {**result, "total": sum(result.values())}
+
+
+def _step_peak(editor: MendEditor, batches: tuple[Batch, ...], edits: int, options: Mapping[str, Any]) -> int:
+    size = len(batches[0]["input_ids"])
+    some = [{name: value[: edits * (len(value) // size)] for name, value in batch.items()} for batch in batches]
+    own = [*editor.model.parameters(), *editor.model.buffers(), *editor.state_dict().values()]
+    training = editor.training
+    editor.eval()  # statistics stay
+    try:
+        with LivePeak(own) as live:
+            meta_loss(editor, *some, **options)[0].backward()
+        return live.peak
+    finally:
+        editor.train(training)
+        editor.zero_grad(set_to_none=True)
+
+
+def _logit_bytes(model: torch.nn.Module, outer: Batch, loc: Batch) -> int:
+    """Twice the rows that the edit loss reads and three times those of locality, whose base logits stay too."""
+    if model_kind(model) == "classifier":
+        return 0
+    kept = loc["attention_mask"] != 0 if model_kind(model) == "causal" else loc["labels"] != -100
+    rows = 2 * int((outer["labels"] != -100).sum()) + 3 * int(kept.sum())
+    head = model.get_output_embeddings().weight
+    return rows * model.config.vocab_size * max(2, head.element_size())
+
+
+def reset_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most that was allocated on a GPU since :func:`reset_peak`; of a CPU, the process's largest size."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
