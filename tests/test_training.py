@@ -16,6 +16,7 @@ from make_qa import ANSWERS, WORDINGS
 from safetensors.torch import load_file
 
 from mendfast import MendConfig, MendEditor
+from mendfast.files import read_tensors, write_tensors
 from mendfast.training import FactSampler, Item, TrainConfig, Trainer, TrainingError
 from mendfast.training.base import fit_base_model, small_gpt2, small_t5, train_tokenizer
 
@@ -192,3 +193,81 @@ def test_encoder_decoder_base_model(base):
     assert fit_base_model(model, base[1], pairs, steps=60, batch_size=16, warmup=10, progress=False) < 0.7 * first
     editor, config = make((model, base[1]), steps=3, joint=[1], validate_every=0)
     assert Trainer(editor, FactSampler(items), config, progress=False).run()["step"] == 3
+
+
+def test_parts_of_a_step_add_up(base, tmp_path):
+    """Without normalisation nothing moves between the parts: the same steps in a quarter of the memory."""
+    runs = []
+    for accumulate in (1, 4):
+        editor, config = make(base, steps=4, batch_size=8, accumulate=accumulate, validate_every=0)
+        editor = MendEditor.from_model(*base, MendConfig(rank=32, scale_v=True, normalize=False))
+        Trainer(editor, FactSampler(facts()), config, output=tmp_path / str(accumulate), progress=False).run()
+        runs.append(editor.state_dict())
+    losses = [[json.loads(x)["loss"] for x in (tmp_path / run / "metrics.jsonl").open()] for run in ("1", "4")]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    for name, tensor in runs[0].items():
+        torch.testing.assert_close(runs[1][name], tensor, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_statistics_survive_a_step_that_is_not_finite(base):
+    """One broken edit in a batch: the step is skipped, and the next one is as good as ever."""
+    editor, config = make(base, steps=3, joint=[1], validate_every=0)
+    trainer = Trainer(editor, FactSampler(facts()), config, progress=False)
+    gradients, asked = editor.gradients, []
+
+    def broken_once(batch):
+        captured = gradients(batch)
+        asked.append(len(captured))
+        if len(asked) == 2:
+            for _, delta in captured.values():
+                delta[0] = float("nan")
+        return captured
+
+    editor.gradients = broken_once
+    metrics = trainer.run()
+    assert trainer.skipped == 1 and metrics["step"] == 3 and metrics["loss"] == metrics["loss"]
+    assert all(tensor.isfinite().all() for tensor in editor.state_dict().values())
+    assert all(int(network.count) > 0 for network in editor.networks.values())
+
+
+def test_tensorboard_shows_the_metrics(base, tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    editor, config = make(base, steps=4, validate_every=2)
+    validation = FactSampler(facts(), seed=5)
+    Trainer(editor, FactSampler(facts()), config, output=tmp_path, validation=validation, progress=False,
+            tensorboard=True).run()  # fmt: skip
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    shown = events.Scalars("training/loss")
+    assert [(event.step, event.value) for event in shown] == [(m["step"], pytest.approx(m["loss"])) for m in lines]
+    assert [event.step for event in events.Scalars("validation/loss")] == [2, 4]
+
+
+def test_without_tensorboard_a_sentence_says_so(base, tmp_path, monkeypatch):
+    editor, config = make(base)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(RuntimeError, match="pip install tensorboard"):
+        Trainer(editor, FactSampler(facts()), config, output=tmp_path, tensorboard=True)
+    with pytest.raises(ValueError, match="pass output"):
+        Trainer(editor, FactSampler(facts()), config, tensorboard=True)
+
+
+def test_an_older_checkpoint_goes_on(base, tmp_path):
+    """One that was written before there were ``accumulate`` and ``checkpoint_activations``."""
+    editor, config = make(base, steps=2, validate_every=0)
+    Trainer(editor, FactSampler(facts()), config, output=tmp_path, progress=False).run()
+    path = tmp_path / "last/checkpoint.safetensors"
+    tensors, metadata = read_tensors(path, "checkpoint")
+    settings = json.loads(metadata["config"])
+    del settings["accumulate"], settings["checkpoint_activations"]
+    write_tensors(path, tensors, {**metadata, "config": json.dumps(settings)})
+    again = Trainer(make(base)[0], FactSampler(facts()), config, output=tmp_path, progress=False)
+    assert again.resume() and again.step == 2
+
+
+def test_threads_are_the_users(base):
+    before = torch.get_num_threads()
+    editor, config = make(base, steps=1, validate_every=0)
+    Trainer(editor, FactSampler(facts()), config, progress=False).run()
+    assert torch.get_num_threads() == before
