@@ -39,8 +39,6 @@ class FineTuning(System):
         self.learning_rate, self.max_steps = learning_rate, max_steps
         self.steps = 0  # of the last edit
 
-    edited = System.edit
-
     def fit(
         self,
         sampler: FactSampler,
