@@ -148,6 +148,8 @@ class Contest:
             return seconds
 
         cost = 0.0
+        if not self.quick:
+            machine.measure_ceilings()
         for name in [] if self.quick else [name for name in field if name not in failed]:
             try:
                 first = once(name)  # a warm-up: allocations, threads, compilation
@@ -228,7 +230,6 @@ class Contest:
         return start.elapsed_time(end) / 1e3
 
     def _record(self, row: Mapping, work: Work | None, figures: dict, units: int, more: dict) -> None:
-        ours = figures[OURS]["median_s"]
         record = {
             "question": self._question,
             **row,
@@ -238,11 +239,16 @@ class Contest:
             **more,
         }
         if work:
-            least = machine.floor(*work)
-            record |= {"bytes": work.bytes, "operations": work.operations}
-            record |= {"floor_s": least, "times_floor": ours / least}
+            record |= {"bytes": work.bytes, "operations": work.operations, "floor_dtype": work.dtype}
+            set_floor(record)
         self._rows.append(record)
         self._benchmark.extra_info |= record
+
+
+def set_floor(row: dict) -> None:
+    """By the ceilings as they are now."""
+    row["floor_s"] = machine.floor(row["bytes"], row["operations"], row["floor_dtype"])
+    row["times_floor"] = row["contestants"][OURS]["median_s"] / row["floor_s"]
 
 
 def _figures(times: list[float], walls: list[float]) -> dict:

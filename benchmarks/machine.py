@@ -39,8 +39,11 @@ def cache_bytes() -> int:
         return 32 * 2**20
 
 
-def _best(call: Callable[[], object], rounds: int = 5) -> float:
-    """Seconds of the fastest of some calls: a ceiling is what the machine can do."""
+_ceilings: dict[str, float] = {}
+
+
+def _rate(amount: float, call: Callable[[], object], rounds: int = 3) -> float:
+    """The best of some calls, after one that is not counted."""
     times = []
     for _ in range(rounds + 1):
         synchronize()
@@ -48,33 +51,45 @@ def _best(call: Callable[[], object], rounds: int = 5) -> float:
         call()
         synchronize()
         times.append(time.perf_counter() - start)
-    return min(times[1:])
+    return amount / min(times[1:])
 
 
 @functools.cache
-def ceilings() -> dict[str, float]:
-    """Measured once per session: bytes/s ("bytes", the better of a copy and a sum) and flop/s by dtype.
-
-    float32 on a GPU is what its matrix units do in TF32, so that no float32 product can be above it.
-    """
+def _probes() -> dict[str, list[Callable[[], float]]]:
     on = device()
     big = on.type == "cuda"
-    source = torch.randn(2**28 if big else 2**25, device=on)
-    target = torch.empty_like(source)
-    size = source.numel() * 4
-    copied, summed = _best(functools.partial(target.copy_, source)), _best(source.sum)
-    found = {"bytes": max(2 * size / copied, size / summed)}
-    del source, target
-    side = 8192 if big else 1536
+    source = torch.randn(2**27 if big else 2**24, device=on)
+    target, size = torch.empty_like(source), source.numel() * 4
+    probes = {
+        "bytes": [lambda: _rate(2 * size, lambda: target.copy_(source)), lambda: _rate(size, lambda: source.sum())]
+    }
+    side = 8192 if big else 1024
     for name in ("float32", "bfloat16") if big else ("float32",):
         a, b = (torch.randn(side, side, device=on, dtype=getattr(torch, name)) for _ in range(2))
-        before = torch.get_float32_matmul_precision()
-        try:
-            torch.set_float32_matmul_precision("high" if big else before)
-            found[name] = 2 * side**3 / _best(lambda a=a, b=b: a @ b)
-        finally:
-            torch.set_float32_matmul_precision(before)
-    return found
+        probes[name] = [lambda a=a, b=b: _rate(2 * side**3, lambda: a @ b)]
+    return probes
+
+
+def measure_ceilings() -> None:
+    """Time a copy, a sum and matrix products once more; the best of the session stays.
+
+    Done before every row: a machine that others use too would else be taken for a slower one than it is.
+    float32 on a GPU is what its matrix units do in TF32, so that no float32 product can be above it.
+    """
+    precision = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high" if device().type == "cuda" else precision)
+        for name, probes in _probes().items():
+            _ceilings[name] = max(_ceilings.get(name, 0.0), *(probe() for probe in probes))
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
+def ceilings() -> dict[str, float]:
+    """bytes/s ("bytes", the better of a copy and a sum) and flop/s by dtype: the best measured so far."""
+    if not _ceilings:
+        measure_ceilings()
+    return dict(_ceilings)
 
 
 def floor(moved: int, operations: int, dtype: str = "float32") -> float:
@@ -125,7 +140,6 @@ def describe(command: str) -> dict:
         "uncommitted_changes": None if status is None else bool(status),
         "command": command,
         "date": datetime.date.today().isoformat(),
-        "ceilings": ceilings(),
     }
 
 

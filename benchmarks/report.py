@@ -20,7 +20,7 @@ BOUNDS = ("bare pass", "unedited", "applied", "its dependencies", "safetensors a
 """Contestants that do less than is asked: what a row can at best be, and no opponents."""
 _FIGURES = (
     "test", "question", "shape", "device", "units", "contestants", "bytes", "operations", "floor_s", "times_floor",
-    "backend",
+    "floor_dtype", "backend",
 )  # fmt: skip
 HEADLINES = ("edit, end to end", "meta step")
 

@@ -34,6 +34,7 @@ class Benchmark:
 @pytest.fixture
 def rows(monkeypatch) -> list[dict]:
     monkeypatch.setattr(machine, "ceilings", lambda: {"bytes": 1e9, "float32": 1e10})
+    monkeypatch.setattr(machine, "measure_ceilings", lambda: None)
     monkeypatch.setattr(machine, "cache_bytes", lambda: 1000)
     monkeypatch.setitem(contest.SECONDS, "cpu", 0.05)
     return []
