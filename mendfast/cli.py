@@ -256,24 +256,44 @@ def _run_train(arguments: argparse.Namespace) -> dict:
 
 
 def _eval(commands: Any) -> None:
+    from dataclasses import fields
+
+    from .tasks.evaluate import FITTED_WITH, SIZES, TABLES
+    from .tasks.task import TASKS
+    from .training.loop import TrainConfig
+
     command = _command(
         commands,
         "eval",
         _run_eval,
-        "Edit success, generality and drawdown on held-out questions, with fine-tuning and the untrained editor.",
-        "mendfast eval --model runs/qa/model --editor runs/qa/last --data dev.jsonl --known train.tsv",
+        "Compare systems on edits that none has seen: edit success, generality, drawdown, time and memory.",
+        "mendfast eval --model runs/qa/model --editor runs/qa/best --data dev.jsonl --known train.tsv",
     )
     _model_options(command)
-    command.add_argument("--data", required=True, help="edits: a file or Hub name with questions, targets, rephrasings")
-    command.add_argument("--known", help="questions whose answers must stay; default: the data's own locality")
+    command.add_argument("--task", choices=TASKS, default="qa", help="what is edited (qa)")
+    command.add_argument("--table", choices=TABLES, default="systems", help="which systems are compared (systems)")
+    command.add_argument("--data", required=True, help="edits: a file or Hub name; for fact_checking also world:test")
+    command.add_argument("--known", help="what must stay as it is; default: the edits' own locality, or each other")
     command.add_argument("--limit", type=int, help="the first so many edits")
-    command.add_argument("--unrelated", type=int, default=64, help="known questions asked after each edit")
+    command.add_argument("--unrelated", type=int, default=64, help="known questions asked after each edit (64)")
+    command.add_argument("--systems", nargs="+", metavar="KEY", help="what to compare; default: the table's")
+    command.add_argument("--sizes", nargs="+", type=int, default=list(SIZES), help=f"edits at once, batched {SIZES}")
+    command.add_argument("--output", metavar="DIR", help="keep measured edits, trained systems and the report there")
     command.add_argument("--fine-tuning-rate", type=float, default=3e-3, help="Adam's rate for fine-tuning (0.003)")
-    command.add_argument("--systems", nargs="+", default=["mend", "identity", "fine_tuning"], help="what to compare")
+    command.add_argument("--train-data", help="data for systems that are trained: ENN, KE, FT+KL, MEND's variants")
+    command.add_argument("--seed", type=int, default=0, help="of draws, training and intervals (0)")
+    command.add_argument(
+        "--option", action="append", default=[], metavar="SYSTEM.NAME=VALUE", help="as enn.steps=2; may be repeated"
+    )
+    for option in (option for option in fields(TrainConfig) if option.name in FITTED_WITH):
+        value = getattr(TrainConfig(), option.name)
+        kind = {"nargs": "+", "type": int} if isinstance(value, list) else {"type": type(value)}
+        text = f"in training: {option.metadata['help']} ({value})"
+        command.add_argument(f"--{option.name.replace('_', '-')}", default=value, help=text, **kind)
 
 
 def _run_eval(arguments: argparse.Namespace) -> dict:
-    from .tasks.eval_qa import evaluate
+    from .tasks.evaluate import evaluate
 
     return evaluate(load_editor(arguments), arguments)
 

@@ -100,7 +100,8 @@ def test_train_and_eval(tmp_path):
                     "--limit", 5, "--unrelated", 8, "--json", scores)  # fmt: skip
     assert done.returncode == 0, done.stderr
     result = json.loads(scores.read_text())
-    assert set(result) == {"mend", "identity", "fine_tuning"} and all(row["n"] == 5 for row in result.values())
+    assert [row["system"] for row in result["rows"]] == ["mend", "ft", "identity"]
+    assert all(row["measured"] == 5 for row in result["rows"])
 
 
 def test_doctor(tmp_path):

@@ -70,8 +70,8 @@ def read_examples(
     """Read edits from a local file or, through ``datasets``, from the Hub.
 
     Args:
-        source: a .tsv, .json or .jsonl file in UTF-8, or a Hub dataset's name: "owner/name" or
-            "owner/name:split".
+        source: a .tsv, .json or .jsonl file in UTF-8, or a Hub dataset's name: "owner/name",
+            "owner/name:split" or "owner/name:configuration:split".
         parse: makes one record into an example, and names the field whose target is already the answer (""
             where it is not); raises :class:`Bad`.
         limit: stop after so many examples.
@@ -134,7 +134,8 @@ def _file_records(path: Path, columns: tuple[str, str], tabs: bool | None) -> Re
     return _array_records(path) if start[:1] == b"[" else _jsonl_records(path)
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str | Bad]]:
+def lines(path: Path) -> Iterator[tuple[int, str | Bad]]:
+    """The numbered lines of a UTF-8 file that are not blank."""
     with path.open("rb") as file:
         for number, raw in enumerate(file, 1):
             try:
@@ -151,7 +152,7 @@ def _not_utf8(error: UnicodeDecodeError) -> Bad:
 
 
 def _tsv_records(path: Path, columns: tuple[str, str]) -> Records:
-    for number, line in _lines(path):
+    for number, line in lines(path):
         if isinstance(line, Bad):
             yield number, line
             continue
@@ -169,7 +170,7 @@ _HEADER = ("prompt", "target")
 
 
 def _jsonl_records(path: Path) -> Records:
-    for number, line in _lines(path):
+    for number, line in lines(path):
         if not isinstance(line, Bad):
             try:
                 line = json.loads(line)
@@ -204,9 +205,11 @@ _GAP = re.compile(r"[\s,]*")
 
 
 def hub_records(name: str) -> Records:
-    """The rows of a Hub dataset, "owner/name" or "owner/name:split"."""
-    dataset, _, split = name.partition(":")
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", dataset):
+    """The rows of a Hub dataset: "owner/name", "owner/name:split" or "owner/name:configuration:split"."""
+    dataset, *parts = name.split(":")
+    split = parts[-1] if parts else None
+    configuration = parts[0] if len(parts) == 2 else None
+    if len(parts) > 2 or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", dataset):
         raise ValueError(f"{name!r} is no file here, nor a Hub dataset's name (owner/name:split).")
     try:
         from datasets import load_dataset
@@ -216,7 +219,7 @@ def hub_records(name: str) -> Records:
             "pip install datasets."
         ) from error
     try:
-        loaded = load_dataset(dataset, split=split or None)
+        loaded = load_dataset(dataset, configuration, split=split)
     except Exception as error:
         raise ValueError(f"No file {name} here, and no such dataset from the Hub: {error}.") from error
     if isinstance(loaded, dict):

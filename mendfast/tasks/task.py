@@ -1,0 +1,180 @@
+"""What an editor is trained for and measured on: a task makes everything into pairs of prompt and target."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+from ..editor import MendEditor
+from ..training import FactSampler, Item
+from ..training.data import Draw, Pair
+from .records import Example, Problem
+
+VALIDATION_SHARE = 20  # one fact in so many
+
+
+class Sampler(Protocol):
+    """Draws the edits of a training step; a draw depends on the sampler's seed and ``step`` alone."""
+
+    outer: int
+    loc: int
+
+    def draw(self, step: int, size: int) -> Draw: ...
+
+
+class Known(NamedTuple):
+    """Something that an edit of other matters must leave alone."""
+
+    prompt: str
+    answer: str
+    subject: str | None = None
+
+
+class Task(ABC):
+    """Data of one kind, read; make one with :func:`load_task`.
+
+    Attributes:
+        examples: the edits to measure, and what to ask after each.
+        problems: records that could not be read, or that deserve a look.
+    """
+
+    key: ClassVar[str]
+    bases: ClassVar[tuple[str, ...]]
+    """Shapes of small base models that serve it; see :func:`mendfast.training.base.make_base`."""
+    ends: ClassVar[bool] = True
+    """Whether targets are whole answers, which a decoder-only base model learns to end with EOS."""
+
+    def __init__(self, examples: list[Example], problems: list[Problem]):
+        self.examples, self.problems = examples, problems
+
+    @abstractmethod
+    def sampler(self, seed: int = 0, *, held_out: bool = False) -> Sampler:
+        """What editors are trained on; with ``held_out`` what they are validated on, of other edits."""
+
+    @abstractmethod
+    def base_pairs(self) -> list[Pair]:
+        """What a base model of one's own is trained on, so that there is something to edit."""
+
+    def known(self) -> list[Known]:
+        """What an edit of another example must leave alone."""
+        return [Known(e.prompt, e.answers[0] if e.answers else e.target, e.subject) for e in self.examples]
+
+    @abstractmethod
+    def check(self, model: Any, kind: str) -> None:
+        """A ValueError that says why a model of this ``kind`` can't serve the task, where it can't."""
+
+
+class FactTask(Task):
+    """A task whose edits are facts in several wordings: :attr:`items`."""
+
+    items: Sequence[Item]
+
+    def sampler(self, seed: int = 0, *, held_out: bool = False) -> FactSampler:
+        chosen = [item for i, item in enumerate(self.items) if (i % VALIDATION_SHARE == 0) == held_out]
+        return FactSampler(chosen or self.items, neighbours=self.items, seed=seed)
+
+    def base_pairs(self) -> list[Pair]:
+        return [(wording, item.answer) for item in self.items for wording in item.wordings]
+
+
+class QuestionAnswering(FactTask):
+    """Questions and answers, in every format of :func:`mendfast.tasks.read_qa`."""
+
+    key, bases = "qa", ("gpt2", "t5")
+
+    def __init__(self, examples: list[Example], problems: list[Problem], seed: int = 0):
+        super().__init__(examples, problems)
+        self.seed = seed
+        self._items: list[Item] | None = None
+
+    @property
+    def items(self) -> list[Item]:
+        """The facts, in wordings of the data's own; mined when first asked for, which takes a while."""
+        if self._items is None:
+            from .train_qa import fact_items
+
+            self._items, _ = fact_items(self.examples, self.seed)
+        return self._items
+
+    def check(self, model: Any, kind: str) -> None:
+        if kind == "classifier":
+            raise ValueError(
+                f"Question answering needs a model that writes; {type(model).__name__} has a classifier's head. "
+                "Load it as a causal language model or an encoder-decoder, or use the task fact_checking."
+            )
+
+
+TASKS = ("qa", "fact_checking", "generation")
+
+
+def load_task(
+    name: str, data: str, *, limit: int | None = None, seed: int = 0, tokenizer: Any = None
+) -> Task:
+    """Read a task's data.
+
+    Args:
+        name: one of :data:`TASKS`.
+        data: a local file or the name of a Hub dataset; for fact checking also "world", "world:train" or
+            "world:test", claims made from the facts that come with the package.
+        limit: use the first so many examples.
+        seed: of the targets and wordings that are drawn.
+        tokenizer: measures what generation cuts, in tokens; without one words are counted.
+
+    Raises:
+        ValueError: an unknown task, no such data, nothing usable in it.
+    """
+    if name == "qa":
+        from .qa import read_qa
+
+        return QuestionAnswering(*read_qa(data, limit=limit), seed)
+    if name == "fact_checking":
+        from .fact_checking import FactChecking
+
+        return FactChecking.load(data, limit=limit, seed=seed)
+    if name == "generation":
+        from .generation import Generation
+
+        return Generation.load(data, limit=limit, seed=seed, tokenizer=tokenizer)
+    raise ValueError(f"There is no task {name!r}; choose one of {', '.join(TASKS)}.")
+
+
+def usable(editor: MendEditor, examples: Sequence[Example]) -> tuple[list[Example], list[Problem]]:
+    """The examples that the model can be asked, without those neighbours that it can't, and what was left out.
+
+    An example whose edit can't be tokenised (longer than the context, no such label) is dropped; of the others
+    a rephrasing, a locality prompt or a question that can't is.
+    """
+    kept: list[Example] = []
+    problems: list[Problem] = []
+    for example in examples:
+        file, _, line = example.source.rpartition(":")
+
+        def fits(pair: tuple[str, str | None], field: str) -> bool:
+            problem = refusal(editor, *pair)
+            if problem:
+                problems.append(Problem(file, int(line), field, problem))  # noqa: B023
+            return not problem
+
+        if fits((example.prompt, example.target), ""):
+            rephrased = [(wording, example.target) for wording in example.rephrasings]
+            kept.append(
+                replace(
+                    example,
+                    rephrasings=tuple(pair[0] for pair in rephrased if fits(pair, "rephrasings")),
+                    locality=tuple(pair for pair in example.locality if fits(pair, "locality")),
+                    portability=tuple(pair for pair in example.portability if fits(pair, "portability")),
+                )
+            )
+    return kept, problems
+
+
+def refusal(editor: MendEditor, prompt: str, target: str | None) -> str:
+    """Why the model can't be asked this; "" where it can."""
+    try:
+        if target is not None:
+            editor.tokenize([(prompt, target)])
+    except ValueError as error:
+        return str(error)
+    return ""
