@@ -197,7 +197,7 @@ class MendEditor(nn.Module):
             raise TypeError("This editor has no tokenizer; pass one to from_model, or use edit_tokens.")
         if self.kind == "classifier":
             prompts = [self.config.prompt_template.replace("{prompt}", prompt) for prompt, _ in requests]
-            batch = dict(self.tokenizer(prompts, padding=True, return_tensors="pt"))
+            batch = dict(self.tokenizer(prompts, padding=True, padding_side="right", return_tensors="pt"))
             return {**batch, "labels": torch.tensor([self._class(target) for _, target in requests])}
         return collate(
             [self.encode(*request) for request in requests],

@@ -21,7 +21,8 @@ def answer(editor: MendEditor, prompts: Sequence[str], max_new_tokens: int = 16)
     model, tokenizer, config = editor.model, editor.tokenizer, editor.config
     texts = [config.prompt_template.replace("{prompt}", prompt) for prompt in prompts]
     if editor.kind == "classifier":
-        logits = model(**tokenizer(texts, padding=True, return_tensors="pt").to(editor.device)).logits
+        inputs = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt").to(editor.device)
+        logits = model(**inputs).logits
         if logits.shape[-1] == 1:
             return ["true" if z > 0 else "false" for z in logits[:, 0].tolist()]
         return [str(model.config.id2label[i]) for i in logits.argmax(-1).tolist()]

@@ -176,21 +176,21 @@ def _other(windows: Sequence[Window], window: Window, rng: random.Random) -> Win
 def _passages(data: str) -> Iterator[tuple[int, str | Bad]]:
     path = Path(data)
     if path.is_file() and path.suffix.lower() not in (".json", ".jsonl"):
-        records = lines(path)
+        records = ((n, line if isinstance(line, Bad) else {"text": line}) for n, line in lines(path))
     else:
         records = open_records(path if path.exists() else data, None, tabs=False)
     for number, record in records:
-        if isinstance(record, dict):
-            if record.get("text") == "":  # a blank line of a text that is kept line by line
-                continue
-            try:
-                record = required(record, "text")
-            except Bad as bad:
-                record = bad
-        elif not isinstance(record, (str, Bad)):
-            record = Bad("", f"is {show(record)}; a record is a JSON object")
-        if isinstance(record, Bad) or not _HEADING.match(record):
-            yield number, record if isinstance(record, Bad) else record.strip()
+        try:
+            if isinstance(record, Bad):
+                raise record
+            if not isinstance(record, dict):
+                raise Bad("", f"is {show(record)}; a record is a JSON object")
+            if record.get("text") != "":  # a blank line, in data sets that keep a text line by line
+                text = required(record, "text")
+                if not _HEADING.match(text):
+                    yield number, text
+        except Bad as bad:
+            yield number, bad
 
 
-_HEADING = re.compile(r"\s*=.*=\s*$")
+_HEADING = re.compile(r"=.*=$")
