@@ -206,20 +206,21 @@ def _run_edit(arguments: argparse.Namespace) -> dict | None:
 def _train(commands: Any) -> None:
     from dataclasses import fields
 
+    from .tasks.task import TASKS
     from .training.loop import TrainConfig
 
     command = _command(
         commands,
         "train",
         _run_train,
-        "Train an editor for a model, on question answering data; without --model a small base model too.",
+        "Train an editor for a model; without --model a small base model that knows the data, first.",
         "mendfast train --task qa --data train.tsv --output runs/qa",
     )
-    command.add_argument("--task", choices=["qa"], default="qa", help="what is edited")
-    command.add_argument("--data", required=True, help="TSV, JSON or JSONL file, or Hub name, of questions and answers")
+    command.add_argument("--task", choices=TASKS, default="qa", help="what is edited (qa)")
+    command.add_argument("--data", required=True, help="a file or Hub name; for fact_checking also world:train")
     command.add_argument("--output", required=True, metavar="DIR", help="where model, editor and metrics go")
     command.add_argument("--model", help="base model to edit; default: a small one is trained on the data")
-    command.add_argument("--base", default="gpt2", choices=["gpt2", "t5"], help="shape of that small model")
+    command.add_argument("--base", choices=["gpt2", "t5", "bert"], help="shape of that small model (the task's first)")
     command.add_argument("--base-width", type=int, default=160, help="its width")
     command.add_argument("--base-depth", type=int, default=4, help="its number of blocks")
     command.add_argument("--base-vocabulary", type=int, default=4000, help="its number of tokens")
@@ -247,7 +248,7 @@ def _train(commands: Any) -> None:
 
 
 def _run_train(arguments: argparse.Namespace) -> dict:
-    from .tasks.train_qa import train
+    from .tasks.train import train
 
     return train(arguments)
 

@@ -61,7 +61,7 @@ def evaluate(editor: MendEditor, arguments: argparse.Namespace) -> dict[str, Any
     task.check(editor.model, editor.kind)
     examples, refused = usable(editor, task.examples)
     problems = [*task.problems, *refused]
-    _tell(problems, console)
+    tell(problems, console)
     if not examples:
         raise ValueError(f"The model can be asked none of the {len(task.examples)} edits; the first: {refused[0]}")
     known = _known(editor, task, arguments, read)
@@ -109,7 +109,8 @@ def is_fitted(key: str, table: str) -> bool:
     return key not in ("ft", "identity") and (key != "mend" or table == "variants")
 
 
-def _tell(problems: Sequence[Problem], console: Console) -> None:
+def tell(problems: Sequence[Problem], console: Console) -> None:
+    """Print the first problems, and how many there are."""
     for problem in problems[:5]:
         console.print(f"[yellow]{problem}[/]", highlight=False)
     if len(problems) > 5:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,8 +12,10 @@ from ..editor import MendEditor
 from ..training import FactSampler, Item
 from ..training.data import Draw, Pair
 from .records import Example, Problem
+from .wordings import mine_wordings
 
 VALIDATION_SHARE = 20  # one fact in so many
+WORDINGS_PER_FACT = 4
 
 
 class Sampler(Protocol):
@@ -93,9 +96,7 @@ class QuestionAnswering(FactTask):
     def items(self) -> list[Item]:
         """The facts, in wordings of the data's own; mined when first asked for, which takes a while."""
         if self._items is None:
-            from .train_qa import fact_items
-
-            self._items, _ = fact_items(self.examples, self.seed)
+            self._items = fact_items(self.examples, self.seed)
         return self._items
 
     def check(self, model: Any, kind: str) -> None:
@@ -104,6 +105,27 @@ class QuestionAnswering(FactTask):
                 f"Question answering needs a model that writes; {type(model).__name__} has a classifier's head. "
                 "Load it as a causal language model or an encoder-decoder, or use the task fact_checking."
             )
+
+
+def fact_items(examples: Sequence[Example], seed: int = 0) -> list[Item]:
+    """Facts in the data's own rephrasings, or, where it has none, in the wordings of its other questions."""
+    answers = [example.answers[0] if example.answers else example.target for example in examples]
+    wordings = mine_wordings([(example.prompt, answer) for example, answer in zip(examples, answers, strict=True)])
+    items = []
+    for i, (example, answer) in enumerate(zip(examples, answers, strict=True)):
+        rng = random.Random(f"{seed}:{i}")
+        drawn = (wordings.rephrase(example.prompt, rng) for _ in range(2 * WORDINGS_PER_FACT))
+        others = list(example.rephrasings) or [w for w in dict.fromkeys(drawn) if w and w != example.prompt]
+        split = wordings.split(example.prompt)
+        items.append(
+            Item(
+                (example.prompt, *others[:WORDINGS_PER_FACT]),
+                answer,
+                wordings.relation(example.prompt),
+                example.subject or (split[1] if split else None),
+            )
+        )
+    return items
 
 
 TASKS = ("qa", "fact_checking", "generation")

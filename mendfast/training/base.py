@@ -25,6 +25,7 @@ from ..labels import class_ids, collate, encode_pair, pad_token_id
 from ..objective import Batch, model_kind, target_rows
 
 EOS, PAD = "<eos>", "<pad>"
+CONTEXT = 64  # tokens, if the data has none longer
 _IN_BLOCK = re.compile(r"\.(h|block|layer|layers)\.\d+\.")
 
 
@@ -59,7 +60,7 @@ def train_wordpiece(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenize
     return PreTrainedTokenizerFast(tokenizer_object=pieces, **special)
 
 
-def small_gpt2(vocab_size: int, *, width: int, depth: int, heads: int, context: int = 64) -> GPT2LMHeadModel:
+def small_gpt2(vocab_size: int, *, width: int, depth: int, heads: int, context: int = CONTEXT) -> GPT2LMHeadModel:
     """A randomly initialised GPT-2 of the given size, without dropout."""
     config = GPT2Config(
         vocab_size=vocab_size, n_positions=context, n_embd=width, n_layer=depth, n_head=heads,
@@ -80,7 +81,7 @@ def small_t5(vocab_size: int, *, width: int, depth: int, heads: int) -> T5ForCon
 
 
 def small_bert(
-    vocab_size: int, *, width: int, depth: int, heads: int, context: int = 64
+    vocab_size: int, *, width: int, depth: int, heads: int, context: int = CONTEXT
 ) -> BertForSequenceClassification:
     """A randomly initialised BERT of the given size with one logit, without dropout."""
     config = BertConfig(
@@ -108,6 +109,8 @@ def make_base(
 ) -> tuple[nn.Module, PreTrainedTokenizerFast]:
     """A small model, and its tokenizer, that answers each prompt with its target.
 
+    Its context has 64 tokens, or a quarter more than the longest pair.
+
     Args:
         shape: one of :data:`SHAPES`; "bert" is a classifier of one logit, whose targets are "true" and "false".
         options: those of :func:`fit_base_model`.
@@ -122,8 +125,12 @@ def make_base(
     make, tokens = SHAPES[shape]
     torch.manual_seed(seed)
     # A classifier's targets are no text.
-    tokenizer = tokens([p if shape == "bert" else f"{p} {t}" for p, t in pairs], vocabulary)
-    model = make(len(tokenizer), width=width, depth=depth, heads=max(1, width // 32))
+    texts = [p if shape == "bert" else f"{p} {t}" for p, t in pairs]
+    tokenizer = tokens(texts, vocabulary)
+    size = {"width": width, "depth": depth, "heads": max(1, width // 32)}
+    if shape != "t5":  # whose positions are relative
+        size["context"] = max(64, 5 * max(map(len, tokenizer(texts)["input_ids"])) // 4)
+    model = make(len(tokenizer), **size)
     fit_base_model(model, tokenizer, pairs, seed=seed, **options)
     return model, tokenizer
 
