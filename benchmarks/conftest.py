@@ -101,7 +101,8 @@ def pytest_sessionfinish(session) -> None:
 
 @functools.cache
 def _machine() -> dict:
-    return machine.describe(os.environ.get("MENDFAST_BENCHMARK_COMMAND") or "pytest benchmarks --benchmark-only")
+    command = os.environ.get("MENDFAST_BENCHMARK_COMMAND") or "pytest benchmarks --benchmark-only"
+    return machine.describe(command) | {"notes": os.environ.get("MENDFAST_BENCHMARK_NOTES", "")}
 
 
 def _kept(path: Path) -> dict:

@@ -75,12 +75,12 @@ def opponents(row: dict) -> dict[str, float]:
 
 
 def losses(rows: Iterable[dict]) -> list[tuple[dict, str, float]]:
-    """(row, its fastest opponent, ratio) where mendfast's median lies above the opponent's third quartile."""
+    """(row, its fastest opponent, ratio) where that opponent's median lies below mendfast's, however little."""
     found = []
     for row in rows:
         ratios = opponents(row)
         name = min(ratios, key=ratios.get, default=None)
-        if name is not None and seconds(row) > row["contestants"][name]["third_quartile_s"]:
+        if name is not None and ratios[name] < 1:
             found.append((row, name, ratios[name]))
     return found
 
@@ -145,14 +145,15 @@ def _machine(machine: dict) -> str:
     where = (
         f"{machine['name']}, driver {machine['gpu_driver']}, CUDA {machine['cuda']}"
         if machine["device"] == "cuda"
-        else f"{machine['name']}, {machine['threads']} threads"
+        else f"{machine['name']}, {machine['threads']} thread{'s' * (machine['threads'] > 1)}"
     )
     rates = machine["ceilings"]
     measured = ", ".join(f"{rates[k] / 1e9:,.0f} Gflop/s in {k}" for k in rates if k != "bytes")
     return (
         f"{where}; PyTorch {versions['torch']}, transformers {versions['transformers']}; {machine['date']}, commit "
         f"{(machine['commit'] or 'unknown')[:10]}, `{machine['command']}`. "
-        f"Ceilings measured in the same run: {rates['bytes'] / 1e9:,.1f} GB/s, {measured}."
+        f"Measured ceilings: {rates['bytes'] / 1e9:,.1f} GB/s, {measured}."
+        f"{' ' + machine['notes'] if machine.get('notes') else ''}"
     )
 
 

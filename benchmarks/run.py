@@ -23,8 +23,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--only", metavar="EXPRESSION", help="benchmarks whose names match, as pytest -k takes it")
     parser.add_argument("--output", type=Path, default=HERE / "results", help="folder (default benchmarks/results)")
+    parser.add_argument("--notes", default="", help="what a reader should know of the circumstances")
     parser.add_argument("--resume", action="store_true", help="leave out what the file holds of the same commit")
     args = parser.parse_args(argv)
+    os.environ["MENDFAST_BENCHMARK_NOTES"] = args.notes
     given = [f"--only '{args.only}'"] if args.only else []
     os.environ["MENDFAST_BENCHMARK_COMMAND"] = " ".join(["python -m benchmarks.run", *given])
     name = machine.result_name(machine.describe(""))
