@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
+from importlib.util import find_spec
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import make_batch, make_model
 from test_meta import batches, gradients
 
 from mendfast import MendConfig, MendEditor
+from mendfast.cli import main
 from mendfast.training import meta_loss
+from mendfast.training.base import small_gpt2
 
 
 def step(model: torch.nn.Module, name: str, **options) -> tuple[MendEditor, dict[str, torch.Tensor]]:
@@ -35,10 +41,7 @@ def test_a_16_bit_base_with_a_float32_editor(name, dtype):
     norm = sum(g.norm() ** 2 for g in exact.values()).sqrt()
     gap = sum((ours[key] - exact[key]).norm() ** 2 for key in exact).sqrt()
     assert 0 < gap < 0.3 * norm
-    optimizer = torch.optim.Adam(editor.parameters(), 1e-3)
-    for parameter in editor.parameters():
-        parameter.grad = ours.get(next(n for n, p in editor.named_parameters() if p is parameter))
-    optimizer.step()
+    torch.optim.Adam(editor.parameters(), 1e-3).step()
     assert all(p.isfinite().all() for p in editor.parameters())
 
 
@@ -125,3 +128,36 @@ def test_a_model_that_accelerate_has_placed(place, tmp_path):
 def test_a_model_without_numbers():
     with pytest.raises(ValueError, match="is on the meta device and holds no numbers; load the model's weights"):
         MendEditor.from_model(make_model("gpt2").to("meta"))
+
+
+@pytest.fixture(scope="module")
+def saved(tokenizer, tmp_path_factory) -> Path:
+    """A directory with a model and its tokenizer, and data beside them."""
+    directory = tmp_path_factory.mktemp("saved")
+    small_gpt2(len(tokenizer), width=32, depth=3, heads=4).save_pretrained(directory / "model")
+    tokenizer.save_pretrained(directory / "model")
+    (directory / "qa.tsv").write_text("".join(f"Who is number {i}?\tPerson {i % 7}\n" for i in range(40)))
+    return directory
+
+
+def test_a_device_map_on_the_command_line(saved, tmp_path):
+    options = ["--data", saved / "qa.tsv", "--output", tmp_path, "--model", saved / "model", "--device-map", "cpu",
+               "--dtype", "bfloat16", "--rank", 8, "--dry-run", "--json", tmp_path / "plan.json"]  # fmt: skip
+    assert main(["train", *map(str, options)]) == 0
+    plan = json.loads((tmp_path / "plan.json").read_text())["bytes"]
+    whole, parts = plan_of(saved, tmp_path, []), plan_of(saved, tmp_path, ["--accumulate", 4])
+    assert plan["base"] < 0.6 * whole["base"] and parts["logits"] < 0.5 * whole["logits"]
+
+
+def plan_of(saved: Path, tmp_path: Path, more: list) -> dict[str, int]:
+    options = ["--data", saved / "qa.tsv", "--output", tmp_path, "--model", saved / "model", "--rank", 8, "--dry-run",
+               "--json", tmp_path / "other.json", *more]  # fmt: skip
+    assert main(["train", *map(str, options)]) == 0
+    return json.loads((tmp_path / "other.json").read_text())["bytes"]
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed here")
+def test_quantisation_without_its_library_is_a_sentence(saved, tmp_path, capsys):
+    options = ["--data", saved / "qa.tsv", "--output", tmp_path, "--model", saved / "model", "--quantize", "4bit"]
+    assert main(["train", *map(str, options)]) == 2
+    assert "bitsandbytes" in capsys.readouterr().err
