@@ -335,6 +335,11 @@ def test_an_editor_trains_on_claims(data):
     assert 0 < metrics["l_edit"] < 20 and metrics["step"] == 3
 
 
+def test_the_context_takes_the_longest_pair():
+    model, _ = make_base("gpt2", [("word " * 100, "x")], vocabulary=300, width=32, depth=1, steps=1, progress=False)
+    assert 100 < model.config.n_positions < 200
+
+
 def test_shapes_that_there_are():
     with pytest.raises(ValueError, match="no shape 'rnn'; choose one of gpt2, t5, bert"):
         make_base("rnn", [("a", "b")], steps=1)
