@@ -188,6 +188,7 @@ def _bars(axis: Any, rows: Sequence[dict[str, Any]], systems: list[str], name: s
         below, above = _spread(figure)
         color = "tab:blue" if place == 0 else "tab:gray"
         axis.barh(place, figure["mean"], xerr=[[below], [above]], color=color, error_kw={"elinewidth": 1})
+    axis.locator_params(axis="x", nbins=5)
     axis.set_yticks(range(len(systems)), systems)
     axis.set_ylim(len(systems) - 0.5, -0.5)
 
