@@ -221,6 +221,7 @@ def _train(commands: Any) -> None:
     command.add_argument("--output", required=True, metavar="DIR", help="where model, editor and metrics go")
     command.add_argument("--model", help="base model to edit; default: a small one is trained on the data")
     command.add_argument("--base", choices=["gpt2", "t5", "bert"], help="shape of that small model (the task's first)")
+    command.add_argument("--base-from", metavar="MODEL", help="fine-tune this pretrained model on the data instead")
     command.add_argument("--base-width", type=int, default=160, help="its width")
     command.add_argument("--base-depth", type=int, default=4, help="its number of blocks")
     command.add_argument("--base-vocabulary", type=int, default=4000, help="its number of tokens")

@@ -7,12 +7,15 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from make_qa import write
+from transformers import AutoModelForSequenceClassification
 
 from mendfast import Edit
 from mendfast.cli import main
 from mendfast.demo import build, run
 from mendfast.generation import answer
+from mendfast.training.base import small_bert, train_wordpiece
 
 
 def mendfast(*arguments: str, typed: str | None = None) -> subprocess.CompletedProcess:
@@ -112,3 +115,37 @@ def test_doctor(tmp_path):
     assert {"editor_mlp", "rank1_update_", "lowrank_linear", "running_stats_", "kl_divergence", "token_nll"} <= {
         row["op"] for row in findings["ops"]
     }
+
+
+@pytest.mark.parametrize("task", ["fact_checking", "generation"])
+def test_train_serves_the_other_tasks(task, tmp_path):
+    """A base model of the task's kind, an editor for it, and an evaluation of both."""
+    data = tmp_path / "data.txt"
+    data.write_text("\n".join(f"{word} went out to see the world and " * 12 for word in "she he it we they".split()))
+    source = "world:train" if task == "fact_checking" else data
+    small = ["--task", task, "--data", source, "--limit", 40, "--base-width", 32, "--base-depth", 2,
+             "--base-vocabulary", 300, "--base-steps", 3, "--rank", 4, "--steps", 2, "--batch-size", 2,
+             "--validation-size", 2]  # fmt: skip
+    assert main(["train", *map(str, small), "--output", str(tmp_path / "run")]) == 0
+    scores = tmp_path / "eval.json"
+    asked = ["--task", task, "--model", tmp_path / "run/model", "--editor", tmp_path / "run/last", "--data", source,
+             "--limit", 2, "--unrelated", 2, "--systems", "mend", "ft", "--json", scores]  # fmt: skip
+    assert main(["eval", *map(str, asked)]) == 0
+    assert {row["system"] for row in json.loads(scores.read_text())["rows"]} == {"mend", "ft"}
+
+
+def test_train_on_a_pretrained_base(tmp_path):
+    """--base-from: its weights are where training starts, and a head is added where it has none."""
+    torch.manual_seed(0)
+    tokenizer = train_wordpiece(["The capital of France is Paris."] * 9, 100)
+    encoder = small_bert(len(tokenizer), width=32, depth=2, heads=1).bert
+    encoder.save_pretrained(tmp_path / "encoder")
+    tokenizer.save_pretrained(tmp_path / "encoder")
+    arguments = ["--task", "fact_checking", "--data", "world:train", "--limit", 20, "--base-steps", 1, "--rank", 4,
+                 "--steps", 1, "--batch-size", 2, "--validation-size", 2, "--base-from", tmp_path / "encoder",
+                 "--output", tmp_path / "run"]  # fmt: skip
+    assert main(["train", *map(str, arguments)]) == 0
+    trained = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run/model")
+    before, after = encoder.encoder.layer[0].output.dense.weight, trained.bert.encoder.layer[0].output.dense.weight
+    assert trained.config.num_labels == 1
+    assert 0 < (after - before).abs().max() < 1e-2

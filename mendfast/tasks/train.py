@@ -18,11 +18,12 @@ from ..config import MendConfig
 from ..editor import MendEditor
 from ..metrics import correct
 from ..training import TrainConfig, Trainer
-from ..training.base import make_base
+from ..training.base import fit_base_model, make_base
 from ..training.processes import launched
 from .evaluate import tell
 from .task import FactTask, Task, load_task
 
+PRETRAINED_RATE = 2e-4
 CHECKED = 1000  # known facts that the base model is asked before training
 
 
@@ -98,7 +99,7 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def base_model(task: Task, arguments: argparse.Namespace, output: Path, progress: bool = True) -> tuple[Any, Any]:
-    """A small model that knows the task's data; made once per ``output``."""
+    """A small model that knows the task's data, or a pretrained one fine-tuned on it; made once per ``output``."""
     import transformers as hf
 
     shape = arguments.base or task.bases[0]
@@ -111,17 +112,24 @@ def base_model(task: Task, arguments: argparse.Namespace, output: Path, progress
     }[shape]
     if (output / "model.safetensors").is_file():
         return kind.from_pretrained(output).eval(), hf.AutoTokenizer.from_pretrained(output)
-    model, tokenizer = make_base(
-        shape,
-        task.base_pairs(),
-        vocabulary=arguments.base_vocabulary,
-        width=arguments.base_width,
-        depth=arguments.base_depth,
-        steps=arguments.base_steps,
-        seed=arguments.seed,
-        append_eos=task.ends,
-        progress=progress,
-    )
+    options = {"steps": arguments.base_steps, "seed": arguments.seed, "append_eos": task.ends, "progress": progress}
+    if arguments.base_from:
+        head = {"num_labels": 1} if shape == "bert" else {}
+        torch.manual_seed(arguments.seed)  # of the new head
+        tokenizer = hf.AutoTokenizer.from_pretrained(arguments.base_from)
+        model = kind.from_pretrained(arguments.base_from, **head)
+        fit_base_model(
+            model, tokenizer, task.base_pairs(), learning_rate=PRETRAINED_RATE, matrix_rate=None, **options
+        )
+    else:
+        model, tokenizer = make_base(
+            shape,
+            task.base_pairs(),
+            vocabulary=arguments.base_vocabulary,
+            width=arguments.base_width,
+            depth=arguments.base_depth,
+            **options,
+        )
     tokenizer.save_pretrained(output)
     model.save_pretrained(output)
     return model, tokenizer

@@ -185,7 +185,7 @@ def fit_base_model(
     steps: int,
     batch_size: int = 64,
     learning_rate: float = 3e-3,
-    matrix_rate: float = 0.02,
+    matrix_rate: float | None = 0.02,
     warmup: int = 50,
     seed: int = 0,
     append_eos: bool = True,
@@ -195,18 +195,20 @@ def fit_base_model(
 
     Orthogonalised momentum for the blocks' matrices, AdamW without weight decay for the rest, linear warm-up
     and decay, gradients clipped at norm 1. The loss is the mean over answer tokens, or over a classifier's
-    samples. ``append_eos``: a decoder-only model learns to stop after the target.
+    samples. ``append_eos``: a decoder-only model learns to stop after the target. Without ``matrix_rate`` AdamW
+    moves everything, at ``learning_rate``: for a pretrained model.
     """
     examples = _encode(model, tokenizer, pairs, append_eos)
     lengths = [len(example["input_ids"]) for example in examples]
     generator = torch.Generator().manual_seed(seed)
     batches = _batches(lengths, batch_size, generator)
-    inner = [p for name, p in model.named_parameters() if p.dim() == 2 and _IN_BLOCK.search(name)]
-    outer = [p for name, p in model.named_parameters() if not (p.dim() == 2 and _IN_BLOCK.search(name))]
-    optimizers = [
-        Orthogonal(inner, matrix_rate),
-        torch.optim.AdamW(outer, lr=learning_rate, weight_decay=0.0, betas=(0.9, 0.98)),
-    ]
+    inner, outer = [], []
+    for name, parameter in model.named_parameters():
+        in_block = matrix_rate is not None and parameter.dim() == 2 and _IN_BLOCK.search(name)
+        (inner if in_block else outer).append(parameter)
+    optimizers = [torch.optim.AdamW(outer, lr=learning_rate, weight_decay=0.0, betas=(0.9, 0.98))]
+    if inner:
+        optimizers.append(Orthogonal(inner, matrix_rate))
     schedules = [
         torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: min((step + 1) / warmup, max(0.02, (steps - step) / max(1, steps - warmup)))
