@@ -129,7 +129,6 @@ def _head_rows(model: nn.Module, keep: torch.Tensor) -> Iterator[bool]:
         yield False
         return
 
-
     def select(module: nn.Module, args: tuple) -> tuple:
         return args[0][keep.to(args[0].device)].unsqueeze(0), *args[1:]
 
