@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import functools
 import importlib.metadata
+import math
 import os
 import platform
 import re
@@ -40,6 +41,8 @@ def cache_bytes() -> int:
 
 
 _ceilings: dict[str, float] = {}
+_measured_at = -math.inf
+MEASURED_AGAIN_AFTER = 20.0  # seconds
 
 
 def _rate(amount: float, call: Callable[[], object], rounds: int = 3) -> float:
@@ -73,9 +76,12 @@ def _probes() -> dict[str, list[Callable[[], float]]]:
 def measure_ceilings() -> None:
     """Time a copy, a sum and matrix products once more; the best of the session stays.
 
-    Done before every row: a machine that others use too would else be taken for a slower one than it is.
+    Done before a row, a few times a minute: a machine that others use too would else be taken for a slower one.
     float32 on a GPU is what its matrix units do in TF32, so that no float32 product can be above it.
     """
+    global _measured_at
+    if time.monotonic() - _measured_at < MEASURED_AGAIN_AFTER:
+        return
     precision = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("high" if device().type == "cuda" else precision)
@@ -83,6 +89,7 @@ def measure_ceilings() -> None:
             _ceilings[name] = max(_ceilings.get(name, 0.0), *(probe() for probe in probes))
     finally:
         torch.set_float32_matmul_precision(precision)
+    _measured_at = time.monotonic()
 
 
 def ceilings() -> dict[str, float]:

@@ -20,6 +20,7 @@ from .labels import class_ids, collate, encode_pair, pad_token_id
 from .layers import device_of, execution_device, find_layers
 from .network import EditorNetwork, Gather
 from .objective import IGNORE, Batch, context_length, model_kind, nll, target_rows, to_device
+from .ops import all_finite
 
 log = logging.getLogger("mendfast")
 
@@ -248,7 +249,7 @@ class MendEditor(nn.Module):
         """
         captured = self.gradients(batch)
         for name, (_, delta) in captured.items():
-            if not delta.isfinite().all():
+            if not all_finite(delta):
                 raise ValueError(
                     f"The gradient at {name} holds NaN or infinity: the model's weights or its loss on this "
                     "example are not finite. Check the model, or load it in float32 or bfloat16."

@@ -1,6 +1,6 @@
 """The ops: each has the name and arguments of its twin in :mod:`mendfast.reference`, and a ``backend``."""
 
-from ._common import checking
+from ._common import all_finite, checking
 from .editor_mlp import editor_mlp
 from .kl_divergence import kl_divergence, kl_divergence_rows
 from .lowrank_linear import lowrank_linear
@@ -9,6 +9,7 @@ from .running_stats import running_stats_
 from .token_nll import token_nll, token_nll_rows
 
 __all__ = [
+    "all_finite",
     "check_finite",
     "checking",
     "editor_mlp",

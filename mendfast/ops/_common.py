@@ -76,6 +76,13 @@ def aten_probe(device: torch.device) -> str | None:
     return None
 
 
+def all_finite(values: torch.Tensor) -> torch.Tensor:
+    """Whether no element is NaN or infinite, [] bool on their device: one pass that makes nothing of their size."""
+    if not values.numel():
+        return torch.ones((), dtype=torch.bool, device=values.device)
+    return torch.stack(torch.aminmax(values.detach())).isfinite().all()
+
+
 def same_device(op: str, **tensors: torch.Tensor | None) -> None:
     """ValueError unless all tensors are on one device."""
     first = None

@@ -185,7 +185,7 @@ def _check_values(u, stats, scales, mode) -> None:
         return
     if len(stats) and not math.isfinite(sum(float(s.sum()) for s in stats)):
         names = ("u_mean", "u_std", "delta_mean", "delta_std")
-        bad = [n for n, s in zip(names, stats, strict=True) if not bool(s.isfinite().all())]
+        bad = [n for n, s in zip(names, stats, strict=True) if not bool(_common.all_finite(s))]
         if bad:
             raise ValueError(
                 f"editor_mlp: the statistics {', '.join(bad)} are not finite; they need at least two "

@@ -137,7 +137,7 @@ def check_finite(
     for values in (us, deltas, alphas):
         for i, value in enumerate(values):
             if isinstance(value, torch.Tensor):
-                verdicts.setdefault(value.device, []).append((i, value.isfinite().all()))
+                verdicts.setdefault(value.device, []).append((i, _common.all_finite(value)))
             elif not math.isfinite(value):
                 bad.add(i)
     for found in verdicts.values():
