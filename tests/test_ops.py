@@ -105,3 +105,15 @@ def test_every_op_names_its_backends():
         ops.token_nll(torch.randn(1, 1, 3), torch.zeros(1, 1, dtype=torch.int64), backend="fastest")
     with pytest.raises(RuntimeError, match="no backend 'cuda'"), mendfast.backend("cuda"):
         ops.token_nll(torch.randn(1, 1, 3), torch.zeros(1, 1, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_all_finite(dtype):
+    values = torch.full((7, 300), torch.finfo(dtype).max, dtype=dtype)  # a sum of these would overflow
+    values[::2] *= -1
+    assert ops.all_finite(values) and ops.all_finite(values[:0]) and ops.all_finite(values.T[3])
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        for i in (0, 1234, values.numel() - 1):
+            spoiled = values.clone()
+            spoiled.view(-1)[i] = bad
+            assert not ops.all_finite(spoiled)
