@@ -28,7 +28,7 @@ def test_import(contest):
         "mendfast": python("import mendfast"),
         "its dependencies": python("import torch, safetensors.torch, transformers.pytorch_utils"),
     }
-    contest({"shape": "-"}, lambda seed: None, contestants, reference=None)
+    contest({"shape": "-"}, lambda seed: None, contestants, reference=None, memory=False)
 
 
 @pytest.mark.parametrize("case", EDITORS, ids=str)

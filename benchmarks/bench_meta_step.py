@@ -16,7 +16,7 @@ from .naive_mend import meta_step
 from .shapes import LOCALITY_TOKENS, batch, make_editor
 
 CASES = cases((1, 4, 8, 16, 32), typical=4, cpu=(4,), cpu_others=False)
-PHASES = cases((4,), typical=4, cpu=(4,), cpu_others=False)
+PHASES = cases((1, 8), typical=8, cpu=(1,), cpu_others=False)
 NAIVE_EDITS = 8
 
 

@@ -108,6 +108,7 @@ class Contest:
         reference: str | None = "reference",
         tolerance: float = 1e-4,
         queued: bool = False,
+        memory: bool = True,
         units: int = 1,
         **more: Any,
     ) -> None:
@@ -122,6 +123,7 @@ class Contest:
             reference: the contestant whose outputs the others must equal, relative to their norm; None where
                 the caller has checked.
             queued: time a GPU's work alone, the host running ahead; otherwise all that the caller waits for.
+            memory: measure the peak too; False for what runs in another process.
             units: how many edits a call makes, for rates.
         """
         field = {
@@ -159,10 +161,11 @@ class Contest:
         for name in [] if self.quick else [name for name in field if name not in failed]:
             try:
                 start = time.perf_counter()
-                peaks[name] = peak(name)  # a warm-up too: allocations, threads, compilation
+                if memory:
+                    peaks[name] = {"peak_bytes": peak(name)}  # a warm-up too: allocations, threads, compilation
                 first = time.perf_counter() - start
-                if self.on_gpu:  # without what only a first call takes
-                    peaks[name] = peak(name)
+                if memory and self.on_gpu:  # without what only a first call takes
+                    peaks[name] = {"peak_bytes": peak(name)}
                 cost += once(name) if first < SECONDS[self.device.type] or self.on_gpu else first
             except _expected() as error:
                 self._excuse(failed, name, error)
@@ -192,7 +195,7 @@ class Contest:
                     times[name].append(once(name, True))
         figures: dict[str, dict] = {name: {"error": reason} for name, reason in failed.items()}
         for name in racing:
-            figures[name] = _figures(times[name], walls[name]) | {"peak_bytes": peaks[name]}
+            figures[name] = _figures(times[name], walls[name]) | peaks.get(name, {})
         self._record(row, work, figures, units, more)
 
     def _check(self, field: dict, data: Callable, reference: str, tolerance: float) -> dict[str, str]:

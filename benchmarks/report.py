@@ -126,7 +126,7 @@ def _line(row: dict) -> list[str]:
         f"{duration(figures['median_s'])} ± {spread:.0%}",
         _against(row),
         f"{row['times_floor']:.2f}" if "times_floor" in row else "-",
-        memory(figures["peak_bytes"]),
+        memory(figures["peak_bytes"]) if "peak_bytes" in figures else "-",
     ]
 
 
