@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 LAST_BLOCKS = 3
 LAST_BLOCKS_PER_STACK = 2  # encoder-decoders
@@ -42,10 +41,15 @@ def find_layers(model: nn.Module, names: Sequence[str] | None) -> list[Layer]:
     return [_find(modules, name) for name in names]
 
 
+def is_conv1d(module: nn.Module) -> bool:
+    """Hugging Face's Conv1D, known by its name: importing transformers to ask takes longer than all else here."""
+    return any(c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils" for c in type(module).__mro__)
+
+
 def is_matrix(module: nn.Module) -> bool:
     """nn.Linear, Conv1D, or a (quantised) module that stands for one and says how wide it is."""
     widths = (getattr(module, name, None) for name in ("in_features", "out_features"))
-    return isinstance(module, (nn.Linear, Conv1D)) or all(isinstance(width, int) for width in widths)
+    return isinstance(module, nn.Linear) or is_conv1d(module) or all(isinstance(width, int) for width in widths)
 
 
 def _find(modules: dict[str, nn.Module], name: str) -> Layer:
@@ -55,7 +59,7 @@ def _find(modules: dict[str, nn.Module], name: str) -> Layer:
         matrices = [f"{p}.weight" for p, m in modules.items() if is_matrix(m)]
         near = difflib.get_close_matches(name, matrices, n=3, cutoff=0.5) or matrices[-3:]
         raise ValueError(f"The model has no layer {name!r}. Near matches: {', '.join(near)}.")
-    if isinstance(module, Conv1D):
+    if is_conv1d(module):
         m, n = module.weight.shape
         return Layer(f"{path}.weight", module, m, n, "in_out")
     if is_matrix(module):
