@@ -19,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.run",
         description=__doc__,
-        epilog="Example: python -m benchmarks.run --only 'bench_edit.py or bench_meta_step.py' --output /tmp/mine",
+        epilog="Example: python -m benchmarks.run --only 'bench_edit.py or bench_meta_step.py' --output mine",
     )
     parser.add_argument("--only", metavar="EXPRESSION", help="benchmarks whose names match, as pytest -k takes it")
     parser.add_argument("--output", type=Path, default=HERE / "results", help="folder (default benchmarks/results)")

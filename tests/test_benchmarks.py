@@ -211,5 +211,7 @@ def test_a_committed_result_describes_itself():
         described = content["machine"]
         assert all(described[key] for key in ("name", "threads", "system", "python", "commit", "command", "date"))
         assert described["versions"]["torch"] and described["ceilings"]["bytes"] > 1e8
-        assert all(set(row["contestants"]["mendfast"]) >= {"median_s", "peak_bytes"} for row in content["rows"])
+        for row in content["rows"]:
+            figures = {"median_s"} if row["question"] == "loading, import" else {"median_s", "peak_bytes"}
+            assert set(row["contestants"]["mendfast"]) >= figures, row
         assert (ROOT / "benchmarks/plots" / f"{described['device']}-speedup.png").is_file()
