@@ -11,8 +11,9 @@ if __name__ == "kernels":
 
     def _installed():
         """The spec of another package of this name, further along the search path."""
-        root, path = Path(__file__).resolve().parent.parent, sys.path
-        sys.path = [entry for entry in path if Path(entry).resolve() != root]
+        path = sys.path
+        # this checkout, and any other of mendfast, which would step aside for this one in its turn
+        sys.path = [entry for entry in path if not Path(entry, __name__, "rank1_update.py").is_file()]
         try:
             found = (finder.find_spec(__name__, None) for finder in sys.meta_path if hasattr(finder, "find_spec"))
             return next((spec for spec in found if spec is not None and spec.loader is not None), None)

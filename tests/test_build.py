@@ -50,6 +50,15 @@ class TestKernelsFolder:
         code += "; import mendfast.kernels.rank1_update as k; print(k.__name__)"
         assert run(code, path=[tmp_path, ROOT]).splitlines() == [expected, "mendfast.kernels.rank1_update"]
 
+    def test_two_checkouts_on_the_path(self, tmp_path):
+        """Neither takes the other for the installed package, to step aside for each other without end."""
+        other = tmp_path / "kernels"
+        other.mkdir()
+        for name in ("__init__.py", "rank1_update.py"):
+            (other / name).write_text((ROOT / "kernels" / name).read_text())
+        code = "import sys; sys.path.insert(0, ''); import kernels; print(kernels.__file__)"
+        assert Path(run(code, path=[tmp_path])) == ROOT / "kernels" / "__init__.py"
+
     def test_does_not_pass_for_it(self):
         """Where Hugging Face's package isn't installed, transformers must not take the folder for it. (Without a
         version some of its releases, 5.0 to 5.11 among them, could not be imported at all.)"""
