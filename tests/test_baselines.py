@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from test_editor import gradient, same_bits, state
 
 from mendfast import MendConfig, MendEditor, ops
 from mendfast.baselines import SYSTEMS, EditableNetwork, FineTuning, FineTuningKL, KnowledgeEditor, make_system
+from mendfast.baselines.fitting import step_that_learns
 from mendfast.capture import frozen
 from mendfast.generation import answer
 from mendfast.metrics import correct
@@ -191,6 +193,31 @@ def test_steps_that_are_not_finite_are_skipped_and_ten_in_a_row_stop(tokenizer):
         system.fit(sampler("bert"), training(steps=30), progress=False)
 
 
+@pytest.mark.parametrize("name", ["gpt2", "t5", "bert"])
+def test_training_starts_from_the_step_at_which_a_linear_loss_would_be_0(name, tokenizer):
+    system, requests = make("mend", name, tokenizer), sampler(name).draw(0, 3).inner
+    model, steps = system.subject.model, []
+    for request in requests:
+        batch = system.subject.tokenize([request])
+        square = sum(gradient(model, layer, batch).double().square().sum() for layer in system.subject.layers)
+        steps.append((model(**batch).loss.double() / square).log().item())
+    expected = math.exp(sum(steps) / len(steps))
+    assert step_that_learns(system.subject, requests) == pytest.approx(expected, rel=1e-4)
+
+    enn = make("enn", name, tokenizer, steps=2)
+    enn.start(requests)
+    torch.testing.assert_close(enn.network.log_rates.exp(), torch.full_like(enn.network.log_rates, expected / 2))
+    ke = make("ke", name, tokenizer)
+    ke.start(requests)
+    for conditioner in ke.network.conditioners:
+        assert conditioner.log_scale.item() == pytest.approx(math.log(2 * expected), rel=1e-4)
+    for key in ("enn", "ke"):
+        fixed = make(key, name, tokenizer, rate=0.5)
+        before = {name: parameter.clone() for name, parameter in fixed.trained().items()}
+        fixed.start(requests)
+        assert all(torch.equal(before[name], parameter) for name, parameter in fixed.trained().items())
+
+
 def test_parameter_counts(tokenizer):
     """Of a GPT-2 of width 32 whose last three blocks' c_fc (32 -> 128) and c_proj (128 -> 32) are edited."""
 
@@ -199,7 +226,7 @@ def test_parameter_counts(tokenizer):
 
     def conditioner(m, n):
         outputs = 2 * (m + n) + 1
-        return (16 * 8 + 2 * 8) + (8 * outputs + 2 * outputs)  # weights, and for each row a norm and a bias
+        return (16 * 8 + 2 * 8) + (8 * outputs + 2 * outputs) + 1  # weights, each row's norm and bias, the scale
 
     count = {key: make(key, "gpt2", tokenizer).parameter_count() for key in SYSTEMS}
     base_model = base("gpt2", tokenizer)
@@ -364,6 +391,8 @@ def test_gates_have_their_shapes_and_bounds_and_make_the_update_of_the_equation(
     with torch.no_grad():  # wide gates, so that each matters
         for parameter in system.network.conditioners.parameters():
             parameter.mul_(3)
+        for conditioner in system.network.conditioners:
+            conditioner.log_scale.fill_(math.log(0.7))
     request = edits(name)[1:]
     batch = system.subject.tokenize(request)
     with torch.no_grad():
@@ -375,7 +404,7 @@ def test_gates_have_their_shapes_and_bounds_and_make_the_update_of_the_equation(
     for layer, gate, old, grad in zip(system.layers, gates, before, gradients, strict=True):
         assert gate.alpha.shape == gate.beta.shape == (1, layer.n)
         assert gate.gamma.shape == gate.delta.shape == (1, layer.m)
-        assert 0 < gate.scale.item() < 1
+        assert 0 < gate.scale.item() < 0.7
         for softmax in (gate.alpha, gate.beta):
             assert (softmax > 0).all() and (softmax < 1).all()
             torch.testing.assert_close(softmax.sum(), torch.tensor(1.0))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -18,9 +19,9 @@ from ..editor import MendEditor
 from ..objective import Batch, kept_rows, nll, per_sample_mean, target_rows, to_device
 from ..reference.token_nll import token_nll_rows
 from ..training import TrainConfig
-from ..training.data import Draw
+from ..training.data import Draw, Pair
 from ..training.meta import all_correct
-from .fitting import Fitted, LossPart
+from .fitting import Fitted, LossPart, step_that_learns
 from .system import call, restored
 
 
@@ -50,7 +51,8 @@ class EditableNetwork(Fitted):
     Args:
         subject: names the model, of which a copy is trained and edited; the caller's model stays as it is.
         steps: of gradient descent in an edit; each has rates of its own.
-        rate: of each step before training.
+        rate: of each step before training. By default :func:`~mendfast.baselines.fitting.step_that_learns`, divided
+            among the steps: the loss's gradient has no natural size, so no number would serve every model.
         learning_rate: Adam's, of the model; the logarithms of the rates have ``config.alpha_learning_rate``.
         first_order: take the steps' gradients for constants. Needed for models whose attention can't be
             differentiated twice (FlashAttention); PyTorch's own is switched to one that can.
@@ -64,20 +66,27 @@ class EditableNetwork(Fitted):
         subject: MendEditor,
         *,
         steps: int = 1,
-        rate: float = 1e-2,
+        rate: float | None = None,
         learning_rate: float = 1e-4,
         first_order: bool = False,
         c_base: float = 1.0,
     ):
-        if steps < 1 or rate <= 0:
+        if steps < 1 or (rate is not None and rate <= 0):
             raise ValueError(f"steps is {steps} and rate {rate}; there must be a step at least, at a positive rate.")
         self.original = subject.model
         model = copy.deepcopy(subject.model).eval()
         for parameter in model.parameters():
             parameter.requires_grad_(parameter.dtype.is_floating_point)
         super().__init__(MendEditor.from_model(model, subject.tokenizer, subject.config))
-        self.network = _Editable(model, steps, len(self.subject.layers), rate, self.subject.device)
+        self.rate = rate
+        self.network = _Editable(model, steps, len(self.subject.layers), rate or 1e-2, self.subject.device)
         self.learning_rate, self.first_order, self.c_base = learning_rate, first_order, c_base
+
+    @torch.no_grad()
+    def start(self, requests: Sequence[Pair]) -> None:
+        if self.rate is None:
+            rates = self.network.log_rates
+            rates.fill_(math.log(step_that_learns(self.subject, requests) / len(rates)))
 
     def parameter_groups(self, config: TrainConfig) -> list[dict[str, Any]]:
         model = [parameter for parameter in self.subject.model.parameters() if parameter.requires_grad]

@@ -10,7 +10,7 @@ import json
 import math
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -18,12 +18,17 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from ..capture import frozen
+from ..editor import MendEditor
 from ..files import atomic_write, read_tensors, write_tensors
+from ..objective import nll, target_rows, to_device
 from ..training import FactSampler, TrainConfig, TrainingError
-from ..training.data import Draw
+from ..training.data import Draw, Pair
 from ..training.loop import MAX_SKIPPED_IN_A_ROW
 from ..training.report import read_metrics, write_report
 from .system import System
+
+START_EDITS = 32  # that a system sees before its first step, to start from
 
 LossPart = tuple[torch.Tensor, dict[str, torch.Tensor]]
 
@@ -40,6 +45,9 @@ class Fitted(System):
 
         A function of the network and ``draw`` alone, so that a resumed run goes on as if never interrupted.
         """
+
+    def start(self, requests: Sequence[Pair]) -> None:
+        """Called once before the first step, with edits to start from; see :func:`step_that_learns`."""
 
     def parameter_groups(self, config: TrainConfig) -> list[dict]:
         """What Adam takes: parameters and their learning rates."""
@@ -95,6 +103,22 @@ class Fitted(System):
             parameter.copy_(tensors[name])
 
 
+def step_that_learns(editor: MendEditor, requests: Sequence[Pair]) -> float:
+    """Rate of a gradient step at which an edit's loss would be 0 if it were linear: Polyak's, L / |grad L|^2.
+
+    The geometric mean over ``requests``, each alone; the gradient is that of all edited matrices.
+    """
+    batch = editor.tokenize(requests)
+    squares = 0.0
+    for u, delta in editor.gradients(batch).values():  # |sum_t delta_t u_t^T|^2 = sum_st (u_s u_t) (delta_s delta_t)
+        products = [rows.double() @ rows.double().mT for rows in (u, delta)]
+        squares = squares + (products[0] * products[1]).sum((-2, -1)).cpu()
+    with torch.no_grad(), frozen(editor.model):
+        loss = nll(target_rows(editor.model, to_device(batch, editor.device)), len(requests)).double().cpu()
+    steps = (loss / squares).log()
+    return steps[steps.isfinite()].mean().exp().item()
+
+
 class _Run:
     """One run of :meth:`Fitted.fit`."""
 
@@ -114,7 +138,8 @@ class _Run:
         self._rates = [group["lr"] for group in self.optimizer.param_groups]
 
     def run(self) -> dict[str, float]:
-        self._resume()
+        if not self._resume():
+            self.system.start(self.sampler.draw(0, START_EDITS).inner)
         config, in_a_row, validated, metrics = self.config, 0, {}, {}
         bar = tqdm(
             total=config.steps, initial=self.step, desc=self.system.name, unit="step", disable=not self.progress
@@ -217,9 +242,10 @@ class _Run:
         }
         write_tensors(self.output / "last" / "checkpoint.safetensors", tensors, metadata)
 
-    def _resume(self) -> None:
+    def _resume(self) -> bool:
         path = self.output / "last" / "checkpoint.safetensors" if self.output else None
-        if path is not None and path.is_file():
+        found = path is not None and path.is_file()
+        if found:
             tensors, metadata = read_tensors(path, "checkpoint")
             settings = {"system": self.system.key, **asdict(self.config)}
             saved = {"system": metadata.get("system"), **json.loads(metadata["config"])}
@@ -238,6 +264,7 @@ class _Run:
             self.optimizer.load_state_dict(state)
             self.step, self.skipped, self.best, self.stale = json.loads(metadata["progress"])
         self._trim_log()
+        return found
 
     def _trim_log(self) -> None:
         """Drop the log's lines past the checkpoint, and the one that a kill cut short: their steps run again."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -19,8 +20,8 @@ from ..labels import pad_token_id
 from ..layers import Layer
 from ..objective import IGNORE, Batch, context_length, target_rows, to_device
 from ..training import TrainConfig, meta_loss
-from ..training.data import Draw
-from .fitting import Fitted, LossPart
+from ..training.data import Draw, Pair
+from .fitting import Fitted, LossPart, step_that_learns
 
 OLD_ANSWER_TOKENS = 8
 """The old answer is read so far: at most as many of the model's own greedy tokens."""
@@ -30,29 +31,40 @@ class Gates(NamedTuple):
     """What one edit makes of a matrix W [n, m]: W~ = W - scale * (outer(alpha, gamma) * grad + outer(beta, delta)).
 
     De Cao et al., equation 4, with W written (out, in) whatever the layout; ``alpha`` and ``beta`` are softmaxes
-    and ``scale`` a sigmoid, the sign that of the gradient descent which the paper's sum leaves to be learned.
+    and ``scale`` a sigmoid times the largest scale of the matrix; the sign is that of the gradient descent which
+    the paper's sum leaves to be learned.
     """
 
     alpha: torch.Tensor  # [B, n], positive, of sum 1
     gamma: torch.Tensor  # [B, m]
     beta: torch.Tensor  # [B, n], positive, of sum 1
     delta: torch.Tensor  # [B, m]
-    scale: torch.Tensor  # [B, 1], in (0, 1)
+    scale: torch.Tensor  # [B, 1], in (0, exp(log_scale))
 
 
 class Conditioner(nn.Module):
-    """The condition h [B, C] -> the :class:`Gates` of one matrix."""
+    """The condition h [B, C] -> the :class:`Gates` of one matrix.
+
+    Before training the gates are close to a plain gradient step of the rate ``exp(log_scale) / 2``, from which
+    KE learns far sooner than from gates around 0: ``gamma`` comes in units of n, the reciprocal of a softmax over
+    n rows that knows nothing yet, and is about 1 of them. ``log_scale`` is learned; the paper's sigmoid ends at 1.
+    """
 
     def __init__(self, condition: int, hidden: int, m: int, n: int):
         super().__init__()
         self.sizes = (n, m, n, m, 1)
-        self.layers = nn.Sequential(
-            weight_norm(nn.Linear(condition, hidden)), nn.Tanh(), weight_norm(nn.Linear(hidden, sum(self.sizes)))
-        )
+        out = weight_norm(nn.Linear(hidden, sum(self.sizes)))
+        with torch.no_grad():
+            gamma = slice(n, n + m)
+            out.bias[gamma] = 1
+            out.parametrizations.weight.original0[gamma] *= 0.1
+        self.layers = nn.Sequential(weight_norm(nn.Linear(condition, hidden)), nn.Tanh(), out)
+        self.log_scale = nn.Parameter(torch.tensor(0.0))
 
     def forward(self, h: torch.Tensor) -> Gates:
         alpha, gamma, beta, delta, eta = self.layers(h).split(self.sizes, dim=-1)
-        return Gates(alpha.softmax(-1), gamma, beta.softmax(-1), delta, eta.sigmoid())
+        gamma = alpha.shape[-1] * gamma
+        return Gates(alpha.softmax(-1), gamma, beta.softmax(-1), delta, self.log_scale.exp() * eta.sigmoid())
 
 
 class HyperNetwork(nn.Module):
@@ -98,16 +110,39 @@ class KnowledgeEditor(Fitted):
         subject: see :class:`mendfast.baselines.System`.
         hidden: width of the LSTM in each direction and of the conditioners.
         condition: width of h.
+        rate: of the plain gradient step that the gates start from; by default
+            :func:`~mendfast.baselines.fitting.step_that_learns`.
     """
 
     key, name = "ke", "KE"
 
-    def __init__(self, subject: MendEditor, *, hidden: int = 128, condition: int = 1024):
+    def __init__(self, subject: MendEditor, *, hidden: int = 128, condition: int = 1024, rate: float | None = None):
         super().__init__(subject)
         embedding = subject.model.get_input_embeddings().weight.detach()
         self._words = len(embedding)
         classes = max(2, subject.model.config.num_labels) if subject.kind == "classifier" else 0
         self.network = HyperNetwork(embedding, 2 + classes, subject.layers, hidden, condition)
+        self.rate = rate
+        if rate is not None:
+            self._start_at(rate)
+
+    @torch.no_grad()
+    def _start_at(self, rate: float) -> None:
+        for conditioner in self.network.conditioners:
+            conditioner.log_scale.fill_(math.log(2 * rate))
+
+    def start(self, requests: Sequence[Pair]) -> None:
+        if self.rate is None:
+            self._start_at(step_that_learns(self.subject, requests))
+
+    def parameter_groups(self, config: TrainConfig) -> list[dict[str, Any]]:
+        scales = [conditioner.log_scale for conditioner in self.network.conditioners]
+        chosen = set(map(id, scales))
+        gates = [parameter for parameter in self.trained().values() if id(parameter) not in chosen]
+        return [
+            {"params": gates, "lr": config.learning_rate},
+            {"params": scales, "lr": config.alpha_learning_rate},
+        ]
 
     # What meta_loss asks an editor for: these three, and group_factors.
     @property
