@@ -154,6 +154,11 @@ def test_editors_are_measured_on_other_entities_and_a_wording_held_out():
     assert len(small.examples) == 20 and len({e.source.split(":")[0] for e in small.examples}) > 5
     with pytest.raises(ValueError, match="no part 'dev' of the world"):
         load_task("fact_checking", "world:dev")
+    few = load_task("fact_checking", "world:test:author,painter")
+    assert {e.source.split(":")[0] for e in few.examples} == {"author", "painter"}
+    assert {e.prompt for e in few.examples} < {pair for pair, _ in few.base_pairs()} < {pair for pair, _ in taught}
+    with pytest.raises(ValueError, match="no relation 'poet'; it has .*painter"):
+        load_task("fact_checking", "world:test:author,poet")
 
 
 # -- generation --------------------------------------------------------------------------------------------

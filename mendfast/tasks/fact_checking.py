@@ -6,7 +6,7 @@ Formats, seen from the records themselves:
   REFUTES), and prediction, alternatives, rephrases, filtered_rephrases.
 - one's own, as JSON or tab-separated: claim, label, and optionally target, subject, rephrasings, locality.
 - "world", "world:train", "world:test": claims made from the facts that come with the package, of all entities
-  or of those that editors are trained or measured on.
+  or of those that editors are trained or measured on; "world:train:author,painter": of those relations alone.
 
 Sources: Thorne et al. 2018 (FEVER); Petroni et al. 2021 (KILT); De Cao et al. 2021 (rephrasings, alternatives).
 """
@@ -44,20 +44,25 @@ class FactChecking(FactTask):
     def load(cls, data: str, *, limit: int | None = None, seed: int = 0) -> FactChecking:
         """Read a file or Hub dataset, or make claims from the package's facts; see the module."""
         if data.partition(":")[0] == "world":
-            return cls._world(data.partition(":")[2], limit, seed)
+            return cls._world(*data.split(":", 2)[1:], limit=limit, seed=seed)
         examples, problems = read_examples(data, _parse, limit=limit, columns=("claim", "label"))
         items = [Item((e.prompt, *e.rephrasings), e.answers[0], None, e.subject) for e in examples]
         return cls(examples, problems, items)
 
     @classmethod
-    def _world(cls, part: str, limit: int | None, seed: int) -> FactChecking:
+    def _world(cls, part: str = "", relations: str = "", *, limit: int | None, seed: int) -> FactChecking:
         from ..demo import build, world
 
         train, test = build.splits()
-        parts = {"": world.load_facts(), "train": train, "test": test}
+        facts = world.load_facts()
+        parts = {"": facts, "train": train, "test": test}
         if part not in parts:
             raise ValueError(f'There is no part {part!r} of the world; pass "world", "world:train" or "world:test".')
-        every = claims.claims(world.load_facts())
+        known = list(claims.WORDINGS)
+        chosen_relations = [name.strip() for name in relations.split(",")] if relations else known
+        if unknown := [name for name in chosen_relations if name not in known]:
+            raise ValueError(f"The world has no relation {unknown[0]!r}; it has {', '.join(known)}.")
+        every = [claim for claim in claims.claims(facts) if claim.fact.relation in chosen_relations]
         chosen = set(parts[part])
         made = [claim for claim in every if claim.fact in chosen]
         rng = random.Random(seed)
@@ -83,7 +88,7 @@ class FactChecking(FactTask):
         return cls(examples, [], items, pairs)
 
     def base_pairs(self) -> list[Pair]:
-        """Every wording of every claim; of the world's claims all, so that one model serves all its parts."""
+        """Every wording of every claim; of the world's claims all parts, so that one model serves them."""
         return self._base_pairs or super().base_pairs()
 
     def check(self, model: Any, kind: str) -> None:

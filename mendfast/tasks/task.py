@@ -139,7 +139,7 @@ def load_task(
     Args:
         name: one of :data:`TASKS`.
         data: a local file or the name of a Hub dataset; for fact checking also "world", "world:train" or
-            "world:test", claims made from the facts that come with the package.
+            "world:test", claims made from the facts that come with the package, and "world:test:author,painter".
         limit: use the first so many examples.
         seed: of the targets and wordings that are drawn.
         tokenizer: measures what generation cuts, in tokens; without one words are counted.
