@@ -31,9 +31,9 @@ COLUMNS = {
     "generality": Column("generality"),
     "autoregressive": Column("generated"),
     "drawdown": Column("drawdown"),
-    "ppl_drawdown": Column("perplexity drawdown", form=".3g"),
+    "ppl_drawdown": Column("perplexity drawdown", form=".2g"),
     "kl": Column("KL", form=".2g"),
-    "portability": Column("portability"),
+    "portability": Column("portable"),
     "already": Column("right before"),
     "seconds": Column("ms", 1e3, ".0f"),
     "peak_bytes": Column("peak MiB", 2**-20, ",.0f"),
@@ -211,12 +211,13 @@ def _lines(axis: Any, rows: Sequence[dict[str, Any]], systems: list[str], name: 
 _STYLE = """
 :root{color-scheme:light dark;--line:#8884;--soft:#8882;--good:#178a3c;--bad:#c2342b}
 @media(prefers-color-scheme:dark){:root{--good:#5fce7f;--bad:#ff8a80}}
-body{font:16px/1.5 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem}
+body{font:16px/1.5 system-ui,sans-serif;max-width:80rem;margin:2rem auto;padding:0 1rem}
 h1{font-size:1.6rem}h2{font-size:1.2rem;margin-top:2.2rem}
-.scroll{overflow-x:auto}table{border-collapse:collapse;font-size:.92rem}
-th,td{padding:.3rem .7rem;border-bottom:1px solid var(--line);text-align:right;vertical-align:top}
-th:first-child,td:first-child,.text th,.text td{text-align:left}th{font-weight:600}
-tbody tr:hover{background:var(--soft)}small{opacity:.7;white-space:nowrap;display:block}
+.scroll{overflow-x:auto}.scroll :is(th,td):first-child{position:sticky;left:0;background:Canvas}
+table{border-collapse:collapse;font-size:.9rem}
+th,td{padding:.3rem .45rem;border-bottom:1px solid var(--line);text-align:right;vertical-align:top}
+th:first-child,td:first-child{min-width:6rem}th:first-child,td:first-child,.text th,.text td{text-align:left}th{font-weight:600}
+tbody tr:hover{background:var(--soft)}small{opacity:.7;display:block}td small{font-size:.68rem;white-space:nowrap}
 tr.first td{border-top:2px solid var(--line)}.kind{opacity:.7;font-size:.85em}
 .good{color:var(--good)}.bad{color:var(--bad)}img{width:100%;background:#fff;border-radius:6px}
 dt{font-weight:600}dd{margin:0 0 .4rem 1.2rem}.note{border-left:3px solid var(--line);padding-left:.8rem}
