@@ -6,12 +6,10 @@ backpropagated before the next is computed: the second-order graph of one edit i
 
 from __future__ import annotations
 
-import json
 import math
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -20,11 +18,12 @@ from tqdm import tqdm
 
 from ..capture import frozen
 from ..editor import MendEditor
-from ..files import atomic_write, read_tensors, write_tensors
+from ..files import read_tensors, write_tensors
 from ..objective import nll, target_rows, to_device
-from ..training import FactSampler, TrainConfig, TrainingError
+from ..training import FactSampler, TrainConfig, TrainingError, checkpoint
 from ..training.data import Draw, Pair
-from ..training.loop import MAX_SKIPPED_IN_A_ROW
+from ..training.loop import CHECKPOINT, MAX_SKIPPED_IN_A_ROW
+from ..training.record import Record
 from ..training.report import read_metrics, write_report
 from .system import System
 
@@ -134,12 +133,14 @@ class _Run:
         self.system, self.sampler, self.config, self.output = system, sampler, config, output
         self.validation, self.progress = validation, progress
         self.step, self.skipped, self.best, self.stale = 0, 0, math.inf, 0
+        self._record = Record(output)
         self.optimizer = torch.optim.Adam(system.parameter_groups(config))
         self._rates = [group["lr"] for group in self.optimizer.param_groups]
 
     def run(self) -> dict[str, float]:
         if not self._resume():
             self.system.start(self.sampler.draw(0, START_EDITS).inner)
+        self._record.open(self.step)
         config, in_a_row, validated, metrics = self.config, 0, {}, {}
         bar = tqdm(
             total=config.steps, initial=self.step, desc=self.system.name, unit="step", disable=not self.progress
@@ -162,7 +163,7 @@ class _Run:
                 **({"skipped": self.skipped} if self.skipped else {}),
             )
             bar.update()
-            self._log(metrics)
+            self._record.add(metrics)
             if self.step % config.checkpoint_every == 0 or self.step == config.steps or self._stale():
                 self._save()
         bar.close()
@@ -176,12 +177,10 @@ class _Run:
 
     def _train_step(self) -> dict[str, float]:
         config = self.config
-        joint = config.joint[hash((config.seed, self.step)) % len(config.joint)]
-        draw = self.sampler.draw(self.step, max(1, config.batch_size // joint) * joint)
-        share = min((self.step + 1) / max(1, config.warmup), 1.0)
-        decay = 1 - (1 - config.final_rate) * self.step / max(1, config.steps)
+        joint = config.joint_size(self.step)
+        draw = self.sampler.draw(self.step, config.groups(joint) * joint)
         for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
-            group["lr"] = rate * share * decay
+            group["lr"] = rate * config.rate(self.step)
         self.optimizer.zero_grad(set_to_none=True)
         means = self._means(draw, joint, backward=True)
         norm = float(nn.utils.clip_grad_norm_(self.system.trained().values(), config.clip))
@@ -222,55 +221,18 @@ class _Run:
 
     # -- files ---------------------------------------------------------------------------------------------
 
-    def _log(self, metrics: dict[str, float]) -> None:
-        if self.output:
-            self.output.mkdir(parents=True, exist_ok=True)
-            with (self.output / "metrics.jsonl").open("a") as file:
-                file.write(json.dumps(metrics) + "\n")
-
     def _save(self) -> None:
-        if not self.output:
-            return
-        tensors = {f"own:{name}": parameter for name, parameter in self.system.trained().items()}
-        for i, state in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"adam:{i}:{name}": torch.as_tensor(value) for name, value in state.items()}
-        metadata = {
-            "format": "mendfast.checkpoint",
-            "system": self.system.key,
-            "progress": json.dumps([self.step, self.skipped, self.best, self.stale]),
-            "config": json.dumps(asdict(self.config)),
-        }
-        write_tensors(self.output / "last" / "checkpoint.safetensors", tensors, metadata)
+        if self.output:
+            progress = {"step": self.step, "skipped": self.skipped, "best": self.best, "stale": self.stale}
+            parameters, path = self.system.trained(), self.output / "last" / CHECKPOINT
+            checkpoint.write(path, parameters, self.optimizer, self.config, progress, system=self.system.key)
 
     def _resume(self) -> bool:
-        path = self.output / "last" / "checkpoint.safetensors" if self.output else None
-        found = path is not None and path.is_file()
-        if found:
-            tensors, metadata = read_tensors(path, "checkpoint")
-            settings = {"system": self.system.key, **asdict(self.config)}
-            saved = {"system": metadata.get("system"), **json.loads(metadata["config"])}
-            if changed := [name for name, value in settings.items() if saved.get(name) != value]:
-                raise ValueError(
-                    f"{path.parent} was trained with other settings ({', '.join(changed)}); "
-                    "resume with the same ones, or choose another output directory."
-                )
-            own = {name.removeprefix("own:"): t for name, t in tensors.items() if name.startswith("own:")}
-            self.system.load_tensors(own, str(path))
-            state = self.optimizer.state_dict()
-            for name, tensor in tensors.items():
-                if name.startswith("adam:"):
-                    _, i, key = name.split(":")
-                    state["state"].setdefault(int(i), {})[key] = tensor
-            self.optimizer.load_state_dict(state)
-            self.step, self.skipped, self.best, self.stale = json.loads(metadata["progress"])
-        self._trim_log()
-        return found
-
-    def _trim_log(self) -> None:
-        """Drop the log's lines past the checkpoint, and the one that a kill cut short: their steps run again."""
-        path = self.output / "metrics.jsonl" if self.output else None
-        if path is not None and path.is_file():
-            lines = path.read_text().splitlines(keepends=True)
-            whole = [line for line in lines if line.endswith("}\n")]
-            kept = [line for line in whole if json.loads(line)["step"] <= self.step]
-            atomic_write(path, "".join(kept).encode())
+        path = self.output / "last" / CHECKPOINT if self.output else None
+        if path is None or not path.is_file():
+            return False
+        parameters, progress = checkpoint.read(path, self.optimizer, self.config, system=self.system.key)
+        self.system.load_tensors(parameters, str(path))
+        self.step, self.skipped = progress["step"], progress["skipped"]
+        self.best, self.stale = progress["best"], progress["stale"]
+        return True

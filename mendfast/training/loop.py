@@ -15,9 +15,10 @@ import torch
 from tqdm import tqdm
 
 from ..editor import MendEditor
-from ..files import atomic_write, read_tensors, write_tensors
+from ..files import atomic_write
 from ..metrics import Score
 from ..objective import Batch
+from . import checkpoint
 from .data import FactSampler
 from .memory import peak_bytes, predict, reset_peak
 from .meta import meta_loss
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 MAX_SKIPPED_IN_A_ROW = 10
+CHECKPOINT = "checkpoint.safetensors"
 
 
 @dataclass
@@ -72,6 +74,15 @@ class TrainConfig:
     def groups(self, joint: int) -> int:
         """The edits of a step whose edits are ``joint`` at once."""
         return max(1, self.batch_size // joint)
+
+    def joint_size(self, step: int) -> int:
+        """How many edits at once step ``step`` trains."""
+        return self.joint[hash((self.seed, step)) % len(self.joint)]
+
+    def rate(self, step: int) -> float:
+        """The share of the learning rates that step ``step`` moves with."""
+        decay = 1 - (1 - self.final_rate) * step / max(1, self.steps)
+        return min((step + 1) / max(1, self.warmup), 1.0) * decay
 
 
 class TrainingError(RuntimeError):
@@ -178,7 +189,7 @@ class Trainer:
         started, done = time.perf_counter(), 0
         while self.step < config.steps:
             self.editor.train()
-            joint = self._joint_size(self.step)
+            joint = config.joint_size(self.step)
             losses = self._gradients(joint)
             norm = float(torch.nn.utils.clip_grad_norm_(self.editor.parameters(), config.clip))
             if math.isfinite(losses["loss"]) and math.isfinite(norm):
@@ -218,9 +229,6 @@ class Trainer:
                 break
         return metrics
 
-    def _joint_size(self, step: int) -> int:
-        return self.config.joint[hash((self.config.seed, step)) % len(self.config.joint)]
-
     def batches(self, sampler: FactSampler, step: int, joint: int, part: int, parts: int) -> tuple[Batch, ...]:
         """Part ``part`` of ``parts`` of a step's inner, outer and locality examples: an equal share of its edits."""
         draw = sampler.draw(step, self.config.groups(joint) * joint)
@@ -254,11 +262,8 @@ class Trainer:
         return dict(zip(sums, values, strict=True))
 
     def _update(self) -> None:
-        config = self.config
-        share = min((self.step + 1) / max(1, config.warmup), 1.0)
-        decay = 1 - (1 - config.final_rate) * self.step / max(1, config.steps)
         for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
-            group["lr"] = rate * share * decay
+            group["lr"] = rate * self.config.rate(self.step)
         self.optimizer.step()
 
     @torch.no_grad()
@@ -306,42 +311,19 @@ class Trainer:
         if not self.output or not self.processes.main:
             return
         last = self.output / "last"
-        tensors = {f"editor:{name}": tensor for name, tensor in self.editor.state_dict().items()}
-        for i, state in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"adam:{i}:{name}": torch.as_tensor(value) for name, value in state.items()}
         progress = {"step": self.step, "skipped": self.skipped, "best": self.best, "stale": self.stale}
-        metadata = {
-            "format": "mendfast.checkpoint",
-            "progress": json.dumps(progress),
-            "config": json.dumps(asdict(self.config)),
-        }
         self.editor.save_pretrained(last)
         atomic_write(last / "train_config.json", json.dumps(asdict(self.config), indent=2).encode())
-        write_tensors(last / "checkpoint.safetensors", tensors, metadata)
+        parameters = self.editor.state_dict()
+        checkpoint.write(last / CHECKPOINT, parameters, self.optimizer, self.config, progress)
 
     def resume(self) -> bool:
         """Go on from ``last/`` if there is one. The run then ends in the same bits as one never interrupted."""
-        path = self.output / "last" / "checkpoint.safetensors" if self.output else None
+        path = self.output / "last" / CHECKPOINT if self.output else None
         if path is None or not path.is_file():
             return False
-        tensors, metadata = read_tensors(path, "checkpoint")
-        saved = asdict(TrainConfig()) | json.loads(metadata["config"])  # an older run lacks the newer settings
-        changed = [k for k, v in asdict(self.config).items() if saved.get(k) != v]
-        if changed:
-            raise ValueError(
-                f"{path.parent} was trained with other settings ({', '.join(changed)}); "
-                "resume with the same ones, or choose another output directory."
-            )
-        own = {name.removeprefix("editor:"): t for name, t in tensors.items() if name.startswith("editor:")}
-        self.editor.load_tensors(own, str(path))
-        state = self.optimizer.state_dict()
-        state["state"] = {}
-        for name, tensor in tensors.items():
-            if name.startswith("adam:"):
-                _, i, key = name.split(":")
-                state["state"].setdefault(int(i), {})[key] = tensor
-        self.optimizer.load_state_dict(state)
-        progress = json.loads(metadata["progress"])
+        parameters, progress = checkpoint.read(path, self.optimizer, self.config)
+        self.editor.load_tensors(parameters, str(path))
         self.step, self.skipped = progress["step"], progress["skipped"]
         self.best, self.stale = progress["best"], progress["stale"]
         return True
