@@ -216,7 +216,7 @@ h1{font-size:1.6rem}h2{font-size:1.2rem;margin-top:2.2rem}
 .scroll{overflow-x:auto}.scroll :is(th,td):first-child{position:sticky;left:0;background:Canvas}
 table{border-collapse:collapse;font-size:.9rem}
 th,td{padding:.3rem .45rem;border-bottom:1px solid var(--line);text-align:right;vertical-align:top}
-th:first-child,td:first-child{min-width:6rem}th:first-child,td:first-child,.text th,.text td{text-align:left}th{font-weight:600}
+:is(th,td):first-child{min-width:6rem}:is(th,td):first-child,.text :is(th,td){text-align:left}th{font-weight:600}
 tbody tr:hover{background:var(--soft)}small{opacity:.7;display:block}td small{font-size:.68rem;white-space:nowrap}
 tr.first td{border-top:2px solid var(--line)}.kind{opacity:.7;font-size:.85em}
 .good{color:var(--good)}.bad{color:var(--bad)}img{width:100%;background:#fff;border-radius:6px}

@@ -8,6 +8,7 @@ import json
 import math
 import platform
 import random
+import re
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -138,7 +139,10 @@ def _settings(arguments: argparse.Namespace, task: Task) -> dict[str, Any]:
 
 def _environment(editor: MendEditor) -> dict[str, str]:
     device = editor.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = f"{_cpu()}, {torch.get_num_threads()} threads"
     return {
         "device": f"{device.type}: {name}",
         "model": f"{type(editor.model).__name__}, {sum(p.numel() for p in editor.model.parameters()):,} parameters",
@@ -147,6 +151,12 @@ def _environment(editor: MendEditor) -> dict[str, str]:
         "python": platform.python_version(),
         "date": time.strftime("%Y-%m-%d"),
     }
+
+
+def _cpu() -> str:
+    information = Path("/proc/cpuinfo")
+    named = re.search(r"model name\s*: (.*)", information.read_text()) if information.is_file() else None
+    return named[1].strip() if named else platform.processor() or platform.machine()
 
 
 # -- one system --------------------------------------------------------------------------------------------
