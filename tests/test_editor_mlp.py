@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 from op_cases import EDITOR_CASES, EditorCase, double, editor_case, error, poisoned  # noqa: F401
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import mendfast
 from mendfast import ops, reference
@@ -185,3 +186,32 @@ def test_a_backend_that_cannot_serve_says_why(monkeypatch):
         ops.editor_mlp(**bad(), backend="triton")
     with mendfast.backend("reference"):
         ops.editor_mlp(**bad())
+
+
+class MatrixUnits(TorchDispatchMode):
+    """Products as a GPU's matrix units make them: of factors cut to the 10 bits of tf32, or of their parts."""
+
+    def __init__(self, precision):
+        super().__init__()
+        self.precision = precision
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is not torch.ops.aten.mm.default or args[0].dtype != torch.float32:
+            return function(*args, **(kwargs or {}))
+        a, b = args
+        product = cut(a) @ cut(b)
+        if self.precision == "tf32x3":
+            product = cut(a) @ cut(b - cut(b)) + cut(a - cut(a)) @ cut(b) + product
+        return product
+
+
+def cut(x):
+    return (x.contiguous().view(torch.int32) & ~0x1FFF).view(torch.float32)
+
+
+@pytest.mark.parametrize("precision", ["tf32", "tf32x3"])
+def test_the_tolerances_are_those_of_matrix_units(precision):
+    """What tests/gpu asks of a GPU, asked of its arithmetic."""
+    case = EditorCase(60, 128, 200, 96, 3)
+    with MatrixUnits(precision):
+        case.check(reference.editor_mlp, precision=precision)
