@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import contest, counts, machine, plots, report, shapes
+from benchmarks import contest, counts, machine, plots, report, shapes, tables
 from benchmarks.contest import Contest, Contestant, Work
 from mendfast.objective import target_rows
 
@@ -215,3 +215,38 @@ def test_a_committed_result_describes_itself():
             figures = {"median_s"} if row["question"] == "loading, import" else {"median_s", "peak_bytes"}
             assert set(row["contestants"]["mendfast"]) >= figures, row
         assert (ROOT / "benchmarks/plots" / f"{described['device']}-speedup.png").is_file()
+
+
+def evaluation(**changes) -> dict:
+    figures = {"edit_success": 0.9, "generality": 0.8, "drawdown": 0.01, "ppl_drawdown": 0.5}
+    figures = {name: {"mean": mean, "low": mean, "high": mean, "n": 3} for name, mean in figures.items()}
+    row = {"system": "mend", "name": "MEND", "parameters": 7, "k": 1, "measured": 3, "failed": 0, "figures": figures}
+    return {
+        "task": "qa", "table": "systems", "model": "m", "editor": "e", "data": "d.jsonl", "known": None,
+        "train_data": None, "seed": 0, "edits": 3, "read": 4, "problems": ["d.jsonl:3, alt: is empty"],
+        "environment": {"model": "GPT2", "device": "cpu: a", "torch": "2", "transformers": "5", "date": "d"},
+        "rows": [row], "examples": [{"target": "text of the data"}], **changes,
+    }  # fmt: skip
+
+
+def test_a_kept_table_says_how_it_was_made_and_holds_none_of_the_data(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "FOLDER", tmp_path / "tables")
+    (tmp_path / "results.json").write_text(json.dumps(evaluation()))
+    path = tables.add(tmp_path, "b", "Questions", ["mendfast train", "mendfast eval"])
+    assert "text of the data" not in path.read_text()
+    (tmp_path / "results.json").write_text(json.dumps(evaluation(task="generation")))
+    tables.add(tmp_path, "a", "Text", [])
+    (tmp_path / "results.json").write_text(json.dumps(evaluation(model=str(tmp_path))))
+    with pytest.raises(ValueError, match="model is .*relative paths"):
+        tables.add(tmp_path, "c", "", [])
+    kept = tables.load()
+    assert [result["title"] for result in kept] == ["Text", "Questions"]
+    text = tables.page(kept)
+    assert "mendfast train\nmendfast eval\n```" in text and "1 edits could not be asked" in text
+    rows = [f"| {cells} |{' - |' * 5}" for cells in ("Text | 0.90 / 0.80 / 0.500", "Questions | 0.90 / 0.80 / 0.010")]
+    assert tables.summary(kept).splitlines()[-2:] == rows
+
+
+def test_the_tables_pages_hold_what_the_files_say(capsys):
+    assert tables.load()
+    assert tables.main(["--check"]) == 0, capsys.readouterr().out

@@ -21,7 +21,7 @@ from ..reference.token_nll import token_nll_rows
 from ..training import TrainConfig
 from ..training.data import Draw, Pair
 from ..training.meta import all_correct
-from .fitting import Fitted, LossPart, step_that_learns
+from .fitting import DEFAULT_RATE, Fitted, LossPart, step_that_learns
 from .system import call, restored
 
 
@@ -79,7 +79,7 @@ class EditableNetwork(Fitted):
             parameter.requires_grad_(parameter.dtype.is_floating_point)
         super().__init__(MendEditor.from_model(model, subject.tokenizer, subject.config))
         self.rate = rate
-        self.network = _Editable(model, steps, len(self.subject.layers), rate or 1e-2, self.subject.device)
+        self.network = _Editable(model, steps, len(self.subject.layers), rate or DEFAULT_RATE, self.subject.device)
         self.learning_rate, self.first_order, self.c_base = learning_rate, first_order, c_base
 
     @torch.no_grad()

@@ -28,6 +28,7 @@ from ..training.report import read_metrics, write_report
 from .system import System
 
 START_EDITS = 32  # that a system sees before its first step, to start from
+DEFAULT_RATE = 1e-2  # of a gradient step, where no edit tells a better one
 
 LossPart = tuple[torch.Tensor, dict[str, torch.Tensor]]
 
@@ -115,7 +116,8 @@ def step_that_learns(editor: MendEditor, requests: Sequence[Pair]) -> float:
     with torch.no_grad(), frozen(editor.model):
         loss = nll(target_rows(editor.model, to_device(batch, editor.device)), len(requests)).double().cpu()
     steps = (loss / squares).log()
-    return steps[steps.isfinite()].mean().exp().item()
+    steps = steps[steps.isfinite()]
+    return steps.mean().exp().item() if len(steps) else DEFAULT_RATE
 
 
 class _Run:
