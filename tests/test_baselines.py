@@ -12,7 +12,7 @@ from test_editor import gradient, same_bits, state
 
 from mendfast import MendConfig, MendEditor, ops
 from mendfast.baselines import SYSTEMS, EditableNetwork, FineTuning, FineTuningKL, KnowledgeEditor, make_system
-from mendfast.baselines.fitting import step_that_learns
+from mendfast.baselines.fitting import GRADIENT_STEPS, STARTING_KL, best_gradient_step
 from mendfast.capture import frozen
 from mendfast.generation import answer
 from mendfast.metrics import correct
@@ -194,27 +194,29 @@ def test_steps_that_are_not_finite_are_skipped_and_ten_in_a_row_stop(tokenizer):
 
 
 @pytest.mark.parametrize("name", ["gpt2", "t5", "bert"])
-def test_training_starts_from_the_step_at_which_a_linear_loss_would_be_0(name, tokenizer):
-    system, requests = make("mend", name, tokenizer), sampler(name).draw(0, 3).inner
-    model, steps = system.subject.model, []
-    for request in requests:
-        batch = system.subject.tokenize([request])
-        square = sum(gradient(model, layer, batch).double().square().sum() for layer in system.subject.layers)
-        steps.append((model(**batch).loss.double() / square).log().item())
-    expected = math.exp(sum(steps) / len(steps))
-    assert step_that_learns(system.subject, requests) == pytest.approx(expected, rel=1e-4)
-
+def test_training_starts_from_the_best_plain_gradient_step(name, tokenizer):
+    config, drawn = training(c_edit=2.0), sampler(name).draw(0, 4)
+    enn = make("enn", name, tokenizer)
+    subject, losses, spared = enn.subject, {}, {}
+    for rate in GRADIENT_STEPS:
+        enn.network.log_rates.data.fill_(math.log(rate))
+        parts = [(loss.item(), metrics["l_loc"].item() / 4) for loss, metrics in enn.losses(drawn, config, 1)]
+        # With the unedited model's own loss, which is the same at every rate.
+        losses[rate], spared[rate] = map(sum, zip(*parts, strict=True))
+    best = min((rate for rate in losses if spared[rate] <= STARTING_KL), key=losses.get)
+    assert best_gradient_step(subject, drawn, config) == best
+    assert min(losses.values()) < losses[best] or best != GRADIENT_STEPS[0]
     enn = make("enn", name, tokenizer, steps=2)
-    enn.start(requests)
-    torch.testing.assert_close(enn.network.log_rates.exp(), torch.full_like(enn.network.log_rates, expected / 2))
+    enn.start(drawn, config)
+    torch.testing.assert_close(enn.network.log_rates.exp(), torch.full_like(enn.network.log_rates, best / 2))
     ke = make("ke", name, tokenizer)
-    ke.start(requests)
+    ke.start(drawn, config)
     for conditioner in ke.network.conditioners:
-        assert conditioner.log_scale.item() == pytest.approx(math.log(2 * expected), rel=1e-4)
+        assert conditioner.log_scale.item() == pytest.approx(math.log(2 * best), rel=1e-4)
     for key in ("enn", "ke"):
         fixed = make(key, name, tokenizer, rate=0.5)
         before = {name: parameter.clone() for name, parameter in fixed.trained().items()}
-        fixed.start(requests)
+        fixed.start(drawn, config)
         assert all(torch.equal(before[name], parameter) for name, parameter in fixed.trained().items())
 
 

@@ -19,9 +19,9 @@ from ..editor import MendEditor
 from ..objective import Batch, kept_rows, nll, per_sample_mean, target_rows, to_device
 from ..reference.token_nll import token_nll_rows
 from ..training import TrainConfig
-from ..training.data import Draw, Pair
+from ..training.data import Draw
 from ..training.meta import all_correct
-from .fitting import DEFAULT_RATE, Fitted, LossPart, step_that_learns
+from .fitting import Fitted, LossPart, best_gradient_step
 from .system import call, restored
 
 
@@ -51,8 +51,8 @@ class EditableNetwork(Fitted):
     Args:
         subject: names the model, of which a copy is trained and edited; the caller's model stays as it is.
         steps: of gradient descent in an edit; each has rates of its own.
-        rate: of each step before training. By default :func:`~mendfast.baselines.fitting.step_that_learns`, divided
-            among the steps: the loss's gradient has no natural size, so no number would serve every model.
+        rate: of each step before training; by default :func:`~mendfast.baselines.fitting.best_gradient_step`,
+            divided among the steps.
         learning_rate: Adam's, of the model; the logarithms of the rates have ``config.alpha_learning_rate``.
         first_order: take the steps' gradients for constants. Needed for models whose attention can't be
             differentiated twice (FlashAttention); PyTorch's own is switched to one that can.
@@ -79,14 +79,14 @@ class EditableNetwork(Fitted):
             parameter.requires_grad_(parameter.dtype.is_floating_point)
         super().__init__(MendEditor.from_model(model, subject.tokenizer, subject.config))
         self.rate = rate
-        self.network = _Editable(model, steps, len(self.subject.layers), rate or DEFAULT_RATE, self.subject.device)
+        self.network = _Editable(model, steps, len(self.subject.layers), rate or 1e-2, self.subject.device)
         self.learning_rate, self.first_order, self.c_base = learning_rate, first_order, c_base
 
     @torch.no_grad()
-    def start(self, requests: Sequence[Pair]) -> None:
+    def start(self, draw: Draw, config: TrainConfig) -> None:
         if self.rate is None:
             rates = self.network.log_rates
-            rates.fill_(math.log(step_that_learns(self.subject, requests) / len(rates)))
+            rates.fill_(math.log(best_gradient_step(self.subject, draw, config) / len(rates)))
 
     def parameter_groups(self, config: TrainConfig) -> list[dict[str, Any]]:
         model = [parameter for parameter in self.subject.model.parameters() if parameter.requires_grad]

@@ -9,26 +9,27 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
-from ..capture import frozen
+from ..capture import Factors
 from ..editor import MendEditor
 from ..files import read_tensors, write_tensors
-from ..objective import nll, target_rows, to_device
-from ..training import FactSampler, TrainConfig, TrainingError, checkpoint
-from ..training.data import Draw, Pair
+from ..objective import Batch
+from ..training import FactSampler, TrainConfig, TrainingError, checkpoint, meta_loss
+from ..training.data import Draw
 from ..training.loop import CHECKPOINT, MAX_SKIPPED_IN_A_ROW
 from ..training.record import Record
 from ..training.report import read_metrics, write_report
 from .system import System
 
-START_EDITS = 32  # that a system sees before its first step, to start from
-DEFAULT_RATE = 1e-2  # of a gradient step, where no edit tells a better one
+START_EDITS = 16  # that a system sees before its first step, to start from
+GRADIENT_STEPS = [10 ** (i / 2) for i in range(-6, 7)]
+STARTING_KL = 0.1  # nats
 
 LossPart = tuple[torch.Tensor, dict[str, torch.Tensor]]
 
@@ -46,8 +47,8 @@ class Fitted(System):
         A function of the network and ``draw`` alone, so that a resumed run goes on as if never interrupted.
         """
 
-    def start(self, requests: Sequence[Pair]) -> None:
-        """Called once before the first step, with edits to start from; see :func:`step_that_learns`."""
+    def start(self, draw: Draw, config: TrainConfig) -> None:
+        """Called once before the first step, with edits to start from; see :func:`best_gradient_step`."""
 
     def parameter_groups(self, config: TrainConfig) -> list[dict]:
         """What Adam takes: parameters and their learning rates."""
@@ -103,21 +104,32 @@ class Fitted(System):
             parameter.copy_(tensors[name])
 
 
-def step_that_learns(editor: MendEditor, requests: Sequence[Pair]) -> float:
-    """Rate of a gradient step at which an edit's loss would be 0 if it were linear: Polyak's, L / |grad L|^2.
+class _GradientStep:
+    """A gradient step of one rate in the shape of an editor, for :func:`mendfast.training.meta_loss`."""
 
-    The geometric mean over ``requests``, each alone; the gradient is that of all edited matrices.
+    def __init__(self, subject: MendEditor, rate: float):
+        self.subject, self.rate = subject, rate
+        self.model, self.layers, self.config = subject.model, subject.layers, subject.config
+
+    def group_factors(self, batch: Batch, group_size: int = 1) -> dict[str, Factors]:
+        return {name: (u, delta, self.rate) for name, (u, delta) in self.subject.gradients(batch).items()}
+
+
+def best_gradient_step(subject: MendEditor, draw: Draw, config: TrainConfig) -> float:
+    """The rate, of 13 from 1e-3 to 1e3, at which a plain gradient step has the least training loss on ``draw``,
+    of those that leave other answers nearly alone (a divergence of at most :data:`STARTING_KL`).
+
+    The gradient's size differs between models by orders of magnitude, so that no one rate would serve them all. Where
+    all edits flip every answer the loss may be low too, as with claims, but training hardly leaves that state.
     """
-    batch = editor.tokenize(requests)
-    squares = 0.0
-    for u, delta in editor.gradients(batch).values():  # |sum_t delta_t u_t^T|^2 = sum_st (u_s u_t) (delta_s delta_t)
-        products = [rows.double() @ rows.double().mT for rows in (u, delta)]
-        squares = squares + (products[0] * products[1]).sum((-2, -1)).cpu()
-    with torch.no_grad(), frozen(editor.model):
-        loss = nll(target_rows(editor.model, to_device(batch, editor.device)), len(requests)).double().cpu()
-    steps = (loss / squares).log()
-    steps = steps[steps.isfinite()]
-    return steps.mean().exp().item() if len(steps) else DEFAULT_RATE
+    batches = [subject.tokenize(pairs) for pairs in draw]
+    losses = {}
+    for rate in GRADIENT_STEPS:
+        with torch.no_grad():
+            loss, parts = meta_loss(_GradientStep(subject, rate), *batches, config.c_edit, config.c_loc)
+        if parts["l_loc"] <= STARTING_KL:
+            losses[rate] = loss.item()
+    return min(losses, key=losses.get, default=GRADIENT_STEPS[0])
 
 
 class _Run:
@@ -141,7 +153,7 @@ class _Run:
 
     def run(self) -> dict[str, float]:
         if not self._resume():
-            self.system.start(self.sampler.draw(0, START_EDITS).inner)
+            self.system.start(self.sampler.draw(0, START_EDITS), self.config)
         self._record.open(self.step)
         config, in_a_row, validated, metrics = self.config, 0, {}, {}
         bar = tqdm(

@@ -20,8 +20,8 @@ from ..labels import pad_token_id
 from ..layers import Layer
 from ..objective import IGNORE, Batch, context_length, target_rows, to_device
 from ..training import TrainConfig, meta_loss
-from ..training.data import Draw, Pair
-from .fitting import Fitted, LossPart, step_that_learns
+from ..training.data import Draw
+from .fitting import Fitted, LossPart, best_gradient_step
 
 OLD_ANSWER_TOKENS = 8
 """The old answer is read so far: at most as many of the model's own greedy tokens."""
@@ -111,7 +111,7 @@ class KnowledgeEditor(Fitted):
         hidden: width of the LSTM in each direction and of the conditioners.
         condition: width of h.
         rate: of the plain gradient step that the gates start from; by default
-            :func:`~mendfast.baselines.fitting.step_that_learns`.
+            :func:`~mendfast.baselines.fitting.best_gradient_step`.
     """
 
     key, name = "ke", "KE"
@@ -131,9 +131,9 @@ class KnowledgeEditor(Fitted):
         for conditioner in self.network.conditioners:
             conditioner.log_scale.fill_(math.log(2 * rate))
 
-    def start(self, requests: Sequence[Pair]) -> None:
+    def start(self, draw: Draw, config: TrainConfig) -> None:
         if self.rate is None:
-            self._start_at(step_that_learns(self.subject, requests))
+            self._start_at(best_gradient_step(self.subject, draw, config))
 
     def parameter_groups(self, config: TrainConfig) -> list[dict[str, Any]]:
         scales = [conditioner.log_scale for conditioner in self.network.conditioners]
