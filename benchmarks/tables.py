@@ -1,0 +1,118 @@
+"""What `mendfast eval` measured: benchmarks/TABLES.md and the README's summary, from benchmarks/tables/*.json.
+
+    python -m benchmarks.tables                       # write both
+    python -m benchmarks.tables --check               # fail if they differ from the files
+    python -m benchmarks.tables --add runs/eval qa-gpt2 --title "..." --command "mendfast train ..." --command "..."
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from mendfast.tasks.eval_report import markdown
+
+from .report import ROOT, replace_block
+
+HERE = Path(__file__).parent
+FOLDER = HERE / "tables"
+MARKERS = ("<!-- tables -->", "<!-- /tables -->")
+SYSTEMS = {"mend": "MEND", "enn": "ENN", "ke": "KE", "ft": "FT", "ft_kl": "FT+KL", "identity": "untrained"}
+SUMMARY = ("edit_success", "generality")  # and the task's drawdown
+
+
+def load() -> list[dict]:
+    """Every kept table, in the order of the files' names."""
+    return [json.loads(path.read_text()) for path in sorted(FOLDER.glob("*.json"))]
+
+
+def add(directory: Path, name: str, title: str, commands: Sequence[str]) -> Path:
+    """Keep the results of an evaluation, without its examples, which are the data's."""
+    result = json.loads((directory / "results.json").read_text())
+    for key in ("model", "editor", "data", "known", "train_data"):
+        if result[key] and Path(result[key]).is_absolute():
+            raise ValueError(f"{key} is {result[key]}; evaluate with relative paths, which mean something elsewhere.")
+    kept = {"title": title, "commands": list(commands), **result, "examples": [], "problems": len(result["problems"])}
+    path = FOLDER / f"{name}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n")
+    return path
+
+
+def page(results: Sequence[dict]) -> str:
+    """benchmarks/TABLES.md."""
+    lines = [
+        "# What was measured",
+        "",
+        "Made by `python -m benchmarks.tables` from `benchmarks/tables/`, which holds intervals of 95 % too.",
+        "*Edit success* is the mean of the edit and its rephrasings, *edit alone* and *generality* those apart (every",
+        "target token the model's first choice, teacher-forced); *generated* the same by greedy decoding; *drawdown*",
+        "accuracy lost on unrelated inputs, *KL* their mean divergence. Times beside other work on the same machine.",
+    ]
+    for result in results:
+        environment = result["environment"]
+        versions = f"PyTorch {environment['torch']}, transformers {environment['transformers']}"
+        made = "; ".join((environment["model"], environment["device"], versions, environment["date"]))
+        lines += ["", f"## {result['title']}", "", f"{made}."]
+        lines += ["", "```bash", *result["commands"], "```", "", markdown({**result, "problems": []}).rstrip()]
+    return "\n".join(lines) + "\n"
+
+
+def summary(results: Sequence[dict]) -> str:
+    """The README's table: edit success, generality and drawdown of every system on every task."""
+    tables = [result for result in results if result["table"] == "systems"]
+    lines = [
+        "Edit success / generality / drawdown, one edit at a time; on generation the drawdown is that of perplexity.",
+        "Every table, with its commands and the published figures: [benchmarks/TABLES.md](benchmarks/TABLES.md).",
+        "",
+        f"| task | {' | '.join(SYSTEMS.values())} |",
+        f"|---|{'---|' * len(SYSTEMS)}",
+    ]
+    for result in tables:
+        rows = {row["system"]: row["figures"] for row in result["rows"]}
+        cells = [_cell(rows.get(key), result["task"]) for key in SYSTEMS]
+        lines.append(f"| {result['title']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _cell(figures: dict | None, task: str) -> str:
+    if not figures:
+        return "-"
+    means = [f"{figures[name]['mean']:.2f}" for name in SUMMARY if name in figures]
+    drawdown = "ppl_drawdown" if task == "generation" else "drawdown"
+    return " / ".join([*means, f"{figures[drawdown]['mean']:.3f}" if drawdown in figures else "-"])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.tables",
+        description=__doc__.split("\n")[0],
+        epilog='Example: python -m benchmarks.tables --add runs/eval qa-gpt2 --title "zsRE, GPT-2"',
+    )
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if README.md or TABLES.md differ")
+    parser.add_argument("--add", nargs=2, metavar=("DIR", "NAME"), help="keep what mendfast eval wrote into DIR")
+    parser.add_argument("--title", default="", help="of the table that is added")
+    parser.add_argument("--command", action="append", default=[], help="that made it; may be repeated")
+    args = parser.parse_args(argv)
+    if args.add:
+        print(add(Path(args.add[0]), args.add[1], args.title or args.add[1], args.command))
+    results = load()
+    readme = ROOT / "README.md"
+    pages = {
+        readme: replace_block(readme.read_text(), summary(results), MARKERS),
+        HERE / "TABLES.md": page(results),
+    }
+    if args.check:
+        stale = [path.name for path, text in pages.items() if not path.is_file() or path.read_text() != text]
+        print(f"Stale: {', '.join(stale)}; run python -m benchmarks.tables." if stale else "Up to date.")
+        return 1 if stale else 0
+    for path, text in pages.items():
+        path.write_text(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
