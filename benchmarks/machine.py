@@ -16,6 +16,8 @@ from pathlib import Path
 
 import torch
 
+from mendfast.doctor import cpu_name
+
 PACKAGES = ("mendfast", "torch", "triton", "transformers", "numpy", "pytest-benchmark", "liger-kernel")
 
 
@@ -112,13 +114,6 @@ def _line(*command: str) -> str | None:
         return None
 
 
-def _cpu() -> str:
-    try:
-        return re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1].strip()
-    except (OSError, TypeError):
-        return platform.processor() or platform.machine()
-
-
 def _version(name: str) -> str | None:
     try:
         return importlib.metadata.version(name)
@@ -133,10 +128,10 @@ def describe(command: str) -> dict:
     gpu = torch.cuda.is_available()
     return {
         "device": device().type,
-        "name": torch.cuda.get_device_name() if gpu else _cpu(),
+        "name": torch.cuda.get_device_name() if gpu else cpu_name(),
         "gpu_driver": _line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if gpu else None,
         "cuda": torch.version.cuda if gpu else None,
-        "cpu": _cpu(),
+        "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "cache_bytes": cache_bytes(),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -256,6 +256,13 @@ def replace_block(text: str, block: str, markers: tuple[str, str] = (BEGIN, END)
     return f"{before}{begin}\n{block}\n{end}{rest.split(end)[1]}"
 
 
+def check(pages: Mapping[Path, str], command: str) -> int:
+    """Say which files do not hold their text, which ``command`` would write; 1 if there are any."""
+    stale = [path.name for path, text in pages.items() if not path.is_file() or path.read_text() != text]
+    print(f"Stale: {', '.join(stale)}; run {command}." if stale else "Up to date.")
+    return 1 if stale else 0
+
+
 # -- comparing -------------------------------------------------------------------------------------------------
 
 
@@ -299,9 +306,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         HERE / "RESULTS.md": every_row(results),
     }
     if args.check:
-        stale = [path.name for path, text in pages.items() if not path.is_file() or path.read_text() != text]
-        print(f"Stale: {', '.join(stale)}; run python -m benchmarks.report." if stale else "Up to date.")
-        return 1 if stale else 0
+        return check(pages, "python -m benchmarks.report")
     from .plots import draw
 
     for path, text in pages.items():

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from mendfast.tasks.eval_report import markdown
 
-from .report import ROOT, replace_block
+from .report import ROOT, check, replace_block
 
 HERE = Path(__file__).parent
 FOLDER = HERE / "tables"
@@ -65,7 +65,8 @@ def summary(results: Sequence[dict]) -> str:
     """The README's table: edit success, generality and drawdown of every system on every task."""
     tables = [result for result in results if result["table"] == "systems"]
     lines = [
-        "Edit success / generality / drawdown, one edit at a time; on generation the drawdown is that of perplexity.",
+        "Edit success (the mean of an edit and its rephrasings) / generality (the rephrasings alone) / drawdown (of",
+        "perplexity on WikiText-2), one edit at a time; - was not run.",
         "Every table, with its commands and the published figures: [benchmarks/TABLES.md](benchmarks/TABLES.md).",
         "",
         f"| task | {' | '.join(SYSTEMS.values())} |",
@@ -106,9 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         HERE / "TABLES.md": page(results),
     }
     if args.check:
-        stale = [path.name for path, text in pages.items() if not path.is_file() or path.read_text() != text]
-        print(f"Stale: {', '.join(stale)}; run python -m benchmarks.tables." if stale else "Up to date.")
-        return 1 if stale else 0
+        return check(pages, "python -m benchmarks.tables")
     for path, text in pages.items():
         path.write_text(text)
     return 0

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+import re
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +27,7 @@ def examine(console: Console) -> dict[str, Any]:
     findings: dict[str, Any] = {
         "python": platform.python_version(),
         "versions": versions,
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
+        "device": device_name(device),
         "extension": build_info(),
         "ops": backends.explain(device),
     }
@@ -49,6 +51,20 @@ def examine(console: Console) -> dict[str, Any]:
         f"{mark} one edit of a random 4-block GPT-2: {findings['edit_ms']:.1f} ms, applied and taken out again"
     )
     return findings
+
+
+def cpu_name() -> str:
+    """The processor's name as Linux gives it, elsewhere Python's."""
+    information = Path("/proc/cpuinfo")
+    named = re.search(r"model name\s*: (.*)", information.read_text()) if information.is_file() else None
+    return named[1].strip() if named else platform.processor() or platform.machine()
+
+
+def device_name(device: torch.device) -> str:
+    """What computes: "cuda: NVIDIA H100", "cpu: AMD EPYC, 2 threads"."""
+    if device.type == "cuda":
+        return f"cuda: {torch.cuda.get_device_name(device)}"
+    return f"{device.type}: {cpu_name()}, {torch.get_num_threads()} threads"
 
 
 def _version(name: str) -> str:

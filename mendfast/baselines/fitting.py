@@ -105,14 +105,14 @@ class Fitted(System):
 
 
 class _GradientStep:
-    """A gradient step of one rate in the shape of an editor, for :func:`mendfast.training.meta_loss`."""
+    """Steps of one rate along known gradients in the shape of an editor, for :func:`mendfast.training.meta_loss`."""
 
-    def __init__(self, subject: MendEditor, rate: float):
-        self.subject, self.rate = subject, rate
+    def __init__(self, subject: MendEditor, gradients: Mapping[str, tuple[torch.Tensor, torch.Tensor]], rate: float):
         self.model, self.layers, self.config = subject.model, subject.layers, subject.config
+        self.factors = {name: (u, delta, rate) for name, (u, delta) in gradients.items()}
 
     def group_factors(self, batch: Batch, group_size: int = 1) -> dict[str, Factors]:
-        return {name: (u, delta, self.rate) for name, (u, delta) in self.subject.gradients(batch).items()}
+        return self.factors
 
 
 def best_gradient_step(subject: MendEditor, draw: Draw, config: TrainConfig) -> float:
@@ -123,10 +123,10 @@ def best_gradient_step(subject: MendEditor, draw: Draw, config: TrainConfig) -> 
     all edits flip every answer the loss may be low too, as with claims, but training hardly leaves that state.
     """
     batches = [subject.tokenize(pairs) for pairs in draw]
-    losses = {}
+    gradients, losses = subject.gradients(batches[0]), {}
     for rate in GRADIENT_STEPS:
         with torch.no_grad():
-            loss, parts = meta_loss(_GradientStep(subject, rate), *batches, config.c_edit, config.c_loc)
+            loss, parts = meta_loss(_GradientStep(subject, gradients, rate), *batches, config.c_edit, config.c_loc)
         if parts["l_loc"] <= STARTING_KL:
             losses[rate] = loss.item()
     return min(losses, key=losses.get, default=GRADIENT_STEPS[0])

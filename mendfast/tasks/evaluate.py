@@ -8,7 +8,6 @@ import json
 import math
 import platform
 import random
-import re
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ from tqdm import tqdm
 
 from ..baselines import SYSTEMS, System, make_system
 from ..baselines.mend import Identity, Mend
+from ..doctor import device_name
 from ..editor import MendEditor
 from ..files import atomic_write
 from ..metrics import measure, summarise
@@ -138,25 +138,14 @@ def _settings(arguments: argparse.Namespace, task: Task) -> dict[str, Any]:
 
 
 def _environment(editor: MendEditor) -> dict[str, str]:
-    device = editor.device
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    else:
-        name = f"{_cpu()}, {torch.get_num_threads()} threads"
     return {
-        "device": f"{device.type}: {name}",
+        "device": device_name(editor.device),
         "model": f"{type(editor.model).__name__}, {sum(p.numel() for p in editor.model.parameters()):,} parameters",
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),
         "date": time.strftime("%Y-%m-%d"),
     }
-
-
-def _cpu() -> str:
-    information = Path("/proc/cpuinfo")
-    named = re.search(r"model name\s*: (.*)", information.read_text()) if information.is_file() else None
-    return named[1].strip() if named else platform.processor() or platform.machine()
 
 
 # -- one system --------------------------------------------------------------------------------------------
