@@ -1,7 +1,8 @@
-"""Builds mendfast._C, the CUDA extension, when nvcc is found; installs without it otherwise.
+"""Builds the extensions that this machine can build, and installs without the others.
 
-The extension needs the CUDA runtime (linked statically) and pybind11, nothing of PyTorch.
-MENDFAST_BUILD_CUDA=1 makes a missing nvcc an error, =0 leaves the extension out.
+mendfast._C, for GPUs, needs nvcc, and links the CUDA runtime statically. mendfast._cpu, for x86-64 with AVX2, needs
+a C++ compiler; its threads are those of PyTorch's OpenMP library. Both use pybind11 and nothing of PyTorch.
+MENDFAST_BUILD_CUDA=1 and MENDFAST_BUILD_CPU=1 make it an error when one can't be built, =0 leaves it out.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
 import re
 import shlex
 import shutil
@@ -34,7 +36,8 @@ NVCC_FLAGS = [
     "-Xptxas=-v,-warn-spills",
 ]
 CXX_FLAGS = ["-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
-
+KERNEL_FLAGS = ["-O3", "-mavx2", "-mfma", "-fopenmp"]
+MODULES = {"cuda": "_C", "cpu": "_cpu"}
 
 # What the compilers say is kept for the record: registers, spills, warnings.
 LOGGED = "> $out.log 2>&1 || { cat $out.log; exit 1; }"
@@ -54,11 +57,17 @@ def run(*command: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-def plan() -> dict:
-    """nvcc, its version and targets, or the reason to leave the extension out."""
-    wanted = os.environ.get("MENDFAST_BUILD_CUDA", "")
+def wish(name: str) -> str:
+    variable = f"MENDFAST_BUILD_{name.upper()}"
+    wanted = os.environ.get(variable, "")
     if wanted not in ("", "0", "1"):
-        sys.exit(f"MENDFAST_BUILD_CUDA is {wanted!r}; use 1 (must build), 0 (leave out) or nothing (if nvcc is found).")
+        sys.exit(f"{variable} is {wanted!r}; use 1 (must build), 0 (leave out) or nothing (if it can be built).")
+    return wanted
+
+
+def plan_cuda() -> dict:
+    """nvcc, its version and targets, or the reason to leave the extension out."""
+    wanted = wish("cuda")
     if wanted == "0":
         return {"reason": "MENDFAST_BUILD_CUDA=0 left the CUDA extension out"}
     nvcc = find_nvcc()
@@ -84,35 +93,71 @@ def plan() -> dict:
     }
 
 
+def plan_cpu() -> dict:
+    """The C++ compiler, or the reason to leave the extension out."""
+    wanted = wish("cpu")
+    if wanted == "0":
+        return {"reason": "MENDFAST_BUILD_CPU=0 left the CPU extension out"}
+    cxx, here = shlex.split(os.environ.get("CXX", "c++")), f"{platform.system()} on {platform.machine()}"
+    if here not in ("Linux on x86_64", "Linux on AMD64"):
+        reason = f"the CPU extension was left out: it is written for Linux on x86_64, and this is {here}"
+    elif not shutil.which(cxx[0]):
+        reason = f"the CPU extension was left out: no C++ compiler ({cxx[0]}) on PATH; install g++ or set CXX"
+    else:
+        return {"path": cxx, "forced": wanted == "1"}
+    if wanted == "1":
+        sys.exit(f"MENDFAST_BUILD_CPU=1, but {reason}.")
+    return {"reason": reason}
+
+
 def gencode(architectures: list[int]) -> list[str]:
     flags = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures]
     newest = architectures[-1]
     return [*flags, f"-gencode=arch=compute_{newest},code=compute_{newest}"]
 
 
-def compile_extension(cuda: dict, target: Path, build_dir: Path) -> str:
-    """Every source in csrc/ through ninja, linked into ``target``; returns what the compilers said."""
+def compile_cuda(cuda: dict, target: Path, build_dir: Path) -> str:
+    """Every source in csrc/, linked into ``target``; returns what the compilers said."""
+    cxx = shlex.split(os.environ.get("CXX", "c++"))
+    rules = {
+        ".cu": [cuda["path"], *NVCC_FLAGS, *gencode(cuda["architectures"]), *includes("-isystem=")],
+        ".cpp": [*cxx, *CXX_FLAGS, *includes("-isystem")],
+        "link": [cuda["path"], "-shared", "--cudart=static", "-Xlinker=-s"],
+    }
+    # the slow ones first
+    sources = sorted((ROOT / "csrc").glob("*.c[pu]*"), key=lambda source: (source.suffix != ".cu", source.name))
+    return ninja(rules, [(s, s.suffix) for s in sources if s.suffix in rules], target, build_dir)
+
+
+def compile_cpu(cpu: dict, target: Path, build_dir: Path) -> str:
+    """Every source in csrc/cpu/; what asks the processor for AVX2 is compiled without it."""
+    cxx = [*cpu["path"], *CXX_FLAGS, *includes("-isystem")]
+    # -fopenmp is not linked: the symbols are those of the library that PyTorch has loaded
+    rules = {"cxx": cxx, "kernel": [*cxx, *KERNEL_FLAGS], "link": [*cpu["path"], "-shared", "-Wl,-s"]}
+    sources = sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))
+    return ninja(rules, [(s, "cxx" if s.stem == "bindings" else "kernel") for s in sources], target, build_dir)
+
+
+def includes(flag: str) -> list[str]:
     import pybind11
 
+    return [f"{flag}{path}" for path in (pybind11.get_include(), sysconfig.get_path("include"))]
+
+
+def ninja(rules: dict[str, list[str]], sources: list[tuple[Path, str]], target: Path, build_dir: Path) -> str:
+    """Compile each source by its rule and link the objects into ``target``; returns what the compilers said."""
     build_dir.mkdir(parents=True, exist_ok=True)
     target.parent.mkdir(parents=True, exist_ok=True)
-    includes = [f"-isystem={pybind11.get_include()}", f"-isystem={sysconfig.get_path('include')}"]
-    cxx = os.environ.get("CXX", "c++")
-    nvcc_flags = [*NVCC_FLAGS, *gencode(cuda["architectures"])]
-    cxx_flags = [*CXX_FLAGS, *(flag.replace("=", "", 1) for flag in includes)]
-    headers = " ".join(escape(p) for p in sorted((ROOT / "csrc").glob("*.[ch]*")) if p.suffix in (".h", ".cuh"))
+    headers = " ".join(escape(p) for p in sorted((ROOT / "csrc").rglob("*.*h")))
     lines = [
-        f"rule nvcc\n  command = {shlex.join([cuda['path'], *nvcc_flags])} -c $in -o $out {LOGGED}",
-        f"rule cxx\n  command = {shlex.join([*shlex.split(cxx), *cxx_flags])} -c $in -o $out {LOGGED}",
-        f"rule link\n  command = {shlex.join([cuda['path'], '-shared', '--cudart=static', '-Xlinker=-s'])} $in -o $out",
+        f"rule {name.strip('.')}\n  command = {shlex.join(command)} "
+        + ("$in -o $out" if name == "link" else f"-c $in -o $out {LOGGED}")
+        for name, command in rules.items()
     ]
     objects = []
-    # the slow ones first
-    for source in sorted((ROOT / "csrc").iterdir(), key=lambda p: (p.suffix != ".cu", p.name)):
-        rule = {".cu": "nvcc", ".cpp": "cxx"}.get(source.suffix)
-        if rule:
-            objects.append(escape(build_dir / f"{source.name}.o"))
-            lines.append(f"build {objects[-1]}: {rule} {escape(source)} | {headers}")
+    for source, rule in sources:
+        objects.append(escape(build_dir / f"{source.name}.o"))
+        lines.append(f"build {objects[-1]}: {rule.strip('.')} {escape(source)} | {headers}")
     lines.append(f"build {escape(target)}: link {' '.join(objects)}\n")
     (build_dir / "build.ninja").write_text("\n".join(lines), encoding="utf-8")
     subprocess.run([sys.executable, "-m", "ninja", "-C", str(build_dir), "-v"], check=True)
@@ -147,7 +192,7 @@ def readable(symbol: str) -> str:
 def fingerprint() -> str:
     """Of the sources, so that a test can tell whether the record is theirs."""
     digest = hashlib.sha256()
-    for source in sorted((ROOT / "csrc").iterdir()):
+    for source in sorted(path for path in (ROOT / "csrc").rglob("*") if path.is_file()):
         digest.update(source.name.encode() + b"\0" + source.read_bytes())
     return digest.hexdigest()
 
@@ -156,21 +201,28 @@ def escape(path: Path) -> str:
     return re.sub(r"([ :$])", r"$\1", str(path))
 
 
-CUDA = plan()
+CUDA = plan_cuda()
+PLAN = {"cuda": CUDA, "cpu": plan_cpu()}
 
 
-def record(folder: Path, **info: object) -> None:
+def record(folder: Path, extension: str, **info: object) -> None:
+    """What became of one extension, into the file that ``mendfast doctor`` reads."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / INFO).write_text(json.dumps(info, indent=1) + "\n", encoding="utf-8")
+    file = folder / INFO
+    try:
+        known = json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        known = {}
+    known = {name: known[name] for name in MODULES if name in known}
+    file.write_text(json.dumps({**known, extension: info}, indent=1) + "\n", encoding="utf-8")
 
 
 class BuildPy(build_py):
     def run(self) -> None:
         super().run()
-        if "path" not in CUDA:
-            print(f"mendfast: {CUDA['reason']}. Everything else is installed.", file=sys.stderr)
-            remove_stale(package_folder(self))
-            record(package_folder(self), built=False, reason=CUDA["reason"])
+        for name, plan in PLAN.items():
+            if "path" not in plan:
+                leave_out(package_folder(self), name, plan["reason"])
 
 
 class BuildExt(build_ext):
@@ -181,20 +233,29 @@ class BuildExt(build_ext):
     def build_extension(self, ext: Extension) -> None:
         folder, start = package_folder(self), time.monotonic()
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        name = next(name for name, module in MODULES.items() if ext.name.endswith(f".{module}"))
+        plan, build_dir = PLAN[name], Path(self.build_temp).resolve() / name
+        known = {"nvcc": CUDA["nvcc"], "targets": CUDA["targets"]} if name == "cuda" else {}
         try:
-            log = compile_extension(CUDA, target, Path(self.build_temp).resolve() / "cuda")
+            log = (compile_cuda if name == "cuda" else compile_cpu)(plan, target, build_dir)
         except (OSError, subprocess.CalledProcessError) as error:
             why = "a compiler reported an error" if isinstance(error, subprocess.CalledProcessError) else error
-            reason = f"the CUDA extension was left out: its build failed ({why}; pip install -v -e . shows it)"
-            if not CUDA["forced"]:
-                remove_stale(folder)
-                print(f"mendfast: {reason}. Everything else is installed.", file=sys.stderr)
-                record(folder, built=False, reason=reason, nvcc=CUDA["nvcc"])
+            reason = (
+                f"the {name.upper()} extension was left out: its build failed ({why}; pip install -v -e . shows it)"
+            )
+            if not plan["forced"]:
+                leave_out(folder, name, reason, **known)
             # An optional extension: setuptools warns and goes on.
             raise CompileError(reason) from error
         seconds = round(time.monotonic() - start, 1)
-        known = {"nvcc": CUDA["nvcc"], "targets": CUDA["targets"], "seconds": seconds}
-        record(folder, built=True, **known, sources=fingerprint(), **report(log))
+        record(folder, name, built=True, **known, seconds=seconds, sources=fingerprint(), **report(log))
+
+
+def leave_out(folder: Path, name: str, reason: str, **known: object) -> None:
+    print(f"mendfast: {reason}. Everything else is installed.", file=sys.stderr)
+    # one that an earlier installation left would be imported
+    (folder / f"{MODULES[name]}{sysconfig.get_config_var('EXT_SUFFIX')}").unlink(missing_ok=True)
+    record(folder, name, built=False, reason=reason, **known)
 
 
 def package_folder(command: build_py | build_ext) -> Path:
@@ -203,16 +264,13 @@ def package_folder(command: build_py | build_ext) -> Path:
     return ROOT / "mendfast" if in_place else Path(command.build_lib).resolve() / "mendfast"
 
 
-def remove_stale(folder: Path) -> None:
-    """An extension that an earlier installation left would be imported."""
-    (folder / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}").unlink(missing_ok=True)
-
-
 if __name__ == "__main__":
     setup(
         packages=[*find_packages(include=["mendfast", "mendfast.*"]), "mendfast.kernels"],
-        ext_modules=[Extension("mendfast._C", ["csrc/bindings.cpp"], optional=not CUDA["forced"])]
-        if "path" in CUDA
-        else [],
+        ext_modules=[
+            Extension(f"mendfast.{MODULES[name]}", ["csrc/bindings.cpp"], optional=not plan["forced"])
+            for name, plan in PLAN.items()
+            if "path" in plan
+        ],
         cmdclass={"build_py": BuildPy, "build_ext": BuildExt},
     )

@@ -16,8 +16,9 @@ import torch
 
 log = logging.getLogger("mendfast")
 
-NAMES = ("auto", "reference", "aten", "triton", "cuda")
-"""``aten`` is PyTorch's own library calls, any device; ``reference`` the specification, slow."""
+NAMES = ("auto", "reference", "aten", "cpu", "triton", "cuda")
+"""``cpu`` and ``cuda`` are the extensions, ``aten`` PyTorch's own library calls on any device, ``reference`` the
+specification, slow."""
 Probe = Callable[[torch.device], "str | None"]
 
 _registry: dict[str, dict[str, Probe]] = {}
@@ -59,6 +60,12 @@ def choose(op: str, device: torch.device, explicit: str | None = None) -> str:
         served = ", ".join(b for b, probe in probes.items() if probe(device) is None)
         raise RuntimeError(f"{op}: backend {name!r} can't serve {device}: {reason}. Here you can use: {served}.")
     return name
+
+
+def preferred(op: str, device: torch.device) -> str:
+    """:func:`choose` for what need not be done in the chosen way: the best backend where ``op`` lacks it."""
+    name = _override or os.environ.get("MENDFAST_BACKEND") or "auto"
+    return choose(op, device, name if name in ("reference", "aten") else "auto")
 
 
 def explain(device: torch.device) -> list[dict[str, str]]:

@@ -10,6 +10,7 @@ from torch import nn
 
 from . import ops
 from .layers import Layer
+from .ops.few_rows import frozen_products
 
 Factors = tuple[torch.Tensor, torch.Tensor, "torch.Tensor | float"]
 """u [T, m], delta [T, n], alpha: one update for all samples; or u [G, T, m], delta [G, T, n]: G groups of
@@ -18,7 +19,10 @@ consecutive samples, each with its own."""
 
 @contextlib.contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Within the block the model is in eval mode and none of its parameters asks for a gradient."""
+    """Within the block the model is in eval mode and none of its parameters asks for a gradient.
+
+    On a CPU its products are then those of :mod:`mendfast.ops.few_rows`.
+    """
     training = [module for module in model.modules() if module.training]
     wanting = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
@@ -26,7 +30,8 @@ def frozen(model: nn.Module) -> Iterator[None]:
             module.training = False
         for parameter in wanting:
             parameter.requires_grad_(False)
-        yield
+        with frozen_products(next(model.parameters()).device):
+            yield
     finally:
         for module in training:
             module.training = True

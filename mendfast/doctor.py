@@ -15,6 +15,7 @@ from rich.table import Table
 
 from . import backends, ops
 from .build_info import build_info
+from .ops import few_rows
 
 PACKAGES = ("mendfast", "torch", "triton", "transformers", "safetensors", "datasets", "accelerate")
 
@@ -29,6 +30,7 @@ def examine(console: Console) -> dict[str, Any]:
         "versions": versions,
         "device": device_name(device),
         "extension": build_info(),
+        "cpu_extension": build_info("cpu") | {"problem": few_rows.problem()},
         "ops": backends.explain(device),
     }
     console.print(f"Python {findings['python']}, " + ", ".join(f"{k} {v}" for k, v in versions.items()))
@@ -39,6 +41,8 @@ def examine(console: Console) -> dict[str, Any]:
         if built["built"]
         else f"CUDA extension: left out, {built['reason']}"
     )
+    problem = findings["cpu_extension"]["problem"]
+    console.print("CPU extension: " + (f"can't serve, {problem}" if problem else "built, for AVX2"))
     table = Table(title=f"Backends on {device}")
     for column in ("op", "backend", "better ones, and why they were left"):
         table.add_column(column)

@@ -48,6 +48,9 @@ class _Weight:
 class Ledger:
     def __init__(self) -> None:
         self._weights: dict[str, _Weight] = {}
+        # Memory of backups in ordinary memory that were used up: to get it anew from the system, page by page, takes
+        # longer than the whole update.
+        self._spare: dict[str, torch.Tensor] = {}
 
     def apply(self, edit: Edit, updates: Sequence[Update], backup: str) -> None:
         if any(edit is other for weight in self._weights.values() for other, _ in weight.applied):
@@ -56,7 +59,7 @@ class Ledger:
         for update in updates:
             name, weight = update.layer.name, self._weights.get(update.layer.name)
             if weight is None:
-                fresh[name] = _Weight(_copy(update.layer.weight, backup))
+                fresh[name] = _Weight(_copy(update.layer.weight, backup, self._spare.pop(name, None)))
             elif weight.backup is None and backup != "none":
                 raise ValueError(
                     f"{name} carries an edit that was applied without a backup, so this one could not be "
@@ -87,6 +90,12 @@ class Ledger:
             weight.version = update.layer.weight._version
             if not weight.applied:
                 del self._weights[update.layer.name]
+                if update.layer.weight.device.type == "cpu":
+                    self._spare[update.layer.name] = weight.backup
+
+    def free(self) -> None:
+        """Give back the memory that is kept for the next backup."""
+        self._spare.clear()
 
     def fidelity(self, edit: Edit) -> dict[str, float]:
         result = {}
@@ -142,9 +151,11 @@ def _foreign(name: str) -> str:
     )
 
 
-def _copy(weight: torch.Tensor, backup: str) -> torch.Tensor | None:
+def _copy(weight: torch.Tensor, backup: str, spare: torch.Tensor | None) -> torch.Tensor | None:
     if backup == "none":
         return None
+    if spare is not None and (spare.shape, spare.dtype, weight.device.type) == (weight.shape, weight.dtype, "cpu"):
+        return spare.copy_(weight.detach())
     if backup == "device" or weight.device.type == "cpu":
         return weight.detach().clone()
     copy = torch.empty(weight.shape, dtype=weight.dtype, pin_memory=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -78,9 +79,17 @@ class TestBuildInfo:
         info = build_info.build_info()
         assert info["built"] is (info["reason"] is None)
         assert isinstance(info["targets"], list)
+        info = build_info.build_info("cpu")
+        assert info["built"] is (info["reason"] is None)
 
     @pytest.mark.parametrize(
-        ("content", "reason"), [(None, "was not installed"), ("{", "can't be read"), ('{"reason": "why"}', "why")]
+        ("content", "reason"),
+        [
+            (None, "was not installed"),
+            ("{", "can't be read"),
+            ('{"cpu": {"built": true}}', "was not installed"),
+            ('{"cuda": {"reason": "why"}, "cpu": {"built": true}}', "why"),
+        ],
     )
     def test_states(self, tmp_path, monkeypatch, content, reason):
         file = tmp_path / "_build_info.json"
@@ -101,7 +110,7 @@ class TestPlan:
             monkeypatch.delenv("MENDFAST_BUILD_CUDA", raising=False)
         else:
             monkeypatch.setenv("MENDFAST_BUILD_CUDA", wanted)
-        return setup.plan()
+        return setup.plan_cuda()
 
     def test_without_nvcc(self, monkeypatch):
         plan = self.plan(monkeypatch, None, None)
@@ -135,13 +144,41 @@ class TestPlan:
         else:
             assert plan["targets"] == targets and plan["nvcc"] == "12.4"
 
+    @pytest.mark.parametrize(
+        ("wanted", "machine", "compiler", "reason"),
+        [
+            (None, "x86_64", "sh", None),
+            ("1", "x86_64", "sh", None),
+            ("0", "x86_64", "sh", "MENDFAST_BUILD_CPU=0 left the CPU extension out"),
+            (None, "aarch64", "sh", "written for Linux on x86_64, and this is Linux on aarch64"),
+            (None, "x86_64", "no-such-compiler", "no C\\+\\+ compiler \\(no-such-compiler\\) on PATH; install g"),
+        ],
+    )
+    def test_cpu(self, monkeypatch, wanted, machine, compiler, reason):
+        setup = load_setup()
+        monkeypatch.setattr(setup.platform, "machine", lambda: machine)
+        monkeypatch.setattr(setup.platform, "system", lambda: "Linux")
+        monkeypatch.setenv("CXX", compiler)
+        monkeypatch.delenv("MENDFAST_BUILD_CPU", raising=False)
+        if wanted is not None:
+            monkeypatch.setenv("MENDFAST_BUILD_CPU", wanted)
+        plan = setup.plan_cpu()
+        if reason is None:
+            assert plan == {"path": ["sh"], "forced": wanted == "1"}
+        else:
+            assert re.search(reason, plan["reason"]) and "path" not in plan
+            if wanted is None:
+                monkeypatch.setenv("MENDFAST_BUILD_CPU", "1")
+                with pytest.raises(SystemExit, match=reason):
+                    setup.plan_cpu()
+
     def test_needs_no_torch(self):
         code = "import sys, runpy; runpy.run_path('setup.py', run_name='setup'); print('torch' in sys.modules)"
         assert run(code) == "False"
 
 
 def test_wheel(tmp_path):
-    """Without nvcc everything else is in the wheel; it imports from elsewhere, without the checkout."""
+    """Without compilers everything else is in the wheel; it imports from elsewhere, without the checkout."""
     source = tmp_path / "source"
     source.mkdir()
     for name in ("setup.py", "pyproject.toml", "README.md", "MANIFEST.in"):
@@ -152,7 +189,7 @@ def test_wheel(tmp_path):
         shutil.copytree(ROOT / name, source / name, ignore=skipped)
     pytest.importorskip("setuptools", minversion="77", reason="setuptools builds the wheel")
     code = f"import setuptools.build_meta as b; print(b.build_wheel({str(tmp_path)!r}))"
-    done = run(code, cwd=source, MENDFAST_BUILD_CUDA="0")
+    done = run(code, cwd=source, MENDFAST_BUILD_CUDA="0", MENDFAST_BUILD_CPU="0")
     with zipfile.ZipFile(tmp_path / done.splitlines()[-1]) as wheel:
         names = set(wheel.namelist())
         wheel.extractall(tmp_path / "site")
@@ -160,19 +197,20 @@ def test_wheel(tmp_path):
     assert any(name.startswith("mendfast/demo/facts/") for name in names)
     assert not any(name.startswith("kernels/") or name.endswith(".so") for name in names)
     record = json.loads((tmp_path / "site" / "mendfast" / "_build_info.json").read_text())
-    assert record["built"] is False and "MENDFAST_BUILD_CUDA=0" in record["reason"]
+    for name, module in (("cuda", "CUDA"), ("cpu", "CPU")):
+        assert record[name]["built"] is False and f"MENDFAST_BUILD_{module}=0" in record[name]["reason"]
     code = (
         # an editable installation would lend the wheel what it lacks
         "import sys; sys.meta_path = [f for f in sys.meta_path if 'Editable' not in getattr(f, '__name__', '')]; "
         "import mendfast, mendfast.kernels as k, mendfast.ops.rank1_update as r; print(mendfast.__file__); "
-        "print(*k.__path__); print(r.extension_problem())"
+        "print(*k.__path__); print(r.extension_problem()); from mendfast.ops import few_rows; print(few_rows.problem())"
     )
-    imported, kernels, problem = run(code, cwd=tmp_path, path=[tmp_path / "site"]).splitlines()
+    imported, kernels, problem, cpu_problem = run(code, cwd=tmp_path, path=[tmp_path / "site"]).splitlines()
     assert imported.startswith(str(tmp_path)) and kernels == str(tmp_path / "site" / "mendfast" / "kernels")
-    assert "MENDFAST_BUILD_CUDA=0" in problem
+    assert "MENDFAST_BUILD_CUDA=0" in problem and "MENDFAST_BUILD_CPU=0" in cpu_problem
 
 
-@pytest.mark.parametrize("missing", ["triton", "mendfast._C"])
+@pytest.mark.parametrize("missing", ["triton", "mendfast._C", "mendfast._cpu"])
 def test_imports_without(missing):
     code = (
         f"import sys; sys.modules[{missing!r}] = None\n"

@@ -46,7 +46,7 @@ def record(tmp_path_factory):
         pytest.skip(setup.CUDA["reason"])
     pytest.importorskip("ninja", reason="ninja is needed to compile the extension")
     folder = tmp_path_factory.mktemp("extension")
-    log = setup.compile_extension(setup.CUDA, folder / "_C.so", folder / "build")
+    log = setup.compile_cuda(setup.CUDA, folder / "_C.so", folder / "build")
     return {"targets": setup.CUDA["targets"], **setup.report(log)}
 
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from mendfast import Edit, EditRequest, MendConfig, MendEditor
 from mendfast.capture import frozen
 from mendfast.layers import find_layers
+from mendfast.ledger import ledger_of
 
 SMALL = dict(rank=8, step_size=1e-2)
 
@@ -173,6 +174,22 @@ def test_revert_refuses_after_a_foreign_write():
     with pytest.raises(ValueError, match="written by something else"):
         edit.revert_(model)
     assert same_bits(model, before)
+
+
+def test_the_memory_of_a_backup_serves_the_next():
+    model = make_model("gpt2")
+    edit = trained(model, "gpt2").edit_tokens(make_batch("gpt2"))
+    places = []
+    for _ in range(3):
+        with torch.no_grad():  # what was there before is no longer right
+            model.transformer.h[3].mlp.c_fc.weight.mul_(1.5)
+        before = state(model)
+        edit.apply_(model)
+        weights = ledger_of(model)._weights
+        places.append({name: weight.backup.data_ptr() for name, weight in weights.items()})
+        edit.revert_(model)
+        assert same_bits(model, before)
+    assert places[0] == places[1] == places[2]
 
 
 def test_no_backup_no_revert():

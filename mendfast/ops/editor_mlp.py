@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from .. import backends
 from ..reference.editor_mlp import editor_mlp as _reference
 from ..types import EPS, Block, Stats
-from . import _common
+from . import _common, few_rows
 
 
 def editor_mlp(
@@ -272,15 +272,15 @@ def _widened(block, kind) -> Block:
     return Block(*(None if p is None else p.to(kind) for p in block))
 
 
-def _aten_fwd(u, delta, stats, blocks, mode, residual, keep) -> list[torch.Tensor]:
+def _library_fwd(u, delta, stats, blocks, mode, residual, keep, mm) -> list[torch.Tensor]:
     kind = _kind(u, blocks[0] if blocks else ())
     x = _normalise(u, delta, stats, kind)
     parts = _parts(mode, u.shape[0])
     saved = []
     for block in blocks:
         U, V, b, s, o = _widened(block, kind)
-        t = x @ V.T
-        w = (t @ U.T).add_(b)  # on the CPU addmm takes nearly twice as long
+        t = mm(x, V.T)
+        w = mm(t, U.T).add_(b)  # on the CPU addmm takes nearly twice as long
         pre = _affine(w, s, o, parts)
         act = pre.clamp(min=0) if pre is w else pre.clamp_(min=0)
         if keep:
@@ -290,7 +290,7 @@ def _aten_fwd(u, delta, stats, blocks, mode, residual, keep) -> list[torch.Tenso
     return [x[:, :m].to(u.dtype, copy=True), x[:, m:].to(delta.dtype, copy=True), *saved]
 
 
-def _aten_bwd(grad_u, grad_delta, u, delta, stats, blocks, saved, mode, residual, needs_rows):
+def _library_bwd(grad_u, grad_delta, u, delta, stats, blocks, saved, mode, residual, needs_rows, mm):
     kind = _kind(u, blocks[0] if blocks else ())
     grad = torch.cat([grad_u.to(kind), grad_delta.to(kind)], dim=1)
     parts = _parts(mode, u.shape[0])
@@ -301,7 +301,7 @@ def _aten_bwd(grad_u, grad_delta, u, delta, stats, blocks, saved, mode, residual
         pre = _affine(w, s, o, parts)
         gated = torch.ge(pre, 0, out=torch.empty_like(w)).mul_(grad)
         d_w = gated if s is None else _affine(gated, s, None, parts)
-        d_t = d_w @ U
+        d_t = mm(d_w, U)
         own = [d_w.T @ t, d_t.T @ x, d_w.sum(0)]
         if s is not None:
             own.append(_sum_by_mode(gated * w, parts, s.shape[0]))
@@ -309,7 +309,7 @@ def _aten_bwd(grad_u, grad_delta, u, delta, stats, blocks, saved, mode, residual
             own.append(_sum_by_mode(gated, parts, o.shape[0]))
         grads.insert(0, own)
         if i or needs_rows:
-            d_x = d_t @ V
+            d_x = mm(d_t, V)
             grad = d_x.add_(grad) if residual else d_x
     out = []
     for own, block in zip(grads, blocks, strict=True):
@@ -322,6 +322,9 @@ def _aten_bwd(grad_u, grad_delta, u, delta, stats, blocks, saved, mode, residual
     return out
 
 
+_PRODUCTS = {"aten": torch.mm, "cpu": few_rows.mm}
+
+
 def _fwd(u, delta, stats, params, mode, count, scaled, shifted, precision, residual, keep, backend):
     blocks = _unflatten(params, count, scaled, shifted)
     _check_values(u, stats, [t for block in blocks[:1] for t in block[3:] if t is not None], mode)
@@ -330,7 +333,7 @@ def _fwd(u, delta, stats, params, mode, count, scaled, shifted, precision, resid
             from ..kernels import editor_mlp as kernel
 
             return kernel.forward(u, delta, stats, blocks, mode, precision, residual, keep)
-        return _aten_fwd(u, delta, stats, blocks, mode, residual, keep)
+        return _library_fwd(u, delta, stats, blocks, mode, residual, keep, _PRODUCTS[backend])
 
 
 def _bwd(grad_u, grad_delta, u, delta, stats, params, saved, mode, count, scaled, shifted, precision,
@@ -343,7 +346,8 @@ def _bwd(grad_u, grad_delta, u, delta, stats, params, saved, mode, count, scaled
             return kernel.backward(
                 grad_u, grad_delta, u, delta, stats, blocks, saved, mode, precision, residual, needs_rows
             )
-        return _aten_bwd(grad_u, grad_delta, u, delta, stats, blocks, saved, mode, residual, needs_rows)
+        mm = _PRODUCTS[backend]
+        return _library_bwd(grad_u, grad_delta, u, delta, stats, blocks, saved, mode, residual, needs_rows, mm)
 
 
 def _fwd_fake(u, delta, stats, params, mode, count, scaled, shifted, precision, residual, keep, backend):
@@ -376,4 +380,6 @@ _common.define(
     _bwd,
     _bwd_fake,
 )
-backends.register("editor_mlp", {"triton": _common.triton_probe, "aten": _common.aten_probe})
+backends.register(
+    "editor_mlp", {"triton": _common.triton_probe, "cpu": few_rows.probe, "aten": _common.aten_probe}
+)

@@ -1,0 +1,25 @@
+// A product of few rows with a large matrix, on the CPU.
+#pragma once
+
+#include <cstdint>
+
+namespace mendfast {
+
+// y [rows, cols] = x [rows, depth] w [depth, cols] + bias [cols], all float32.
+struct Product {
+  const float* x;
+  const float* w;
+  const float* bias;  // or null
+  float* y;
+  int64_t x_stride, w_stride, y_stride;  // from row to row, in elements
+  int64_t rows, cols, depth;
+  bool transposed;  // w is kept as [cols, depth]
+};
+
+// How many floats few_rows needs to work in.
+int64_t few_rows_scratch(const Product& product);
+
+// The result does not depend on the number of threads.
+void few_rows(const Product& product, float* scratch, int threads);
+
+}  // namespace mendfast

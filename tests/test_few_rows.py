@@ -1,0 +1,260 @@
+"""Products of few rows on the CPU: the kernel against float64, where it is taken, and a model that uses it."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import make_batch, make_model
+from op_cases import EditorCase, error, poisoned, tolerance  # noqa: F401
+from test_cuda_build import ROOT, load_setup
+from transformers.pytorch_utils import Conv1D
+
+import mendfast
+from mendfast import MendConfig, MendEditor, ops
+from mendfast.build_info import build_info
+from mendfast.capture import frozen
+from mendfast.ops import few_rows
+from mendfast.training import meta_loss
+
+needs_extension = pytest.mark.skipif(few_rows.problem() is not None, reason=f"{few_rows.problem()}")
+
+
+@pytest.fixture
+def always(monkeypatch):
+    """The kernel whatever the size, and how often it was called."""
+    calls = []
+
+    def counted(x, w, bias=None):
+        calls.append((tuple(x.shape), tuple(w.shape)))
+        return kernel(x, w, bias)
+
+    kernel = few_rows.kernel_mm
+    monkeypatch.setattr(few_rows, "LEAST_WEIGHTS", 1)
+    monkeypatch.setattr(few_rows, "kernel_mm", counted)
+    return calls
+
+
+def matrix(rows, cols, transposed, padding):
+    """[rows, cols] with its rows or its columns contiguous, NaN between them."""
+    shape = (cols, rows) if transposed else (rows, cols)
+    whole = torch.full((shape[0], shape[1] + padding), float("nan"))
+    part = whole[:, : shape[1]].copy_(torch.randn(shape))
+    return part.T if transposed else part
+
+
+@needs_extension
+class TestKernel:
+    @pytest.mark.usefixtures("poisoned")
+    @pytest.mark.parametrize("transposed", [False, True], ids=["rows", "columns"])
+    def test_shapes(self, transposed):
+        draw = random.Random(0)
+        tall = [1, 2, 3, 4, 5, 6, 7, 12, 20, 43, 70]
+        edges = [1, 2, 7, 8, 9, 63, 64, 65, 383, 384, 385, 511, 513, 767, 769, 1537]
+        for _ in range(150):
+            rows, cols, depth = draw.choice(tall), draw.choice(edges), draw.choice(edges)
+            x = matrix(rows, depth, False, draw.choice([0, 3]))
+            w = matrix(depth, cols, transposed, draw.choice([0, 5]))
+            bias = draw.choice([None, torch.randn(cols)])
+            expected = x.double() @ w.double() + (0 if bias is None else bias.double())
+            out = few_rows.kernel_mm(x, w, bias)
+            assert error(out, expected) <= tolerance(torch.float32, depth), (rows, cols, depth)
+
+    @pytest.mark.parametrize("transposed", [False, True], ids=["rows", "columns"])
+    @pytest.mark.parametrize("rows", [3, 20])
+    def test_the_bits_do_not_depend_on_the_threads(self, transposed, rows):
+        x, w = torch.randn(rows, 1500), matrix(1500, 900, transposed, 0)
+        before = torch.get_num_threads()
+        try:
+            out = []
+            for threads in (1, 2, 3):
+                torch.set_num_threads(threads)
+                out.append(few_rows.kernel_mm(x, w))
+        finally:
+            torch.set_num_threads(before)
+        assert torch.equal(out[0], out[1]) and torch.equal(out[0], out[2])
+
+    def test_a_permuted_x(self):
+        x, w = torch.randn(30, 7).T, torch.randn(30, 50)
+        assert error(few_rows.kernel_mm(x, w), x.double() @ w.double()) <= tolerance(torch.float32, 30)
+
+    def test_not_a_number_stays(self):
+        x, w = torch.randn(3, 40), torch.randn(40, 20)
+        x[1, 7], w[5, 3] = float("nan"), float("inf")
+        for layout in (w, w.T.contiguous().T):
+            out = few_rows.kernel_mm(x, layout)
+            assert out[1].isnan().all() and not out[0, 3].isfinite() and out[0, :3].isfinite().all()
+
+    @pytest.mark.parametrize(
+        ("changes", "match"),
+        [
+            ({"rows": -1}, "rows and cols must not be negative, and depth must be at least 1"),
+            ({"depth": 0}, "depth must be at least 1"),
+            ({"threads": 0}, "threads must be at least 1"),
+            ({"x_stride": 2}, "a stride is less than its row is long"),
+            ({"w_stride": 3}, "a stride is less"),
+            ({"w_stride": 2, "transposed": True}, "a stride is less"),
+            ({"y_stride": 3}, "a stride is less"),
+            ({"x": 0}, "a pointer is null"),
+            ({"y": 0}, "a pointer is null"),
+        ],
+    )
+    def test_the_binding_refuses(self, changes, match):
+        from mendfast import _cpu
+
+        good = {"x": 4096, "x_stride": 3, "w": 4096, "w_stride": 4, "transposed": False, "bias": 0, "y": 4096,
+                "y_stride": 4, "rows": 2, "cols": 4, "depth": 3, "threads": 1}  # fmt: skip
+        with pytest.raises(ValueError, match=match):
+            _cpu.few_rows(**{**good, **changes})
+
+    def test_nothing_to_do(self):
+        assert few_rows.kernel_mm(torch.randn(0, 3), torch.randn(3, 4)).shape == (0, 4)
+
+
+class TestChoice:
+    x, w = torch.randn(4, 300), torch.randn(300, 300)
+
+    def test_served(self):
+        assert few_rows.served(self.x, self.w, None) and few_rows.served(self.x, self.w.T, torch.randn(300))
+
+    @pytest.mark.parametrize(
+        ("x", "w", "bias"),
+        [
+            (torch.randn(few_rows.MOST_ROWS + 1, 300), w, None),
+            (torch.randn(0, 300), w, None),
+            (x[:, :10], torch.randn(10, 10), None),
+            (x.double(), w.double(), None),
+            (x.bfloat16(), w.bfloat16(), None),
+            (x, torch.randn(600, 600)[::2, ::2], None),
+            (x, w, torch.randn(600)[::2]),
+            (x, w, torch.randn(300).double()),
+        ],
+        ids=["many rows", "no rows", "small", "float64", "bfloat16", "strided", "strided bias", "float64 bias"],
+    )
+    def test_left_to_pytorch(self, x, w, bias):
+        assert not few_rows.served(x, w, bias)
+        if bias is None or bias.dtype == x.dtype:
+            assert torch.equal(few_rows.mm(x, w, bias), x @ w if bias is None else torch.addmm(bias, x, w))
+
+    @pytest.mark.parametrize("name", ["aten", "reference"])
+    def test_not_where_another_backend_was_asked_for(self, always, name):
+        layer, x = torch.nn.Linear(5, 6), torch.randn(2, 5)
+        with frozen(layer):
+            layer(x)
+            used = len(always)
+            with mendfast.backend(name), frozen(layer):
+                pass
+        with mendfast.backend(name), frozen(layer):
+            layer(x)
+        assert len(always) == used == (few_rows.problem() is None)
+
+    def test_a_gpu_backend_does_not_disturb_a_model_on_the_cpu(self):
+        with mendfast.backend("cuda"), frozen(torch.nn.Linear(5, 6)) as _:
+            pass
+
+    def test_without_the_extension(self, monkeypatch):
+        monkeypatch.setattr(few_rows, "problem", lambda: "why")
+        assert few_rows.probe(torch.device("cpu")) == "why"
+        assert "runs on CPUs" in few_rows.probe(torch.device("cuda"))
+        assert torch.equal(few_rows.mm(self.x, self.w), self.x @ self.w)
+
+
+@needs_extension
+class TestFrozenModel:
+    @pytest.mark.parametrize("make", [torch.nn.Linear, lambda m, n: Conv1D(n, m)], ids=["Linear", "Conv1D"])
+    @pytest.mark.parametrize("shape", [(3,), (2, 3)])
+    def test_a_layer(self, always, make, shape):
+        layer, x, grad = make(11, 13), torch.randn(*shape, 11, requires_grad=True), torch.randn(*shape, 13)
+        expected = layer(x)
+        (expected_grad,) = torch.autograd.grad(expected, x, grad)
+        with frozen(layer):
+            out = layer(x)
+        (out_grad,) = torch.autograd.grad(out, x, grad)
+        assert len(always) == 2
+        assert error(out, expected) <= 1e-6 and error(out_grad, expected_grad) <= 1e-6
+        assert out.shape == expected.shape
+
+    def test_what_it_leaves_alone(self, always):
+        layer, x = torch.nn.Linear(11, 13), torch.randn(3, 11)
+        with frozen(torch.nn.Linear(1, 1)):
+            layer(x)  # its parameters ask for gradients
+            with torch.no_grad():
+                torch.addmm(layer.bias, x, layer.weight.T, beta=2)
+        layer.requires_grad_(False)
+        with frozen(layer):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                assert layer(x).dtype == torch.bfloat16
+            F.linear(x.double(), layer.weight.double())
+            F.linear(x, layer.weight[0])
+        assert always == []
+
+    def test_keyword_arguments(self, always):
+        w, x = torch.randn(13, 11), torch.randn(3, 11)
+        with frozen(torch.nn.Linear(1, 1)):
+            out = F.linear(input=x, weight=w, bias=None)
+            F.linear(x, w, bias=torch.randn(13))
+        assert error(out, x @ w.T) <= 1e-6 and len(always) == 2
+
+    def test_a_compiled_model(self, always):
+        torch._dynamo.reset()
+        layer, x = torch.nn.Linear(11, 13), torch.randn(3, 11)
+        compiled, expected = torch.compile(layer, backend="aot_eager", fullgraph=True), layer(x)
+        with frozen(layer), torch.no_grad():
+            assert error(compiled(x), expected) <= 1e-6
+        assert always == []  # what the compiler made of it runs as it is
+
+    @pytest.mark.parametrize("architecture", ["gpt2", "llama", "t5", "bart", "bert"])
+    def test_an_edit_is_the_same(self, always, architecture):
+        torch.manual_seed(0)
+        editor = MendEditor.from_model(make_model(architecture), config=MendConfig(rank=8))
+        batch = make_batch(architecture)
+        with mendfast.backend("aten"):
+            expected = editor.edit_tokens(batch)
+        assert always == []
+        edit = editor.edit_tokens(batch)
+        assert len(always) > 4 * len(editor.layers) / 2
+        for name, factor in edit.factors.items():
+            assert error(factor.u, expected.factors[name].u) <= 1e-5
+            assert error(factor.delta, expected.factors[name].delta) <= 1e-5
+
+    @pytest.mark.parametrize("checkpoint_activations", [False, True])
+    def test_meta_training_is_the_same(self, always, checkpoint_activations):
+        torch.manual_seed(0)
+        editor = MendEditor.from_model(make_model("gpt2"), config=MendConfig(rank=8)).train()
+        state = {name: value.clone() for name, value in editor.state_dict().items()}
+        batches = [make_batch("gpt2", seed=seed) for seed in range(3)]
+        results = []
+        for name in ("aten", "auto"):
+            editor.load_state_dict(state)
+            editor.zero_grad()
+            with mendfast.backend(name):
+                total, _ = meta_loss(editor, *batches, checkpoint_activations=checkpoint_activations)
+                total.backward()
+            results.append((total, [p.grad.clone() for p in editor.parameters() if p.grad is not None]))
+        assert always
+        (expected, expected_grads), (total, grads) = results
+        assert error(total, expected) <= 1e-5
+        for grad, other in zip(grads, expected_grads, strict=True):
+            assert error(grad, other) <= 1e-4
+
+
+@needs_extension
+@pytest.mark.parametrize("shape", [(5, 4, 3, 2, 2), (43, 17, 30, 20, 3), (100, 9, 8, 5, 1)])
+def test_the_editor_network(always, shape):
+    EditorCase(*shape).check(ops.editor_mlp, backend="cpu")
+    assert bool(always) is (shape[0] <= few_rows.MOST_ROWS)
+
+
+def test_the_compiler_had_nothing_to_say(tmp_path):
+    if not (ROOT / "setup.py").exists():
+        pytest.skip("an installation without its sources")
+    setup, info = load_setup(), build_info("cpu")
+    if not info["built"] or info["sources"] != setup.fingerprint():
+        if "path" not in setup.PLAN["cpu"]:
+            pytest.skip(setup.PLAN["cpu"]["reason"])
+        pytest.importorskip("ninja", reason="ninja is needed to compile the extension")
+        log = setup.compile_cpu(setup.PLAN["cpu"], tmp_path / "_cpu.so", tmp_path / "build")
+        info = setup.report(log)
+    assert info["warnings"] == []
