@@ -36,14 +36,16 @@ def mm(
 
 
 def served(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None) -> bool:
-    """Whether the kernel takes these arguments and is the faster one."""
+    """Whether the kernel takes these arguments and is the faster one; what is wrong is left to PyTorch to refuse."""
     return (
         x.dtype == w.dtype == torch.float32
         and x.device.type == w.device.type == "cpu"
+        and x.dim() == w.dim() == 2
+        and x.shape[1] == w.shape[0]
         and w.numel() >= LEAST_WEIGHTS
         and (_transposed(w) or w.stride(1) == 1 and w.stride(0) >= w.shape[1])
         and 0 < len(x) <= MOST_ROWS
-        and (bias is None or bias.dtype == torch.float32 and bias.is_contiguous())
+        and (bias is None or bias.dtype == torch.float32 and bias.shape == w.shape[1:] and bias.is_contiguous())
     )
 
 
@@ -124,33 +126,39 @@ class _FrozenProducts(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func is F.linear and len(args) + len(kwargs) <= 3 and not torch.compiler.is_compiling():
-            found = self._linear(*args, **kwargs)
-        elif func is torch.addmm and len(args) == 3 and not kwargs and not torch.compiler.is_compiling():
-            bias, x, w = args
-            found = self._product(x, w, bias)
-        else:
-            found = None
+        found = None
+        if func in _PRODUCTS and not torch.compiler.is_compiling() and not torch.is_autocast_enabled("cpu"):
+            found = _PRODUCTS[func](*args, **kwargs)
         return func(*args, **kwargs) if found is None else found
 
-    def _linear(self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None):
-        if type(weight) not in _PLAIN or weight.dim() != 2:
-            return None
-        y = self._product(input.reshape(-1, input.shape[-1]), weight.T, bias)
-        return y if y is None else y.view(*input.shape[:-1], -1)
 
-    def _product(self, x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor | None:
-        parameters = [w] if bias is None else [w, bias]
-        if type(x) is not torch.Tensor or any(type(p) not in _PLAIN or p.requires_grad for p in parameters):
-            return None
-        if x.dim() != 2 or w.dim() != 2 or bias is not None and bias.dim() != 1 or not served(x, w, bias):
-            return None
-        if torch.is_autocast_enabled("cpu"):
-            return None
-        return _FrozenProduct.apply(x, w, bias) if x.requires_grad and torch.is_grad_enabled() else mm(x, w, bias)
+def _linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor | None:
+    if not _plain(input, weight) or input.dim() == 0 or weight.dim() != 2:
+        return None
+    y = _product(input.reshape(-1, input.shape[-1]), weight.T, bias)
+    return None if y is None else y.view(*input.shape[:-1], -1)
 
 
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
+def _addmm(input: torch.Tensor, mat1: torch.Tensor, mat2: torch.Tensor, **others) -> torch.Tensor | None:
+    return None if others else _product(mat1, mat2, input)
+
+
+def _product(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor | None:
+    """:func:`mm` with a gradient for ``x``, or None: PyTorch's way."""
+    parameters = (w,) if bias is None else (w, bias)
+    if not _plain(x, *parameters) or any(p.requires_grad for p in parameters) or not served(x, w, bias):
+        return None
+    return _FrozenProduct.apply(x, w, bias) if x.requires_grad and torch.is_grad_enabled() else mm(x, w, bias)
+
+
+def _plain(*tensors: torch.Tensor) -> bool:
+    """No quantised, sharded, sparse or nested ones, nor those of a tracer."""
+    return all(
+        type(t) in (torch.Tensor, torch.nn.Parameter) and t.layout is torch.strided and not t.is_nested for t in tensors
+    )
+
+
+_PRODUCTS = {F.linear: _linear, torch.addmm: _addmm}
 
 
 def frozen_products(device: torch.device) -> contextlib.AbstractContextManager:
