@@ -29,15 +29,15 @@ __m128 sums(__m256 a, __m256 b, __m256 c, __m256 d) {
   return _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1));
 }
 
-// ``ahead`` is a row of w that will be needed soon.
+// Of a piece of the depth, p.depth long; ``ahead`` is a row of w that will be needed soon.
 template <int rows>
-void dot_tile(const Product& p, int64_t row, int64_t col, int64_t start, int64_t depth, const float* ahead) {
-  const float* x = p.x + row * p.x_stride + start;
-  const float* w = p.w + col * p.w_stride + start;
+void dot_tile(const Product& p, bool first, int64_t row, int64_t col, const float* ahead) {
+  const float* x = p.x + row * p.x_stride;
+  const float* w = p.w + col * p.w_stride;
   __m256 sum[rows][COLUMNS] = {};
   int64_t k = 0;
 #pragma GCC unroll 4
-  for (; k + LANES <= depth; k += LANES) {
+  for (; k + LANES <= p.depth; k += LANES) {
     __builtin_prefetch(ahead + k, 0, 2);
     __m256 left[rows];
     for (int r = 0; r < rows; ++r) left[r] = _mm256_loadu_ps(x + r * p.x_stride + k);
@@ -51,50 +51,66 @@ void dot_tile(const Product& p, int64_t row, int64_t col, int64_t start, int64_t
 #pragma GCC unroll 4
   for (int r = 0; r < rows; ++r) {
     __m128 total = sums(sum[r][0], sum[r][1], sum[r][2], sum[r][3]);
-    for (int64_t i = k; i < depth; ++i) {
+    for (int64_t i = k; i < p.depth; ++i) {
       const __m128 right = _mm_setr_ps(w[i], w[p.w_stride + i], w[2 * p.w_stride + i], w[3 * p.w_stride + i]);
       total = _mm_fmadd_ps(_mm_set1_ps(x[r * p.x_stride + i]), right, total);
     }
     float* y = p.y + (row + r) * p.y_stride + col;
-    const __m128 before = start ? _mm_loadu_ps(y) : p.bias ? _mm_loadu_ps(p.bias + col) : _mm_setzero_ps();
+    const __m128 before = !first ? _mm_loadu_ps(y) : p.bias ? _mm_loadu_ps(p.bias + col) : _mm_setzero_ps();
     _mm_storeu_ps(y, _mm_add_ps(before, total));
   }
 }
 
-void dot_column(const Product& p, int64_t col, int64_t start, int64_t depth) {
-  const float* w = p.w + col * p.w_stride + start;
+void dot_column(const Product& p, bool first, int64_t col) {
+  const float* w = p.w + col * p.w_stride;
   for (int64_t row = 0; row < p.rows; ++row) {
-    const float* x = p.x + row * p.x_stride + start;
+    const float* x = p.x + row * p.x_stride;
     __m256 sum = _mm256_setzero_ps();
     int64_t k = 0;
-    for (; k + LANES <= depth; k += LANES) sum = _mm256_fmadd_ps(_mm256_loadu_ps(x + k), _mm256_loadu_ps(w + k), sum);
+    for (; k + LANES <= p.depth; k += LANES) sum = _mm256_fmadd_ps(_mm256_loadu_ps(x + k), _mm256_loadu_ps(w + k), sum);
     float total = _mm_cvtss_f32(sums(sum, sum, sum, sum));
-    for (; k < depth; ++k) total += x[k] * w[k];
+    for (; k < p.depth; ++k) total += x[k] * w[k];
     float* y = p.y + row * p.y_stride + col;
-    *y = total + (start ? *y : p.bias ? p.bias[col] : 0.0f);
+    *y = total + (!first ? *y : p.bias ? p.bias[col] : 0.0f);
   }
 }
 
-void dot_products(const Product& p, int threads) {
-  const int64_t step = divide_up(divide_up(p.depth, divide_up(p.depth, DOT_DEPTH)), LANES) * LANES;
-  const int64_t tasks = divide_up(p.cols, TASK_COLUMNS), tiles = divide_up(p.rows, ROWS);
-#pragma omp parallel for schedule(dynamic) num_threads(threads)
-  for (int64_t task = 0; task < tasks; ++task) {
-    const int64_t end = least(p.cols, (task + 1) * TASK_COLUMNS);
-    for (int64_t start = 0; start < p.depth; start += step) {
-      const int64_t depth = least(step, p.depth - start);
-      int64_t col = task * TASK_COLUMNS;
-      for (; col + COLUMNS <= end; col += COLUMNS) {
-        for (int64_t tile = 0, row = 0; tile < tiles; ++tile) {
-          const int64_t rows = divide_up(p.rows - row, tiles - tile);  // as equal as can be
-          const float* ahead = p.w + least(col + COLUMNS + tile % COLUMNS, p.cols - 1) * p.w_stride + start;
-          if (rows == 3) dot_tile<3>(p, row, col, start, depth, ahead);
-          if (rows == 2) dot_tile<2>(p, row, col, start, depth, ahead);
-          if (rows == 1) dot_tile<1>(p, row, col, start, depth, ahead);
-          row += rows;
+int64_t dot_depth(const Product& p) {
+  return divide_up(divide_up(p.depth, divide_up(p.depth, DOT_DEPTH)), LANES) * LANES;
+}
+
+void dot_products(const Product& p, float* scratch, int threads) {
+  const int64_t step = dot_depth(p), tasks = divide_up(p.cols, TASK_COLUMNS), tiles = divide_up(p.rows, ROWS);
+#pragma omp parallel num_threads(threads)
+  {
+    // x by pieces of the depth: those of far-apart rows lie on more pages than the processor can keep in mind
+#pragma omp for
+    for (int64_t row = 0; row < p.rows; ++row)
+      for (int64_t start = 0; start < p.depth; start += step)
+        __builtin_memcpy(scratch + start * p.rows + row * step, p.x + row * p.x_stride + start,
+                         least(step, p.depth - start) * sizeof(float));
+#pragma omp for schedule(dynamic)
+    for (int64_t task = 0; task < tasks; ++task) {
+      const int64_t end = least(p.cols, (task + 1) * TASK_COLUMNS);
+      for (int64_t start = 0; start < p.depth; start += step) {
+        Product piece = p;
+        piece.x = scratch + start * p.rows;
+        piece.x_stride = step;
+        piece.w += start;
+        piece.depth = least(step, p.depth - start);
+        int64_t col = task * TASK_COLUMNS;
+        for (; col + COLUMNS <= end; col += COLUMNS) {
+          for (int64_t tile = 0, row = 0; tile < tiles; ++tile) {
+            const int64_t rows = divide_up(p.rows - row, tiles - tile);  // as equal as can be
+            const float* ahead = piece.w + least(col + COLUMNS + tile % COLUMNS, p.cols - 1) * p.w_stride;
+            if (rows == 3) dot_tile<3>(piece, start == 0, row, col, ahead);
+            if (rows == 2) dot_tile<2>(piece, start == 0, row, col, ahead);
+            if (rows == 1) dot_tile<1>(piece, start == 0, row, col, ahead);
+            row += rows;
+          }
         }
+        for (; col < end; ++col) dot_column(piece, start == 0, col);
       }
-      for (; col < end; ++col) dot_column(p, col, start, depth);
     }
   }
 }
@@ -257,14 +273,14 @@ void outer_products(const Product& p, float* scratch, int threads) {
 }  // namespace
 
 int64_t few_rows_scratch(const Product& p) {
-  if (p.transposed) return 0;
+  if (p.transposed) return p.rows * divide_up(p.depth, dot_depth(p)) * dot_depth(p);
   const Division by(p);
   return by.parts * p.rows * by.stride();
 }
 
 void few_rows(const Product& product, float* scratch, int threads) {
   if (product.transposed)
-    dot_products(product, threads);
+    dot_products(product, scratch, threads);
   else
     outer_products(product, scratch, threads);
 }

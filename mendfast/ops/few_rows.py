@@ -126,9 +126,10 @@ class _FrozenProducts(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        found = None
-        if func in _PRODUCTS and not torch.compiler.is_compiling() and not torch.is_autocast_enabled("cpu"):
-            found = _PRODUCTS[func](*args, **kwargs)
+        product = _PRODUCTS.get(func)
+        if product is None or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+            return func(*args, **kwargs)
+        found = product(*args, **kwargs)
         return func(*args, **kwargs) if found is None else found
 
 
