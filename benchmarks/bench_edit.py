@@ -143,7 +143,7 @@ def test_phases(contest, case, phase):
 
     def forward(tokens: dict):
         with capture(model, editor.layers, size) as captured:
-            return captured, nll(target_rows(model, tokens), size).sum()
+            return captured, nll(target_rows(model, tokens, for_nll=True), size).sum()
 
     def naive_forward(tokens: dict) -> torch.Tensor:
         return naive_mend.nll(model, naive_mend.logits_of(model, tokens), tokens["labels"])

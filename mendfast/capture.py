@@ -1,4 +1,4 @@
-"""Hooks: the (u, delta) rows out of a model, and low-rank updates into one."""
+"""The (u, delta) rows out of a model, and low-rank updates into one, by hooks and replaced forwards."""
 
 from __future__ import annotations
 
@@ -37,6 +37,21 @@ def frozen(model: nn.Module) -> Iterator[None]:
             module.training = True
         for parameter in wanting:
             parameter.requires_grad_(True)
+
+
+@contextlib.contextmanager
+def replaced_forwards(forwards: Mapping[nn.Module, Callable]) -> Iterator[None]:
+    """Within the block the modules run these functions; a forward that accelerate has put there comes back."""
+    before = {module: vars(module).get("forward") for module in forwards}
+    try:
+        for module, forward in forwards.items():
+            module.forward = forward
+        yield
+    finally:
+        for module, forward in before.items():
+            del module.forward
+            if forward is not None:
+                module.forward = forward
 
 
 class Captured:

@@ -272,12 +272,11 @@ class MendEditor(nn.Module):
         batch = to_device(batch, execution_device(self.model.get_input_embeddings()))
         size = batch["labels"].shape[0]
         with capture(self.model, self.layers, size) as captured:
-            rows = target_rows(self.model, batch)
-            # Samples do not interact, so the gradient of the sum is each edit's own gradient.
-            loss = nll(rows, size).sum()
+            rows = target_rows(self.model, batch, for_nll=True)
             if self.config.loss_reduction == "batch":
-                loss = nll(rows._replace(sample=torch.zeros_like(rows.sample)), 1).sum()
-            return captured.rows(loss)
+                rows, size = rows._replace(sample=torch.zeros_like(rows.sample)), 1
+            # Samples do not interact, so the gradient of the sum is each edit's own gradient.
+            return captured.rows(nll(rows, size).sum())
 
     def _check(self, batch: Batch) -> None:
         missing = [name for name in ("input_ids", "labels") if name not in batch]

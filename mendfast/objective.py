@@ -11,6 +11,8 @@ import torch
 from torch import nn
 
 from . import ops
+from .capture import replaced_forwards
+from .ops.linear_nll import Logits, serves
 
 IGNORE = -100
 Batch = Mapping[str, torch.Tensor]
@@ -51,8 +53,11 @@ def to_device(batch: Batch, device: torch.device) -> dict[str, torch.Tensor]:
     return {name: value.to(device, non_blocking=True) for name, value in batch.items()}
 
 
-def target_rows(model: nn.Module, batch: Batch, *, positions: torch.Tensor | None = None) -> Rows:
-    """Run the model and return the rows that predict a label (!= -100), with those labels."""
+def target_rows(model: nn.Module, batch: Batch, *, for_nll: bool = False) -> Rows:
+    """Run the model and return the rows that predict a label (!= -100), with those labels.
+
+    ``for_nll``: the logits are wanted for :func:`nll` alone, and need not be computed if it can do without.
+    """
     labels = batch.get("labels")
     if labels is None:
         raise ValueError("The batch has no labels; pass them as Hugging Face does, -100 on what is not a target.")
@@ -67,7 +72,7 @@ def target_rows(model: nn.Module, batch: Batch, *, positions: torch.Tensor | Non
         # Position s predicts token s + 1.
         labels = torch.cat([labels[:, 1:], labels.new_full((labels.shape[0], 1), IGNORE)], dim=1)
     keep = labels != IGNORE
-    logits = _forward(model, batch, kind, keep)
+    logits = _forward(model, batch, kind, keep, for_nll)
     return Rows(logits, labels[keep].to(logits.device), keep.nonzero()[:, 0].to(logits.device))
 
 
@@ -106,7 +111,9 @@ def _classes(logits: torch.Tensor) -> torch.Tensor:
     return torch.cat([torch.zeros_like(logits), logits], dim=-1) if logits.shape[-1] == 1 else logits
 
 
-def _forward(model: nn.Module, batch: Batch, kind: str, keep: torch.Tensor | None) -> torch.Tensor:
+def _forward(
+    model: nn.Module, batch: Batch, kind: str, keep: torch.Tensor | None, for_nll: bool = False
+) -> torch.Tensor:
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     if kind == "classifier":
         return model(**inputs).logits
@@ -116,14 +123,20 @@ def _forward(model: nn.Module, batch: Batch, kind: str, keep: torch.Tensor | Non
         if "position_ids" in inspect.signature(model.forward).parameters:
             # Left padding must not move the positions, as generate() knows but a plain forward does not.
             inputs["position_ids"] = (inputs["attention_mask"].long().cumsum(-1) - 1).clamp(min=0)
-    with _head_rows(model, keep) as selected:
+    with _head_rows(model, keep, for_nll) as selected:
         logits = model(**inputs, use_cache=False).logits
+    if isinstance(logits, Logits):
+        return logits.first()
     return logits[0] if selected else logits[keep.to(logits.device)]
 
 
 @contextlib.contextmanager
-def _head_rows(model: nn.Module, keep: torch.Tensor) -> Iterator[bool]:
-    """Let the output head see the kept positions alone: a vocabulary of logits is the largest tensor there is."""
+def _head_rows(model: nn.Module, keep: torch.Tensor, for_nll: bool) -> Iterator[bool]:
+    """Let the output head see the kept positions alone: a vocabulary of logits is the largest tensor there is.
+
+    ``for_nll``: put off computing even those, where the loss can be made without; a model that does more with them
+    has them computed.
+    """
     head = model.get_output_embeddings()
     if head is None or head._forward_hooks:  # an edited head needs its rows as samples
         yield False
@@ -133,7 +146,9 @@ def _head_rows(model: nn.Module, keep: torch.Tensor) -> Iterator[bool]:
         return args[0][keep.to(args[0].device)].unsqueeze(0), *args[1:]
 
     handle = head.register_forward_pre_hook(select)
+    puts_off = for_nll and serves(head, int(keep.sum()))
     try:
-        yield True
+        with replaced_forwards({head: lambda x: Logits.of(x, head.weight, head.bias)} if puts_off else {}):
+            yield True
     finally:
         handle.remove()

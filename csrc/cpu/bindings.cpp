@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "few_rows.h"
+#include "linear_nll.h"
 
 namespace py = pybind11;
 
@@ -13,6 +14,13 @@ namespace {
 
 const char* problem() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? "" : "this processor has no AVX2";
+}
+
+// Kept for the next call of this thread: fresh pages take longer than many a product.
+float* scratch_of(size_t size) {
+  thread_local std::vector<float> scratch;
+  if (scratch.size() < size) scratch.resize(size);
+  return scratch.data();
 }
 
 void few_rows(uintptr_t x, int64_t x_stride, uintptr_t w, int64_t w_stride, bool transposed, uintptr_t bias,
@@ -29,10 +37,27 @@ void few_rows(uintptr_t x, int64_t x_stride, uintptr_t w, int64_t w_stride, bool
       reinterpret_cast<const float*>(x), reinterpret_cast<const float*>(w), reinterpret_cast<const float*>(bias),
       reinterpret_cast<float*>(y), x_stride, w_stride, y_stride, rows, cols, depth, transposed};
   const py::gil_scoped_release release;
-  thread_local std::vector<float> scratch;
-  const size_t needed = mendfast::few_rows_scratch(product);
-  if (scratch.size() < needed) scratch.resize(needed);
-  mendfast::few_rows(product, scratch.data(), threads);
+  mendfast::few_rows(product, scratch_of(mendfast::few_rows_scratch(product)), threads);
+}
+
+void linear_nll(uintptr_t x, int64_t x_stride, uintptr_t w, int64_t w_stride, uintptr_t bias, uintptr_t labels,
+                uintptr_t nll, uintptr_t dx, int64_t rows, int64_t vocabulary, int64_t depth, int threads) {
+  if (rows < 0 || vocabulary < 1 || depth < 1)
+    throw py::value_error("linear_nll: rows must not be negative, and vocabulary and depth must be at least 1.");
+  if (threads < 1) throw py::value_error("linear_nll: threads must be at least 1.");
+  if (x_stride < depth || w_stride < depth)
+    throw py::value_error("linear_nll: a stride is less than its row is long.");
+  if (rows == 0) return;
+  if (x == 0 || w == 0 || labels == 0 || nll == 0) throw py::value_error("linear_nll: a pointer is null.");
+  const auto* label = reinterpret_cast<const int64_t*>(labels);
+  for (int64_t n = 0; n < rows; ++n)
+    if (label[n] >= vocabulary) throw py::value_error("linear_nll: a label is not in the vocabulary.");
+  if (*problem()) throw std::runtime_error(std::string("linear_nll: ") + problem() + ".");
+  const mendfast::LinearNLL loss = {
+      reinterpret_cast<const float*>(x), reinterpret_cast<const float*>(w), reinterpret_cast<const float*>(bias),
+      label, reinterpret_cast<float*>(nll), reinterpret_cast<float*>(dx), x_stride, w_stride, rows, vocabulary, depth};
+  const py::gil_scoped_release release;
+  mendfast::linear_nll(loss, scratch_of(mendfast::linear_nll_scratch(loss, threads)), threads);
 }
 
 }  // namespace
@@ -46,4 +71,10 @@ PYBIND11_MODULE(_cpu, module) {
              "y [rows, cols] = x [rows, depth] w [depth, cols] + bias [cols], float32.\n\nx, w, bias (0: none) and y "
              "are addresses, strides are from row to row in elements; transposed: w is kept as [cols, depth]. y must "
              "not overlap the others. Raises ValueError before anything is written.");
+  module.def("linear_nll", &linear_nll, py::arg("x"), py::arg("x_stride"), py::arg("w"), py::arg("w_stride"),
+             py::arg("bias"), py::arg("labels"), py::arg("nll"), py::arg("dx"), py::arg("rows"), py::arg("vocabulary"),
+             py::arg("depth"), py::arg("threads"),
+             "nll [rows] = logsumexp(z) - z[label] of z = x [rows, depth] w [vocabulary, depth]^T + bias, float32, and "
+             "dx [rows, depth], its gradient at x.\n\nAddresses (bias, dx: 0 for none) and strides from row to row in "
+             "elements; labels int64, a negative one gives 0. Raises ValueError before anything is written.");
 }

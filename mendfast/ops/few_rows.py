@@ -134,7 +134,7 @@ class _FrozenProducts(TorchFunctionMode):
 
 
 def _linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor | None:
-    if not _plain(input, weight) or input.dim() == 0 or weight.dim() != 2:
+    if not plain(input, weight) or input.dim() == 0 or weight.dim() != 2:
         return None
     y = _product(input.reshape(-1, input.shape[-1]), weight.T, bias)
     return None if y is None else y.view(*input.shape[:-1], -1)
@@ -147,12 +147,12 @@ def _addmm(input: torch.Tensor, mat1: torch.Tensor, mat2: torch.Tensor, **others
 def _product(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor | None:
     """:func:`mm` with a gradient for ``x``, or None: PyTorch's way."""
     parameters = (w,) if bias is None else (w, bias)
-    if not _plain(x, *parameters) or any(p.requires_grad for p in parameters) or not served(x, w, bias):
+    if not plain(x, *parameters) or any(p.requires_grad for p in parameters) or not served(x, w, bias):
         return None
     return _FrozenProduct.apply(x, w, bias) if x.requires_grad and torch.is_grad_enabled() else mm(x, w, bias)
 
 
-def _plain(*tensors: torch.Tensor) -> bool:
+def plain(*tensors: torch.Tensor) -> bool:
     """No quantised, sharded, sparse or nested ones, nor those of a tracer."""
     return all(
         type(t) in (torch.Tensor, torch.nn.Parameter) and t.layout is torch.strided and not t.is_nested for t in tensors

@@ -11,6 +11,7 @@ from .. import backends
 from ..reference.token_nll import IGNORE
 from ..reference.token_nll import token_nll_rows as _reference_rows
 from . import _common
+from .linear_nll import Logits
 
 CHUNK = 1 << 18
 """Logits worked on at a time outside Triton: temporaries of a megabyte stay in the cache."""
@@ -29,6 +30,10 @@ def token_nll_rows(
     """
     if logits.dim() != 2:
         raise ValueError(f"token_nll_rows: logits must be [N, V]; got {tuple(logits.shape)}.")
+    if isinstance(logits, Logits) and backend is None:
+        _check(logits, labels)
+        _check_values(labels, logits.shape[-1])
+        return logits.nll(labels)
     return _nll(logits.unsqueeze(0), labels.unsqueeze(0), backend).squeeze(0)
 
 

@@ -4,28 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 from torch import nn
 
+from ..capture import replaced_forwards
 from ..layers import Layer, stacks
 
 log = logging.getLogger("mendfast")
-
-
-@contextlib.contextmanager
-def replaced_forwards(forwards: Mapping[nn.Module, Callable]) -> Iterator[None]:
-    """Within the block the modules run these functions; a forward that accelerate has put there comes back."""
-    before = {module: vars(module).get("forward") for module in forwards}
-    try:
-        for module, forward in forwards.items():
-            module.forward = forward
-        yield
-    finally:
-        for module, forward in before.items():
-            del module.forward
-            if forward is not None:
-                module.forward = forward
 
 
 class FrozenPrefix:

@@ -8,9 +8,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ..capture import Factors, frozen, lowrank_updates
+from ..capture import Factors, frozen, lowrank_updates, replaced_forwards
 from ..layers import Layer, stacks
-from .prefix import replaced_forwards
 
 
 @contextlib.contextmanager

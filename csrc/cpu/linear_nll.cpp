@@ -1,0 +1,162 @@
+// While a block of w is in a cache it gives the logits of all rows, and then, times their exponentials, their share
+// of the gradient: neither logits nor probabilities are kept, and w is read from memory once. The exponentials are
+// those of differences from the largest logit so far; what was summed is scaled when a larger one comes (Milakov and
+// Gimelshein 2018, "Online normalizer calculation for softmax").
+#include "linear_nll.h"
+
+#include <omp.h>
+
+#include <cfloat>
+#include <cmath>
+#include <initializer_list>
+
+#include "tiles.h"
+
+namespace mendfast {
+namespace {
+
+constexpr int64_t MOST_PARTS = 64;       // of the vocabulary, each with sums of its own
+constexpr int64_t LEAST_PARTS = 8;
+constexpr int64_t SUMS = int64_t{1} << 20;  // floats that all parts' sums may take, where that leaves enough parts
+
+// How the work is divided; by the shape alone, so that the sums don't depend on the number of threads.
+struct Division {
+  int64_t block, part, parts, stride;
+
+  explicit Division(const LinearNLL& p) {
+    block = deep_of(p.rows);
+    stride = p.dx ? divide_up(p.depth, PANEL) * PANEL : 0;
+    int64_t most = p.dx ? SUMS / (p.rows * stride) : MOST_PARTS;
+    most = most < LEAST_PARTS ? LEAST_PARTS : least(most, MOST_PARTS);
+    part = divide_up(divide_up(p.vocabulary, most), block) * block;
+    parts = divide_up(p.vocabulary, part);
+  }
+};
+
+// e^x for x <= 0, to two units in the last place; 0 below the smallest normal number. Cephes' expf.
+__m256 exp_of(__m256 x) {
+  const __m256 lowest = _mm256_set1_ps(-87.0f);
+  const __m256 vanishes = _mm256_cmp_ps(x, lowest, _CMP_LT_OQ);
+  x = _mm256_max_ps(lowest, x);  // in this order NaN stays
+  const __m256 n = _mm256_round_ps(_mm256_mul_ps(x, _mm256_set1_ps(1.44269504f)),
+                                   _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  __m256 r = _mm256_fnmadd_ps(n, _mm256_set1_ps(0.693359375f), x);  // ln 2 in two parts
+  r = _mm256_fnmadd_ps(n, _mm256_set1_ps(-2.12194440e-4f), r);
+  __m256 series = _mm256_set1_ps(1.0f / 720);
+  for (const float c : {1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f})
+    series = _mm256_fmadd_ps(series, r, _mm256_set1_ps(c));
+  const __m256i power = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
+  return _mm256_andnot_ps(vanishes, _mm256_mul_ps(series, _mm256_castsi256_ps(power)));
+}
+
+float largest(const float* values, int64_t count, float so_far) {
+  __m256 top = _mm256_set1_ps(so_far);
+  for (int64_t c = 0; c < count; c += LANES) top = _mm256_max_ps(top, _mm256_loadu_ps(values + c));
+  alignas(32) float lanes[LANES];
+  _mm256_store_ps(lanes, top);
+  for (const float lane : lanes) so_far = lane > so_far ? lane : so_far;
+  return so_far;
+}
+
+// values = exp(values - top); their sum.
+float exponentials(float* values, int64_t count, float top) {
+  __m256 sum = _mm256_setzero_ps();
+  for (int64_t c = 0; c < count; c += LANES) {
+    const __m256 e = exp_of(_mm256_sub_ps(_mm256_loadu_ps(values + c), _mm256_set1_ps(top)));
+    _mm256_storeu_ps(values + c, e);
+    sum = _mm256_add_ps(sum, e);
+  }
+  return sum_of(sum);
+}
+
+// What a part of the vocabulary leaves behind: largest logits, sums of exponentials, and those times rows of w.
+struct Part {
+  float *top, *sum, *y;
+};
+
+void run_part(const LinearNLL& p, const Division& by, int64_t start, const float* pieces, float* z, float* hit,
+              const Part& part) {
+  for (int64_t n = 0; n < p.rows; ++n) part.top[n] = -FLT_MAX, part.sum[n] = 0.0f;
+  __builtin_memset(part.y, 0, p.rows * by.stride * sizeof(float));
+  const int64_t end = least(p.vocabulary, start + by.part);
+  for (int64_t v = start; v < end; v += by.block) {
+    const int64_t width = least(by.block, end - v);
+    const float* w = p.w + v * p.w_stride;
+    const float* bias = p.bias ? p.bias + v : nullptr;
+    dot_columns({nullptr, w, bias, z, 0, p.w_stride, by.block, p.rows, width, p.depth, true}, pieces, 0, width);
+    for (int64_t n = 0; n < p.rows; ++n) {
+      float* logits = z + n * by.block;
+      if (p.labels[n] >= v && p.labels[n] < v + width) hit[n] = logits[p.labels[n] - v];
+      for (int64_t c = width; c < by.block; ++c) logits[c] = -INFINITY;
+      const float top = largest(logits, by.block, part.top[n]);
+      if (top > part.top[n]) {
+        const float scale = std::exp(part.top[n] - top);
+        part.top[n] = top;
+        part.sum[n] *= scale;
+        for (int64_t k = 0; k < by.stride; ++k) part.y[n * by.stride + k] *= scale;
+      }
+      part.sum[n] += exponentials(logits, by.block, top);
+    }
+    if (!p.dx) continue;
+    // the rest of w, so that the next block is asked for
+    const int64_t rest = p.vocabulary - v;
+    const Product gradient = {z, w, nullptr, nullptr, by.block, p.w_stride, 0, p.rows, p.depth, rest, false};
+    for (int64_t k = 0; k < p.depth; k += PANEL) outer_panel(gradient, k, 0, width, part.y + k, by.stride);
+  }
+}
+
+// Row n of the result, from all parts'.
+void gather(const LinearNLL& p, const Division& by, int64_t n, const float* tops, const float* sums, const float* ys,
+            float hit) {
+  float* dx = p.dx ? p.dx + n * p.depth : nullptr;
+  if (p.labels[n] < 0) {
+    p.nll[n] = 0.0f;
+    if (dx) __builtin_memset(dx, 0, p.depth * sizeof(float));
+    return;
+  }
+  float top = -FLT_MAX;
+  for (int64_t i = 0; i < by.parts; ++i) top = tops[i * p.rows + n] > top ? tops[i * p.rows + n] : top;
+  double sum = 0.0;
+  for (int64_t i = 0; i < by.parts; ++i) sum += std::exp(tops[i * p.rows + n] - top) * double{sums[i * p.rows + n]};
+  p.nll[n] = static_cast<float>(std::log(sum) + (top - hit));
+  if (!dx) return;
+  const float* label = p.w + p.labels[n] * p.w_stride;
+  for (int64_t k = 0; k < p.depth; ++k) dx[k] = -label[k];
+  for (int64_t i = 0; i < by.parts; ++i) {
+    const float scale = static_cast<float>(std::exp(tops[i * p.rows + n] - top) / sum);
+    const float* y = ys + (i * p.rows + n) * by.stride;
+    for (int64_t k = 0; k < p.depth; ++k) dx[k] += scale * y[k];
+  }
+}
+
+int64_t pieces_of(const LinearNLL& p) { return p.rows * divide_up(p.depth, dot_depth(p.depth)) * dot_depth(p.depth); }
+
+}  // namespace
+
+int64_t linear_nll_scratch(const LinearNLL& p, int threads) {
+  const Division by(p);
+  return pieces_of(p) + p.rows * (1 + threads * by.block + by.parts * (2 + by.stride));
+}
+
+void linear_nll(const LinearNLL& p, float* scratch, int threads) {
+  const Division by(p);
+  float* const pieces = scratch;
+  float* const hits = pieces + pieces_of(p);
+  float* const blocks = hits + p.rows;
+  float* const tops = blocks + threads * p.rows * by.block;
+  float* const sums = tops + by.parts * p.rows;
+  float* const ys = sums + by.parts * p.rows;
+#pragma omp parallel num_threads(threads)
+  {
+    float* const z = blocks + omp_get_thread_num() * p.rows * by.block;
+    split_depth({p.x, p.w, nullptr, nullptr, p.x_stride, p.w_stride, 0, p.rows, p.vocabulary, p.depth, true}, pieces);
+#pragma omp for schedule(dynamic)
+    for (int64_t i = 0; i < by.parts; ++i)
+      run_part(p, by, i * by.part, pieces, z, hits,
+               {tops + i * p.rows, sums + i * p.rows, ys + i * p.rows * by.stride});
+#pragma omp for
+    for (int64_t n = 0; n < p.rows; ++n) gather(p, by, n, tops, sums, ys, hits[n]);
+  }
+}
+
+}  // namespace mendfast

@@ -1,0 +1,228 @@
+// Products of few rows in pieces that stay in registers and near caches, for AVX2. One translation unit each.
+//
+// A row of w that lies along the depth is multiplied by dot products: a tile of ROWS x COLUMNS sums stays in
+// registers while it moves along the depth. One that lies along the columns is multiplied by outer products, for more
+// than one tile from a copy: rows of w are often a power of two apart, and evict each other from the first cache.
+// Either reads w from memory once, and asks in good time for what comes next: the processor does not foresee pieces so
+// far apart. To ask for what lies beyond the matrix does nothing.
+#pragma once
+
+#include <immintrin.h>
+
+#include "few_rows.h"
+
+namespace mendfast {
+namespace {
+
+constexpr int64_t LANES = 8;
+
+constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+inline float sum_of(__m256 a) {
+  __m128 half = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  half = _mm_hadd_ps(half, half);
+  return _mm_cvtss_f32(_mm_hadd_ps(half, half));
+}
+
+// [sum of a, sum of b, sum of c, sum of d]
+inline __m128 sums_of(__m256 a, __m256 b, __m256 c, __m256 d) {
+  const __m256 halves = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
+  return _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1));
+}
+
+// -- w as [cols, depth] ----------------------------------------------------------------------------------------
+
+constexpr int COLUMNS = 4;  // with ROWS x COLUMNS sums, ROWS of x and one of w, 16 registers are full
+constexpr int ROWS = 3;
+constexpr int64_t DOT_DEPTH = 768;  // a tile's rows of x and w, this deep, take 21 of the first cache's 32 KiB
+
+inline int64_t dot_depth(int64_t depth) {
+  return divide_up(divide_up(depth, divide_up(depth, DOT_DEPTH)), LANES) * LANES;
+}
+
+// x as pieces [rows, dot_depth], one after the other along the depth: pieces of far-apart rows lie on more pages than
+// the processor can keep in mind. Called by all threads of a team.
+inline void split_depth(const Product& p, float* pieces) {
+  const int64_t step = dot_depth(p.depth);
+#pragma omp for
+  for (int64_t row = 0; row < p.rows; ++row)
+    for (int64_t start = 0; start < p.depth; start += step)
+      __builtin_memcpy(pieces + start * p.rows + row * step, p.x + row * p.x_stride + start,
+                       least(step, p.depth - start) * sizeof(float));
+}
+
+// Of a piece of the depth, p.depth long; of the columns that come next, the tile asks for ``asks``. Inlined it is slower.
+template <int rows, int asks>
+[[gnu::noinline]] void dot_tile(const Product& p, bool first, int64_t row, int64_t col, const float* next) {
+  const float* x = p.x + row * p.x_stride;
+  const float* w = p.w + col * p.w_stride;
+  __m256 sum[rows][COLUMNS] = {};
+  int64_t k = 0;
+#pragma GCC unroll 4
+  for (; k + LANES <= p.depth; k += LANES) {
+#pragma GCC unroll 4
+    for (int i = 0; i < asks; ++i) __builtin_prefetch(next + i * (COLUMNS / asks) * p.w_stride + k, 0, 2);
+    __m256 left[rows];
+    for (int r = 0; r < rows; ++r) left[r] = _mm256_loadu_ps(x + r * p.x_stride + k);
+#pragma GCC unroll 4
+    for (int c = 0; c < COLUMNS; ++c) {
+      const __m256 right = _mm256_loadu_ps(w + c * p.w_stride + k);
+#pragma GCC unroll 4
+      for (int r = 0; r < rows; ++r) sum[r][c] = _mm256_fmadd_ps(left[r], right, sum[r][c]);
+    }
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < rows; ++r) {
+    __m128 total = sums_of(sum[r][0], sum[r][1], sum[r][2], sum[r][3]);
+    for (int64_t i = k; i < p.depth; ++i) {
+      const __m128 right = _mm_setr_ps(w[i], w[p.w_stride + i], w[2 * p.w_stride + i], w[3 * p.w_stride + i]);
+      total = _mm_fmadd_ps(_mm_set1_ps(x[r * p.x_stride + i]), right, total);
+    }
+    float* y = p.y + (row + r) * p.y_stride + col;
+    const __m128 before = !first ? _mm_loadu_ps(y) : p.bias ? _mm_loadu_ps(p.bias + col) : _mm_setzero_ps();
+    _mm_storeu_ps(y, _mm_add_ps(before, total));
+  }
+}
+
+template <int asks>
+void dot_tiles(const Product& p, bool first, int64_t col, int64_t tiles) {
+  const float* next = p.w + (col + COLUMNS) * p.w_stride;
+  for (int64_t tile = 0, row = 0; tile < tiles; ++tile) {
+    const int64_t rows = divide_up(p.rows - row, tiles - tile);  // as equal as can be
+    const float* own = next + tile % (COLUMNS / asks) * p.w_stride;
+    if (rows == 3) dot_tile<3, asks>(p, first, row, col, own);
+    if (rows == 2) dot_tile<2, asks>(p, first, row, col, own);
+    if (rows == 1) dot_tile<1, asks>(p, first, row, col, own);
+    row += rows;
+  }
+}
+
+inline void dot_column(const Product& p, bool first, int64_t col) {
+  const float* w = p.w + col * p.w_stride;
+  for (int64_t row = 0; row < p.rows; ++row) {
+    const float* x = p.x + row * p.x_stride;
+    __m256 sum = _mm256_setzero_ps();
+    int64_t k = 0;
+    for (; k + LANES <= p.depth; k += LANES) sum = _mm256_fmadd_ps(_mm256_loadu_ps(x + k), _mm256_loadu_ps(w + k), sum);
+    float total = sum_of(sum);
+    for (; k < p.depth; ++k) total += x[k] * w[k];
+    float* y = p.y + row * p.y_stride + col;
+    *y = total + (!first ? *y : p.bias ? p.bias[col] : 0.0f);
+  }
+}
+
+// Columns [col, end) of y, from x as split_depth left it.
+inline void dot_columns(const Product& p, const float* pieces, int64_t from, int64_t end) {
+  const int64_t step = dot_depth(p.depth), tiles = divide_up(p.rows, ROWS);
+  for (int64_t start = 0; start < p.depth; start += step) {
+    Product piece = p;
+    piece.x = pieces + start * p.rows;
+    piece.x_stride = step;
+    piece.w += start;
+    piece.depth = least(step, p.depth - start);
+    int64_t col = from;
+    for (; col + COLUMNS <= end; col += COLUMNS) {
+      // all of the next columns once, whatever the number of tiles
+      if (tiles == 1) dot_tiles<4>(piece, start == 0, col, tiles);
+      if (tiles == 2) dot_tiles<2>(piece, start == 0, col, tiles);
+      if (tiles >= 3) dot_tiles<1>(piece, start == 0, col, tiles);
+    }
+    for (; col < end; ++col) dot_column(piece, start == 0, col);
+  }
+}
+
+// -- w as [depth, cols] ----------------------------------------------------------------------------------------
+
+constexpr int64_t WIDTH = 2 * LANES;  // of a tile
+constexpr int64_t TALLEST = 6;        // rows of a tile: 6 x 2 sums, 2 of w and one of x, 15 registers
+constexpr int64_t PANEL = 768;        // columns at a time: long pieces of w's rows, as memory likes it
+constexpr int64_t THIN_DEEP = 16;     // rows of w at a time, if one tile takes them all,
+constexpr int64_t MOST_DEEP = 64;     // and if three or more do
+constexpr int64_t SOON = 8;           // rows of w that are on their way to the first cache
+
+inline int64_t deep_of(int64_t rows) { return rows <= TALLEST ? THIN_DEEP : rows <= 2 * TALLEST ? 32 : MOST_DEEP; }
+
+enum Copy { NONE, MADE, READ };
+
+// y [rows, WIDTH] += x [rows, depth] w [depth, WIDTH]; the first of several tiles leaves a copy of w to the others.
+template <int rows, Copy copy>
+[[gnu::noinline]] void outer_tile(const float* x, int64_t x_stride, const float* w, int64_t w_stride, float* packed,
+                                  int64_t depth, float* y, int64_t y_stride) {
+  __m256 sum[rows][2];
+#pragma GCC unroll 6
+  for (int r = 0; r < rows; ++r)
+    for (int c = 0; c < 2; ++c) sum[r][c] = _mm256_loadu_ps(y + r * y_stride + c * LANES);
+#pragma GCC unroll 4
+  for (int64_t k = 0; k < depth; ++k) {
+    const float* row = copy == READ ? packed + k * WIDTH : w + k * w_stride;
+    const __m256 first = _mm256_loadu_ps(row), second = _mm256_loadu_ps(row + LANES);
+    if constexpr (copy == NONE) {
+      __builtin_prefetch(row + WIDTH);
+      __builtin_prefetch(row + THIN_DEEP * w_stride, 0, 2);
+    }
+    if constexpr (copy == MADE) {
+      __builtin_prefetch(row + SOON * w_stride);
+      _mm256_store_ps(packed + k * WIDTH, first);
+      _mm256_store_ps(packed + k * WIDTH + LANES, second);
+    }
+#pragma GCC unroll 6
+    for (int r = 0; r < rows; ++r) {
+      const __m256 left = _mm256_broadcast_ss(x + r * x_stride + k);
+      sum[r][0] = _mm256_fmadd_ps(left, first, sum[r][0]);
+      sum[r][1] = _mm256_fmadd_ps(left, second, sum[r][1]);
+    }
+  }
+#pragma GCC unroll 6
+  for (int r = 0; r < rows; ++r)
+    for (int c = 0; c < 2; ++c) _mm256_storeu_ps(y + r * y_stride + c * LANES, sum[r][c]);
+}
+
+template <Copy copy>
+void outer_tile(int64_t rows, const float* x, int64_t x_stride, const float* w, int64_t w_stride, float* packed,
+                int64_t depth, float* y, int64_t y_stride) {
+  if (rows == 6) outer_tile<6, copy>(x, x_stride, w, w_stride, packed, depth, y, y_stride);
+  if (rows == 5) outer_tile<5, copy>(x, x_stride, w, w_stride, packed, depth, y, y_stride);
+  if (rows == 4) outer_tile<4, copy>(x, x_stride, w, w_stride, packed, depth, y, y_stride);
+  if (rows == 3) outer_tile<3, copy>(x, x_stride, w, w_stride, packed, depth, y, y_stride);
+  if (rows == 2) outer_tile<2, copy>(x, x_stride, w, w_stride, packed, depth, y, y_stride);
+  if (rows == 1) outer_tile<1, copy>(x, x_stride, w, w_stride, packed, depth, y, y_stride);
+}
+
+// y [rows, PANEL] += x [rows, start .. end) w [start .. end, col .. col + PANEL)
+inline void outer_panel(const Product& p, int64_t col, int64_t start, int64_t end, float* y, int64_t y_stride) {
+  alignas(64) float packed[MOST_DEEP * WIDTH], edge[MOST_DEEP * WIDTH];
+  const int64_t tiles = divide_up(p.rows, TALLEST), deep = deep_of(p.rows), share = divide_up(deep, tiles);
+  const int64_t width = least(PANEL, p.cols - col);
+  for (; start < end; start += deep) {
+    const int64_t depth = least(deep, end - start), next = start + deep;
+    for (int64_t c = 0; c < width; c += WIDTH) {
+      const float* w = p.w + start * p.w_stride + col + c;
+      int64_t w_stride = p.w_stride;
+      if (c + WIDTH > width) {
+        for (int64_t k = 0; k < depth; ++k)
+          for (int64_t i = 0; i < WIDTH; ++i) edge[k * WIDTH + i] = c + i < width ? w[k * w_stride + i] : 0.0f;
+        w = edge, w_stride = WIDTH;
+      }
+      for (int64_t tile = 0, row = 0; tile < tiles; ++tile) {
+        if (tiles > 1)
+          for (int64_t k = next + tile * share; k < least(next + (tile + 1) * share, p.depth); ++k)
+            __builtin_prefetch(p.w + k * p.w_stride + col + c, 0, 2);
+        const int64_t rows = divide_up(p.rows - row, tiles - tile);
+        const float* x = p.x + row * p.x_stride + start;
+        float* to = y + row * y_stride + c;
+        if (tiles == 1)
+          outer_tile<NONE>(rows, x, p.x_stride, w, w_stride, packed, depth, to, y_stride);
+        else if (tile == 0)
+          outer_tile<MADE>(rows, x, p.x_stride, w, w_stride, packed, depth, to, y_stride);
+        else
+          outer_tile<READ>(rows, x, p.x_stride, w, w_stride, packed, depth, to, y_stride);
+        row += rows;
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace mendfast

@@ -1,0 +1,120 @@
+"""Negative log-likelihood of the labels of a few rows under a frozen linear head, on the CPU.
+
+The head of a small model is a large part of its weights. Logits, loss and gradient one after the other read it twice;
+the kernel in ``csrc/cpu`` makes all three while a block of it is in the cache.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.utils._pytree import tree_map_only
+
+from .. import backends
+from . import few_rows
+
+
+class Logits(torch.Tensor):
+    """``F.linear(x, weight, bias)``, computed when something other than :meth:`nll` asks for it."""
+
+    x: torch.Tensor  # [..., K]
+    weight: torch.Tensor  # [V, K]
+    bias: torch.Tensor | None  # [V]
+    _computed: torch.Tensor | None
+
+    @classmethod
+    def of(cls, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> Logits:
+        with torch.no_grad():
+            self = x.new_empty(()).expand(*x.shape[:-1], len(weight)).as_subclass(cls)
+        self.x, self.weight, self.bias, self._computed = x, weight, bias, None
+        return self
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func in _METADATA:
+            return super().__torch_function__(func, types, args, kwargs or {})
+        args, kwargs = tree_map_only(cls, cls.computed, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    def computed(self) -> torch.Tensor:
+        if self._computed is None:
+            self._computed = F.linear(self.x, self.weight, self.bias)
+        return self._computed
+
+    def first(self) -> Logits:
+        """``logits[0]``"""
+        return Logits.of(self.x[0], self.weight, self.bias)
+
+    def nll(self, labels: torch.Tensor) -> torch.Tensor:  # [N] -> [N]
+        """``logsumexp(logits) - logits[label]`` of each row of x [N, K]; 0 where the label is negative."""
+        return _LinearNLL.apply(self.x, self.weight, self.bias, labels)
+
+
+_METADATA = {
+    torch.Tensor.dim,
+    torch.Tensor.device.__get__,
+    torch.Tensor.dtype.__get__,
+    torch.Tensor.shape.__get__,
+}
+
+
+class _LinearNLL(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, labels):
+        nll, dx = kernel_nll(x, weight, bias, labels, gradient=ctx.needs_input_grad[0])
+        ctx.save_for_backward(dx)
+        return nll
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        (dx,) = ctx.saved_tensors
+        return dx * grad.unsqueeze(1), None, None, None
+
+
+def kernel_nll(
+    x: torch.Tensor,  # [N, K]
+    weight: torch.Tensor,  # [V, K]
+    bias: torch.Tensor | None,  # [V]
+    labels: torch.Tensor,  # [N]
+    gradient: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The losses [N] and, if asked for, the gradient of each at its row of x, [N, K]; whatever the number of rows."""
+    from .. import _cpu
+
+    rows, depth = x.shape
+    x = x if x.stride(1) == 1 and x.stride(0) >= depth else x.contiguous()
+    labels = labels.to(torch.int64).contiguous()
+    nll, dx = x.new_empty(rows), x.new_empty(rows, depth) if gradient else None
+    _cpu.linear_nll(
+        x.data_ptr(),
+        x.stride(0),
+        weight.data_ptr(),
+        weight.stride(0),
+        0 if bias is None else bias.data_ptr(),
+        labels.data_ptr(),
+        nll.data_ptr(),
+        0 if dx is None else dx.data_ptr(),
+        rows,
+        len(weight),
+        depth,
+        torch.get_num_threads(),
+    )
+    return nll, dx
+
+
+def serves(head: nn.Module, rows: int) -> bool:
+    """Whether the kernel can make the losses of so many rows under this head, and is the faster way."""
+    # accelerate and others put a forward of their own there
+    if type(head) is not nn.Linear or "forward" in vars(head) or torch.is_autocast_enabled("cpu"):
+        return False
+    weight, bias = head.weight, head.bias
+    return (
+        few_rows.plain(*head.parameters())
+        and not any(p.requires_grad for p in head.parameters())
+        and weight.device.type == "cpu"
+        and backends.preferred("frozen_linear", weight.device) == "cpu"
+        and few_rows.served(weight.new_empty(rows, head.in_features), weight.T, bias)
+    )
