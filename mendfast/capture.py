@@ -21,16 +21,17 @@ consecutive samples, each with its own."""
 def frozen(model: nn.Module) -> Iterator[None]:
     """Within the block the model is in eval mode and none of its parameters asks for a gradient.
 
-    On a CPU its products are then those of :mod:`mendfast.ops.few_rows`.
+    On a CPU its linear layers then use :mod:`mendfast.ops.few_rows`.
     """
-    training = [module for module in model.modules() if module.training]
-    wanting = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    modules = list(model.modules())
+    training = [module for module in modules if module.training]
+    wanting = [p for module in modules for p in module._parameters.values() if p is not None and p.requires_grad]
     try:
         for module in training:
             module.training = False
         for parameter in wanting:
             parameter.requires_grad_(False)
-        with frozen_products(next(model.parameters()).device):
+        with frozen_products(model):
             yield
     finally:
         for module in training:

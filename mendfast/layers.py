@@ -37,8 +37,7 @@ def find_layers(model: nn.Module, names: Sequence[str] | None) -> list[Layer]:
     """The named weights ("….weight", or the module's name), or :func:`choose_layers` for None."""
     if names is None:
         names = choose_layers(model)
-    modules = dict(model.named_modules())
-    return [_find(modules, name) for name in names]
+    return [_find(model, name) for name in names]
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -52,13 +51,14 @@ def is_matrix(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or is_conv1d(module) or all(isinstance(width, int) for width in widths)
 
 
-def _find(modules: dict[str, nn.Module], name: str) -> Layer:
+def _find(model: nn.Module, name: str) -> Layer:
     path = name.removesuffix(".weight")
-    module = modules.get(path)
-    if module is None:
-        matrices = [f"{p}.weight" for p, m in modules.items() if is_matrix(m)]
+    try:
+        module = model.get_submodule(path)
+    except AttributeError:
+        matrices = [f"{p}.weight" for p, m in model.named_modules() if is_matrix(m)]
         near = difflib.get_close_matches(name, matrices, n=3, cutoff=0.5) or matrices[-3:]
-        raise ValueError(f"The model has no layer {name!r}. Near matches: {', '.join(near)}.")
+        raise ValueError(f"The model has no layer {name!r}. Near matches: {', '.join(near)}.") from None
     if is_conv1d(module):
         m, n = module.weight.shape
         return Layer(f"{path}.weight", module, m, n, "in_out")
@@ -131,11 +131,13 @@ def check_writable(layer: Layer) -> None:
 
 def check_untied(model: nn.Module, layers: Sequence[Layer]) -> None:
     """Writing a weight that another module reads too would edit both: refuse."""
-    names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
+    names: dict[int, list[str]] = {id(layer.weight): [] for layer in layers}
+    for path, module in model.named_modules(remove_duplicate=False):
+        for name, parameter in module._parameters.items():
+            if id(parameter) in names:
+                names[id(parameter)].append(f"{path}.{name}" if path else name)
     for layer in layers:
-        others = [name for name in names.get(id(layer.weight), []) if name != layer.name]
+        others = [name for name in names[id(layer.weight)] if name != layer.name]
         if others:
             raise ValueError(
                 f"{layer.name} is tied to {', '.join(others)}: writing it would change both. "

@@ -7,7 +7,6 @@ import random
 
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import make_batch, make_model
 from op_cases import EditorCase, error, poisoned, tolerance  # noqa: F401
 from test_cuda_build import ROOT, load_setup
@@ -183,48 +182,56 @@ class TestFrozenModel:
 
     def test_what_it_leaves_alone(self, always):
         layer, x = torch.nn.Linear(11, 13), torch.randn(3, 11)
-        with frozen(torch.nn.Linear(1, 1)):
-            layer(x)  # its parameters ask for gradients
-            with torch.no_grad():
-                torch.addmm(layer.bias, x, layer.weight.T, beta=2)
-        layer.requires_grad_(False)
         with frozen(layer):
+            layer.requires_grad_(True)
+            layer(x)
+            layer.requires_grad_(False)
             with torch.autocast("cpu", dtype=torch.bfloat16):
                 assert layer(x).dtype == torch.bfloat16
-            F.linear(x.double(), layer.weight.double())
-            F.linear(x, layer.weight[0])
+            assert layer(input=x).shape == (3, 13)
+        layer.double()
+        with frozen(layer):
+            layer(x.double())
         assert always == []
 
-    def test_what_does_not_fit_is_refused_as_ever(self, always):
-        layer = torch.nn.Linear(11, 13)
+    @pytest.mark.parametrize("make", [torch.nn.Linear, lambda m, n: Conv1D(n, m)], ids=["Linear", "Conv1D"])
+    def test_what_does_not_fit_is_refused_as_ever(self, always, make):
+        layer = make(11, 13)
         with frozen(layer):
-            for x, w, bias in (
-                (torch.randn(3, 10), layer.weight, None),
-                (torch.randn(3, 11), layer.weight, torch.randn(12)),
-                (torch.randn(3, 11), "weight", None),
-            ):
-                with pytest.raises((RuntimeError, TypeError)):
-                    F.linear(x, w, bias)
-            with pytest.raises(RuntimeError):
-                torch.addmm(torch.randn(12), torch.randn(3, 11), layer.weight.T)
+            for x in (torch.randn(3, 10), torch.randn(()), "text", None):
+                with pytest.raises((RuntimeError, TypeError, AttributeError, IndexError)):
+                    layer(x)
+            with pytest.raises(TypeError):
+                layer()
         assert always == []
 
     @pytest.mark.filterwarnings("ignore:.*(beta state|prototype stage)")
-    def test_weights_that_are_not_plain(self, always):
-        w, x = torch.randn(13, 11), torch.randn(3, 11)
-        with frozen(torch.nn.Linear(1, 1)):
-            assert error(torch.addmm(torch.zeros(3, 13), x, w.T), x @ w.T) <= 1e-6
-            assert error(F.linear(x, w.to_sparse_csr()), x @ w.T) <= 1e-6
-            F.linear(torch.nested.nested_tensor([x, x[:2]]), w)
-            assert F.linear(x[0], w).shape == (13,)
-        assert len(always) == 1  # the last
+    def test_tensors_that_are_not_plain(self, always):
+        layer, x = torch.nn.Linear(11, 13).requires_grad_(False), torch.randn(3, 11)
+        expected = layer(x)
+        with frozen(layer):
+            layer(torch.nested.nested_tensor([x, x[:2]]))
+            layer.weight = torch.nn.Parameter(layer.weight.to_sparse_csr(), requires_grad=False)
+            assert error(layer(x), expected) <= 1e-6
+        assert always == []
 
-    def test_keyword_arguments(self, always):
-        w, x = torch.randn(13, 11), torch.randn(3, 11)
-        with frozen(torch.nn.Linear(1, 1)):
-            out = F.linear(input=x, weight=w, bias=None)
-            F.linear(x, w, bias=torch.randn(13))
-        assert error(out, x @ w.T) <= 1e-6 and len(always) == 2
+    def test_a_forward_of_somebody_else_stays(self, always):
+        layer, x = torch.nn.Linear(11, 13), torch.randn(3, 11)
+        layer.forward = forward = lambda x: x
+        with frozen(layer), frozen(layer):
+            assert layer(x) is x
+        assert layer.forward is forward and always == []
+
+    def test_it_ends_with_the_block(self, always):
+        model, x = torch.nn.Sequential(torch.nn.Linear(11, 13)), torch.randn(3, 11)
+        with pytest.raises(KeyError), frozen(model):
+            with frozen(model[0]):
+                model(x)
+            model(x)
+            raise KeyError
+        assert len(always) == 2 and "forward" not in vars(model[0])
+        model(x)
+        assert len(always) == 2
 
     def test_a_compiled_model(self, always):
         torch._dynamo.reset()

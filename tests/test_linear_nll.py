@@ -196,16 +196,21 @@ class TestServes:
         monkeypatch.setattr(few_rows, "LEAST_WEIGHTS", 1)
 
     def test_a_frozen_head(self):
-        assert serves(head(), 5) and serves(head(bias=False), 5)
+        layer = head().requires_grad_(True)
+        with frozen(layer):
+            assert serves(layer, 5)
+        assert serves(head(bias=False), 5)
 
     def test_what_it_leaves_alone(self):
         assert not serves(head(), 0) and not serves(head(), few_rows.MOST_ROWS + 1)
         assert not serves(head().requires_grad_(True), 5)
         assert not serves(head().double(), 5) and not serves(head().bfloat16(), 5)
         assert not serves(torch.nn.Sequential(head()), 5)
-        patched = head()
-        patched.forward = patched.forward
-        assert not serves(patched, 5)
+        hooked = head()
+        hooked.forward = hooked.forward
+        assert not serves(hooked, 5)
+        with frozen(hooked):
+            assert not serves(hooked, 5)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert not serves(head(), 5)
 

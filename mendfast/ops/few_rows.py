@@ -7,11 +7,12 @@ at a fraction of what the processor can; the kernel in ``csrc/cpu`` reads the ma
 from __future__ import annotations
 
 import contextlib
+import functools
+from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
+from torch import nn
 from torch.autograd.function import once_differentiable
-from torch.overrides import TorchFunctionMode
 
 from .. import backends
 
@@ -112,7 +113,7 @@ class _FrozenProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w, bias):
         ctx.save_for_backward(w)
-        return mm(x, w, bias)
+        return kernel_mm(x, w, bias)
 
     @staticmethod
     @once_differentiable
@@ -121,51 +122,56 @@ class _FrozenProduct(torch.autograd.Function):
         return mm(grad, w.T), None, None
 
 
-class _FrozenProducts(TorchFunctionMode):
-    """Takes the products out of nn.Linear (F.linear) and transformers' Conv1D (torch.addmm)."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        product = _PRODUCTS.get(func)
-        if product is None or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
-            return func(*args, **kwargs)
-        found = product(*args, **kwargs)
-        return func(*args, **kwargs) if found is None else found
-
-
-def _linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor | None:
-    if not plain(input, weight) or input.dim() == 0 or weight.dim() != 2:
-        return None
-    y = _product(input.reshape(-1, input.shape[-1]), weight.T, bias)
-    return None if y is None else y.view(*input.shape[:-1], -1)
+def _forward(layer: nn.Module, *args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
+    """The forward of a frozen nn.Linear or Conv1D; what the kernel doesn't serve is left to the layer's own."""
+    if len(args) == 1 and not kwargs and not torch.compiler.is_compiling() and not torch.is_autocast_enabled("cpu"):
+        x, weight, bias = args[0], layer.weight, layer.bias
+        parameters = (weight,) if bias is None else (weight, bias)
+        if plain(x, *parameters) and x.dim() and not any(p.requires_grad for p in parameters):
+            w = weight.T if isinstance(layer, nn.Linear) else weight
+            rows = x.reshape(-1, x.shape[-1])
+            if served(rows, w, bias):
+                differentiable = x.requires_grad and torch.is_grad_enabled()
+                y = _FrozenProduct.apply(rows, w, bias) if differentiable else kernel_mm(rows, w, bias)
+                return y.view(*x.shape[:-1], -1)
+    return type(layer).forward(layer, *args, **kwargs)
 
 
-def _addmm(input: torch.Tensor, mat1: torch.Tensor, mat2: torch.Tensor, **others) -> torch.Tensor | None:
-    return None if others else _product(mat1, mat2, input)
-
-
-def _product(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor | None:
-    """:func:`mm` with a gradient for ``x``, or None: PyTorch's way."""
-    parameters = (w,) if bias is None else (w, bias)
-    if not plain(x, *parameters) or any(p.requires_grad for p in parameters) or not served(x, w, bias):
-        return None
-    return _FrozenProduct.apply(x, w, bias) if x.requires_grad and torch.is_grad_enabled() else mm(x, w, bias)
-
-
-def plain(*tensors: torch.Tensor) -> bool:
+def plain(*tensors: object) -> bool:
     """No quantised, sharded, sparse or nested ones, nor those of a tracer."""
     return all(
-        type(t) in (torch.Tensor, torch.nn.Parameter) and t.layout is torch.strided and not t.is_nested for t in tensors
+        type(t) in (torch.Tensor, nn.Parameter) and t.layout is torch.strided and not t.is_nested for t in tensors
     )
 
 
-_PRODUCTS = {F.linear: _linear, torch.addmm: _addmm}
+def untouched(layer: nn.Module) -> bool:
+    """Whether nobody but :func:`frozen_products` has given the layer a forward of its own, as accelerate does."""
+    forward = vars(layer).get("forward")
+    return forward is None or isinstance(forward, functools.partial) and forward.func is _forward
 
 
-def frozen_products(device: torch.device) -> contextlib.AbstractContextManager:
-    """Within the block the linear layers of a model on ``device`` that ask for no gradient use :func:`mm`."""
-    chosen = backends.preferred("frozen_linear", device)
-    return _FrozenProducts() if chosen == "cpu" else contextlib.nullcontext()
+@functools.cache
+def _is_linear(kind: type) -> bool:
+    return kind is nn.Linear or kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
+
+
+@contextlib.contextmanager
+def frozen_products(model: nn.Module) -> Iterator[None]:
+    """Within the block the nn.Linear and Conv1D layers of ``model`` that ask for no gradient use the kernel.
+
+    The layers' forwards are replaced, and not PyTorch's functions: that would slow down every other call.
+    """
+    if backends.preferred("frozen_linear", next(model.parameters()).device) != "cpu":
+        yield
+        return
+    layers = [layer for layer in model.modules() if _is_linear(type(layer)) and "forward" not in vars(layer)]
+    try:
+        for layer in layers:
+            vars(layer)["forward"] = functools.partial(_forward, layer)
+        yield
+    finally:
+        for layer in layers:
+            vars(layer).pop("forward", None)
 
 
 backends.register("frozen_linear", {"cpu": probe, "aten": lambda device: None})
