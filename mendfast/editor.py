@@ -313,10 +313,12 @@ class MendEditor(nn.Module):
             us, deltas, samples = [], [], []
             for layer in members:
                 u, delta = captured[layer.name]
-                keep = (u != 0).any(-1) & (delta != 0).any(-1)
-                us.append(u[keep])
-                deltas.append(delta[keep])
-                samples.append(keep.nonzero()[:, 0])
+                # NaN is not 0, and stays to be seen.
+                keep = (u.abs().amax(-1) != 0) & (delta.abs().amax(-1) != 0)
+                index = keep.flatten().nonzero().squeeze(1)
+                us.append(u.flatten(0, 1).index_select(0, index))
+                deltas.append(delta.flatten(0, 1).index_select(0, index))
+                samples.append(index // keep.shape[1])
             network, sizes = self.networks[key], [len(s) for s in samples]
             u, delta = (torch.cat([part.to(self.device) for part in side]).float() for side in (us, deltas))
             mode = torch.repeat_interleave(
