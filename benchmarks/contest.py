@@ -16,7 +16,9 @@ from .shapes import Shape
 OURS = "mendfast"
 SECONDS = {"cpu": 0.6, "cuda": 1.0}
 """Spent on one row by all its contestants together, more only where MIN_ROUNDS take longer."""
-MIN_ROUNDS, MIN_ROUNDS_OF_SLOW, MAX_ROUNDS, MAX_SETS = 5, 3, 200, 256
+MIN_ROUNDS, MIN_ROUNDS_OF_SLOW, MAX_ROUNDS, MAX_SETS = 7, 3, 200, 256
+SLOW = 2.0
+"""Seconds of a round of all contestants from which on it is slow."""
 QUICK_AMOUNT = 9
 AHEAD = 2_000_000
 """Cycles that a GPU waits before a queued call, so that the host's share of the call is over when it starts."""
@@ -170,7 +172,7 @@ class Contest:
             except _expected() as error:
                 self._excuse(failed, name, error)
         racing = [name for name in field if name not in failed]
-        least = MIN_ROUNDS if cost < SECONDS[self.device.type] else MIN_ROUNDS_OF_SLOW
+        least = MIN_ROUNDS if cost < SLOW else MIN_ROUNDS_OF_SLOW
         rounds = 1 if self.quick else int(min(MAX_ROUNDS, max(least, SECONDS[self.device.type] / cost)))
         times: dict[str, list[float]] = {name: [] for name in racing}
 

@@ -58,11 +58,14 @@ class Counts:
 
 
 def edit_work(editor: MendEditor, batch: Batch, edit: Edit) -> Work:
-    """One forward pass, a backward pass to the first edited layer, the editor, the update and its backup."""
+    """One forward pass, a backward pass to the first edited layer, the editor, the update and its backup.
+
+    Loss and gradient can be made while the head's weight is read once.
+    """
     count, rows = Counts(editor), 0
     heads = 2 * count.head * count.targets(batch)
     operations = count.products(count.all, batch) + count.products(count.above, batch) + 2 * heads
-    moved = count.size(count.all) + count.size(count.above) + 2 * count.head * count.itemsize
+    moved = count.size(count.all) + count.size(count.above) + count.head * count.itemsize
     for layer in editor.layers:
         rows = len(edit.factors[layer.name].u)
         operations += rows * _editor_products(editor, layer) + 2 * rows * layer.m * layer.n
@@ -72,7 +75,10 @@ def edit_work(editor: MendEditor, batch: Batch, edit: Edit) -> Work:
 
 
 def step_work(editor: MendEditor, inner: Batch, outer: Batch, loc: Batch) -> Work:
-    """The edits; the outer loss; the base pass over the locality batch, and above the edits an edited one."""
+    """The edits; the outer loss; the base pass over the locality batch, and above the edits an edited one.
+
+    The head's weight is read once for each of the three losses.
+    """
     count = Counts(editor)
     both = [count.products(count.all, b) + count.products(count.above, b) for b in (inner, outer)]
     locality = count.products(count.all, loc) + 2 * count.products(count.above, loc)
@@ -80,7 +86,7 @@ def step_work(editor: MendEditor, inner: Batch, outer: Batch, loc: Batch) -> Wor
     captured = editor.gradients(inner)
     rows = {layer.name: int(captured[layer.name][1].any(-1).sum()) for layer in editor.layers}
     networks = 3 * sum(rows[layer.name] * _editor_products(editor, layer) for layer in editor.layers)
-    moved = 3 * count.size(count.all) + 4 * count.size(count.above) + 7 * count.head * count.itemsize
+    moved = 3 * count.size(count.all) + 4 * count.size(count.above) + 3 * count.head * count.itemsize
     moved += 3 * sum(p.numel() * 4 for p in editor.parameters())
     return Work(moved, sum(both) + locality + heads + networks, count.dtype)
 

@@ -2,6 +2,7 @@
 // PyTorch brought along, which must have been imported before.
 #include <pybind11/pybind11.h>
 
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -16,11 +17,14 @@ const char* problem() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? "" : "this processor has no AVX2";
 }
 
-// Kept for the next call of this thread: fresh pages take longer than many a product.
+// On a cache line; kept for the next call of this thread: fresh pages take longer than many a product.
 float* scratch_of(size_t size) {
+  constexpr size_t line = 64 / sizeof(float);
   thread_local std::vector<float> scratch;
-  if (scratch.size() < size) scratch.resize(size);
-  return scratch.data();
+  if (scratch.size() < size + line) scratch.resize(size + line);
+  void* start = scratch.data();
+  size_t space = scratch.size() * sizeof(float);
+  return static_cast<float*>(std::align(64, size * sizeof(float), start, space));
 }
 
 void few_rows(uintptr_t x, int64_t x_stride, uintptr_t w, int64_t w_stride, bool transposed, uintptr_t bias,

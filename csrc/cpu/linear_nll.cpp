@@ -19,17 +19,34 @@ constexpr int64_t MOST_PARTS = 64;       // of the vocabulary, each with sums of
 constexpr int64_t LEAST_PARTS = 8;
 constexpr int64_t SUMS = int64_t{1} << 20;  // floats that all parts' sums may take, where that leaves enough parts
 
+// Floats up to the end of a cache line: what two threads write must not lie on one.
+int64_t lines(int64_t floats) { return divide_up(floats, 16) * 16; }
+
+// What a part of the vocabulary leaves behind.
+struct Part {
+  float* y;    // [rows, stride]: exponentials times rows of w
+  float* top;  // [rows]: largest logit
+  float* sum;  // [rows]: of the exponentials
+};
+
 // How the work is divided; by the shape alone, so that the sums don't depend on the number of threads.
 struct Division {
-  int64_t block, part, parts, stride;
+  int64_t rows, block, length, parts, stride;
 
-  explicit Division(const LinearNLL& p) {
+  explicit Division(const LinearNLL& p) : rows(p.rows) {
     block = deep_of(p.rows);
     stride = p.dx ? divide_up(p.depth, PANEL) * PANEL : 0;
     int64_t most = p.dx ? SUMS / (p.rows * stride) : MOST_PARTS;
     most = most < LEAST_PARTS ? LEAST_PARTS : least(most, MOST_PARTS);
-    part = divide_up(divide_up(p.vocabulary, most), block) * block;
-    parts = divide_up(p.vocabulary, part);
+    length = divide_up(divide_up(p.vocabulary, most), block) * block;
+    parts = divide_up(p.vocabulary, length);
+  }
+
+  int64_t part_size() const { return lines(rows * stride) + 2 * lines(rows); }
+
+  Part part(float* scratch, int64_t i) const {
+    float* const y = scratch + i * part_size();
+    return {y, y + lines(rows * stride), y + lines(rows * stride) + lines(rows)};
   }
 };
 
@@ -69,16 +86,12 @@ float exponentials(float* values, int64_t count, float top) {
   return sum_of(sum);
 }
 
-// What a part of the vocabulary leaves behind: largest logits, sums of exponentials, and those times rows of w.
-struct Part {
-  float *top, *sum, *y;
-};
-
+// Rows [start, start + length) of w; the labels' logits among theirs go to ``hit`` [rows].
 void run_part(const LinearNLL& p, const Division& by, int64_t start, const float* pieces, float* z, float* hit,
               const Part& part) {
   for (int64_t n = 0; n < p.rows; ++n) part.top[n] = -FLT_MAX, part.sum[n] = 0.0f;
   __builtin_memset(part.y, 0, p.rows * by.stride * sizeof(float));
-  const int64_t end = least(p.vocabulary, start + by.part);
+  const int64_t end = least(p.vocabulary, start + by.length);
   for (int64_t v = start; v < end; v += by.block) {
     const int64_t width = least(by.block, end - v);
     const float* w = p.w + v * p.w_stride;
@@ -106,8 +119,7 @@ void run_part(const LinearNLL& p, const Division& by, int64_t start, const float
 }
 
 // Row n of the result, from all parts'.
-void gather(const LinearNLL& p, const Division& by, int64_t n, const float* tops, const float* sums, const float* ys,
-            float hit) {
+void gather(const LinearNLL& p, const Division& by, int64_t n, float* scratch, float hit) {
   float* dx = p.dx ? p.dx + n * p.depth : nullptr;
   if (p.labels[n] < 0) {
     p.nll[n] = 0.0f;
@@ -115,47 +127,47 @@ void gather(const LinearNLL& p, const Division& by, int64_t n, const float* tops
     return;
   }
   float top = -FLT_MAX;
-  for (int64_t i = 0; i < by.parts; ++i) top = tops[i * p.rows + n] > top ? tops[i * p.rows + n] : top;
+  for (int64_t i = 0; i < by.parts; ++i) {
+    const float other = by.part(scratch, i).top[n];
+    top = other > top ? other : top;
+  }
   double sum = 0.0;
-  for (int64_t i = 0; i < by.parts; ++i) sum += std::exp(tops[i * p.rows + n] - top) * double{sums[i * p.rows + n]};
+  for (int64_t i = 0; i < by.parts; ++i) {
+    const Part part = by.part(scratch, i);
+    sum += std::exp(part.top[n] - top) * double{part.sum[n]};
+  }
   p.nll[n] = static_cast<float>(std::log(sum) + (top - hit));
   if (!dx) return;
   const float* label = p.w + p.labels[n] * p.w_stride;
   for (int64_t k = 0; k < p.depth; ++k) dx[k] = -label[k];
   for (int64_t i = 0; i < by.parts; ++i) {
-    const float scale = static_cast<float>(std::exp(tops[i * p.rows + n] - top) / sum);
-    const float* y = ys + (i * p.rows + n) * by.stride;
-    for (int64_t k = 0; k < p.depth; ++k) dx[k] += scale * y[k];
+    const Part part = by.part(scratch, i);
+    const float scale = static_cast<float>(std::exp(part.top[n] - top) / sum);
+    for (int64_t k = 0; k < p.depth; ++k) dx[k] += scale * part.y[n * by.stride + k];
   }
 }
-
-int64_t pieces_of(const LinearNLL& p) { return p.rows * divide_up(p.depth, dot_depth(p.depth)) * dot_depth(p.depth); }
 
 }  // namespace
 
 int64_t linear_nll_scratch(const LinearNLL& p, int threads) {
   const Division by(p);
-  return pieces_of(p) + p.rows * (1 + threads * by.block + by.parts * (2 + by.stride));
+  const int64_t pieces = p.rows * divide_up(p.depth, dot_depth(p.depth)) * dot_depth(p.depth);
+  return by.parts * by.part_size() + threads * lines(p.rows * by.block) + lines(p.rows) + pieces;
 }
 
 void linear_nll(const LinearNLL& p, float* scratch, int threads) {
   const Division by(p);
-  float* const pieces = scratch;
-  float* const hits = pieces + pieces_of(p);
-  float* const blocks = hits + p.rows;
-  float* const tops = blocks + threads * p.rows * by.block;
-  float* const sums = tops + by.parts * p.rows;
-  float* const ys = sums + by.parts * p.rows;
+  float* const blocks = scratch + by.parts * by.part_size();
+  float* const hits = blocks + threads * lines(p.rows * by.block);
+  float* const pieces = hits + lines(p.rows);
 #pragma omp parallel num_threads(threads)
   {
-    float* const z = blocks + omp_get_thread_num() * p.rows * by.block;
+    float* const z = blocks + omp_get_thread_num() * lines(p.rows * by.block);
     split_depth({p.x, p.w, nullptr, nullptr, p.x_stride, p.w_stride, 0, p.rows, p.vocabulary, p.depth, true}, pieces);
 #pragma omp for schedule(dynamic)
-    for (int64_t i = 0; i < by.parts; ++i)
-      run_part(p, by, i * by.part, pieces, z, hits,
-               {tops + i * p.rows, sums + i * p.rows, ys + i * p.rows * by.stride});
+    for (int64_t i = 0; i < by.parts; ++i) run_part(p, by, i * by.length, pieces, z, hits, by.part(scratch, i));
 #pragma omp for
-    for (int64_t n = 0; n < p.rows; ++n) gather(p, by, n, tops, sums, ys, hits[n]);
+    for (int64_t n = 0; n < p.rows; ++n) gather(p, by, n, scratch, hits[n]);
   }
 }
 
