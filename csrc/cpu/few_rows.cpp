@@ -26,8 +26,8 @@ struct Division {
 
   explicit Division(const Product& p) {
     panels = divide_up(p.cols, PANEL);
-    const int64_t least_depth = divide_up(p.depth, divide_up(TASKS, panels));
-    depth = divide_up(least_depth < LEAST_PART ? LEAST_PART : least_depth, MOST_DEEP) * MOST_DEEP;
+    const int64_t wanted = divide_up(TASKS, panels), most = divide_up(p.depth, LEAST_PART);
+    depth = divide_up(divide_up(p.depth, least(wanted, most)), LANES) * LANES;
     parts = divide_up(p.depth, depth);
   }
   int64_t stride() const { return panels * PANEL; }

@@ -139,10 +139,15 @@ constexpr int64_t WIDTH = 2 * LANES;  // of a tile
 constexpr int64_t TALLEST = 6;        // rows of a tile: 6 x 2 sums, 2 of w and one of x, 15 registers
 constexpr int64_t PANEL = 768;        // columns at a time: long pieces of w's rows, as memory likes it
 constexpr int64_t THIN_DEEP = 16;     // rows of w at a time, if one tile takes them all,
-constexpr int64_t MOST_DEEP = 64;     // and if three or more do
+constexpr int64_t MOST_DEEP = 128;    // and if many do
 constexpr int64_t SOON = 8;           // rows of w that are on their way to the first cache
 
-inline int64_t deep_of(int64_t rows) { return rows <= TALLEST ? THIN_DEEP : rows <= 2 * TALLEST ? 32 : MOST_DEEP; }
+// Rows of w at a time: the fewer rows of y, the sooner a tile needs the next ones.
+inline int64_t deep_of(int64_t rows) {
+  int64_t deep = THIN_DEEP;
+  for (int64_t tall = TALLEST; tall < rows && deep < MOST_DEEP; tall *= 2) deep *= 2;
+  return deep;
+}
 
 enum Copy { NONE, MADE, READ };
 
@@ -196,8 +201,11 @@ inline void outer_panel(const Product& p, int64_t col, int64_t start, int64_t en
   const int64_t tiles = divide_up(p.rows, TALLEST), deep = deep_of(p.rows), share = divide_up(deep, tiles);
   const int64_t width = least(PANEL, p.cols - col);
   for (; start < end; start += deep) {
-    const int64_t depth = least(deep, end - start), next = start + deep;
+    const int64_t depth = least(deep, end - start);
     for (int64_t c = 0; c < width; c += WIDTH) {
+      const bool last = c + WIDTH >= width;  // then the next rows' first columns come next
+      const int64_t soon_row = last ? start + deep : start;
+      const float* soon = p.w + soon_row * p.w_stride + col + (last ? 0 : c + WIDTH);
       const float* w = p.w + start * p.w_stride + col + c;
       int64_t w_stride = p.w_stride;
       if (c + WIDTH > width) {
@@ -207,8 +215,8 @@ inline void outer_panel(const Product& p, int64_t col, int64_t start, int64_t en
       }
       for (int64_t tile = 0, row = 0; tile < tiles; ++tile) {
         if (tiles > 1)
-          for (int64_t k = next + tile * share; k < least(next + (tile + 1) * share, p.depth); ++k)
-            __builtin_prefetch(p.w + k * p.w_stride + col + c, 0, 2);
+          for (int64_t k = tile * share; k < least((tile + 1) * share, p.depth - soon_row); ++k)
+            __builtin_prefetch(soon + k * p.w_stride, 0, 2);
         const int64_t rows = divide_up(p.rows - row, tiles - tile);
         const float* x = p.x + row * p.x_stride + start;
         float* to = y + row * y_stride + c;
