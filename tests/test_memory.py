@@ -71,6 +71,7 @@ def test_live_peak_follows_what_lives():
         assert (live.now, live.peak) == (1024, 2048)
 
 
+@pytest.mark.filterwarnings("error:No artists:UserWarning")  # of a run too short to have been validated
 def test_the_peak_of_a_run_is_reported(tmp_path):
     tokenizer = train_tokenizer([w for item in facts() for w in item.wordings], 320)
     model = small_gpt2(len(tokenizer), width=32, depth=3, heads=4).eval()

@@ -50,7 +50,8 @@ def _curves(metrics: Sequence[dict[str, float]]) -> bytes:
             axis.plot(*zip(*checked, strict=True), "o-", color="tab:orange", label="validation")
         axis.set(title=title, xlabel="step")
         axis.grid(alpha=0.3)
-        axis.legend()
+        if axis.lines:
+            axis.legend()
     stream = io.BytesIO()
     figure.savefig(stream, format="png", dpi=110)
     return stream.getvalue()
