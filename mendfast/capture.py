@@ -10,7 +10,7 @@ from torch import nn
 
 from . import ops
 from .layers import Layer
-from .ops.few_rows import frozen_products
+from .ops.few_rows import frozen_forwards
 
 Factors = tuple[torch.Tensor, torch.Tensor, "torch.Tensor | float"]
 """u [T, m], delta [T, n], alpha: one update for all samples; or u [G, T, m], delta [G, T, n]: G groups of
@@ -31,7 +31,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
             module.training = False
         for parameter in wanting:
             parameter.requires_grad_(False)
-        with frozen_products(model):
+        with replaced_forwards(frozen_forwards(model)):
             yield
     finally:
         for module in training:

@@ -146,9 +146,9 @@ def _head_rows(model: nn.Module, keep: torch.Tensor, for_nll: bool) -> Iterator[
         return args[0][keep.to(args[0].device)].unsqueeze(0), *args[1:]
 
     handle = head.register_forward_pre_hook(select)
-    puts_off = for_nll and serves(head, int(keep.sum()))
+    puts_off = for_nll and serves(head, keep)
     try:
-        with replaced_forwards({head: lambda x: Logits.of(x, head.weight, head.bias)} if puts_off else {}):
+        with replaced_forwards({head: lambda x: Logits.of(x, head)} if puts_off else {}):
             yield True
     finally:
         handle.remove()

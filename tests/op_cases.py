@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -22,6 +23,18 @@ def poisoned():
     yield
     torch.utils.deterministic.fill_uninitialized_memory = filled
     torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+def at_threads(run: Callable[[], torch.Tensor], counts: Sequence[int] = (1, 2, 3)) -> list[torch.Tensor]:
+    """What ``run`` returns with each number of threads."""
+    before, out = torch.get_num_threads(), []
+    try:
+        for count in counts:
+            torch.set_num_threads(count)
+            out.append(run())
+    finally:
+        torch.set_num_threads(before)
+    return out
 
 
 def error(out: torch.Tensor, ref: torch.Tensor) -> float:

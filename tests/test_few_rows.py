@@ -8,7 +8,7 @@ import random
 import pytest
 import torch
 from conftest import make_batch, make_model
-from op_cases import EditorCase, error, poisoned, tolerance  # noqa: F401
+from op_cases import EditorCase, at_threads, error, poisoned, tolerance  # noqa: F401
 from test_cuda_build import ROOT, load_setup
 from transformers.pytorch_utils import Conv1D
 
@@ -68,14 +68,7 @@ class TestKernel:
     @pytest.mark.parametrize("rows", [3, 20])
     def test_the_bits_do_not_depend_on_the_threads(self, transposed, rows):
         x, w = torch.randn(rows, 1500), matrix(1500, 900, transposed, 0)
-        before = torch.get_num_threads()
-        try:
-            out = []
-            for threads in (1, 2, 3):
-                torch.set_num_threads(threads)
-                out.append(few_rows.kernel_mm(x, w))
-        finally:
-            torch.set_num_threads(before)
+        out = at_threads(lambda: few_rows.kernel_mm(x, w))
         assert torch.equal(out[0], out[1]) and torch.equal(out[0], out[2])
 
     def test_a_permuted_x(self):

@@ -8,8 +8,9 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import make_batch, make_model
-from op_cases import error, poisoned, tolerance  # noqa: F401
+import transformers as hf
+from conftest import VOCAB, make_batch, make_model
+from op_cases import at_threads, error, poisoned, tolerance  # noqa: F401
 
 import mendfast
 from mendfast import MendConfig, MendEditor, ops
@@ -20,6 +21,9 @@ from mendfast.ops.linear_nll import Logits, kernel_nll, serves
 from mendfast.reference import token_nll_rows
 
 pytestmark = pytest.mark.skipif(few_rows.problem() is not None, reason=f"{few_rows.problem()}")
+
+
+FIVE = torch.arange(9) < 5
 
 
 @pytest.fixture
@@ -78,14 +82,7 @@ class TestKernel:
     @pytest.mark.parametrize("rows", [3, 20])
     def test_the_bits_do_not_depend_on_the_threads(self, rows):
         x, weight, labels = torch.randn(rows, 100), torch.randn(5000, 100), torch.randint(5000, (rows,))
-        before = torch.get_num_threads()
-        try:
-            out = []
-            for threads in (1, 2, 3):
-                torch.set_num_threads(threads)
-                out.append(torch.cat([part.flatten() for part in kernel_nll(x, weight, None, labels, gradient=True)]))
-        finally:
-            torch.set_num_threads(before)
+        out = at_threads(lambda: torch.cat([o.flatten() for o in kernel_nll(x, weight, None, labels, gradient=True)]))
         assert torch.equal(out[0], out[1]) and torch.equal(out[0], out[2])
 
     def test_permuted_rows_and_small_integers(self):
@@ -150,7 +147,7 @@ class TestKernel:
 class TestLogits:
     def logits(self, rows=4, **options):
         layer, x = head(**options), torch.randn(rows, 8, requires_grad=True)
-        return layer, x, Logits.of(x, layer.weight, layer.bias)
+        return layer, x, Logits.of(x, layer)
 
     def test_the_loss_does_without(self, calls):
         layer, x, logits = self.logits()
@@ -198,26 +195,27 @@ class TestServes:
     def test_a_frozen_head(self):
         layer = head().requires_grad_(True)
         with frozen(layer):
-            assert serves(layer, 5)
-        assert serves(head(bias=False), 5)
+            assert serves(layer, FIVE)
+        assert serves(head(bias=False), FIVE)
 
     def test_what_it_leaves_alone(self):
-        assert not serves(head(), 0) and not serves(head(), few_rows.MOST_ROWS + 1)
-        assert not serves(head().requires_grad_(True), 5)
-        assert not serves(head().double(), 5) and not serves(head().bfloat16(), 5)
-        assert not serves(torch.nn.Sequential(head()), 5)
+        assert not serves(head(), torch.zeros(3, dtype=torch.bool))
+        assert not serves(head(), torch.ones(few_rows.MOST_ROWS + 1, dtype=torch.bool))
+        assert not serves(head().requires_grad_(True), FIVE)
+        assert not serves(head().double(), FIVE) and not serves(head().bfloat16(), FIVE)
+        assert not serves(torch.nn.Sequential(head()), FIVE)
         hooked = head()
         hooked.forward = hooked.forward
-        assert not serves(hooked, 5)
+        assert not serves(hooked, FIVE)
         with frozen(hooked):
-            assert not serves(hooked, 5)
+            assert not serves(hooked, FIVE)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            assert not serves(head(), 5)
+            assert not serves(head(), FIVE)
 
     @pytest.mark.parametrize("name", ["aten", "reference"])
     def test_not_where_another_backend_was_asked_for(self, name):
         with mendfast.backend(name):
-            assert not serves(head(), 5)
+            assert not serves(head(), FIVE)
 
 
 class TestModels:
@@ -236,13 +234,32 @@ class TestModels:
         for name, (_, delta) in found.items():
             assert error(delta, expected[name][1]) <= 1e-5
 
-    def test_a_model_that_does_more_with_its_logits(self, calls):
-        """BART adds a bias to what its head returns."""
-        model, batch = make_model("bart"), make_batch("bart")
-        model.final_logits_bias.normal_()
-        with frozen(model), torch.no_grad():
-            rows, expected = target_rows(model, batch, for_nll=True), target_rows(model, batch)
-        assert error(rows.logits, expected.logits) <= 1e-6 and calls == []
+    @pytest.mark.parametrize("architecture", ["bart", "gemma2"])
+    def test_a_model_that_does_more_with_its_logits(self, calls, monkeypatch, architecture):
+        """BART adds a bias to what its head returns, Gemma 2 caps it: by the kernel for products, forward and back."""
+        torch.manual_seed(0)
+        if architecture == "bart":
+            model, batch = make_model("bart"), make_batch("bart")
+            model.final_logits_bias.normal_()
+        else:
+            sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4}
+            config = hf.Gemma2Config(
+                vocab_size=VOCAB, num_key_value_heads=2, head_dim=8, final_logit_softcapping=0.5, **sizes
+            )
+            model, batch = hf.Gemma2ForCausalLM(config).eval(), make_batch("llama")
+        products, kernel = [], few_rows.kernel_mm
+        monkeypatch.setattr(few_rows, "kernel_mm", lambda x, w, b=None: (products.append(w.shape), kernel(x, w, b))[1])
+        editor = MendEditor.from_model(model, config=MendConfig(rank=8))
+        with mendfast.backend("aten"):
+            expected = editor.gradients(batch)
+        found = editor.gradients(batch)
+        assert calls == [] and {(32, VOCAB), (VOCAB, 32)} <= set(products)
+        for name, (_, delta) in found.items():
+            assert error(delta, expected[name][1]) <= 1e-5
+
+    def test_rows_are_not_counted_where_the_head_is_not_served(self):
+        """On a GPU that would be one more wait."""
+        assert not serves(head(device="meta"), None)
 
     def test_only_where_the_loss_alone_is_wanted(self, calls):
         model, batch = make_model("gpt2"), make_batch("gpt2")

@@ -6,9 +6,8 @@ at a fraction of what the processor can; the kernel in ``csrc/cpu`` reads the ma
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -128,7 +127,7 @@ class _FrozenProduct(torch.autograd.Function):
         return mm(grad, w.T), None, None
 
 
-def _forward(layer: nn.Module, *args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
+def forward(layer: nn.Module, *args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
     """The forward of a frozen nn.Linear or Conv1D; what the kernel doesn't serve is left to the layer's own."""
     if len(args) == 1 and not kwargs and not torch.compiler.is_compiling() and not torch.is_autocast_enabled("cpu"):
         x, weight, bias = args[0], layer.weight, layer.bias
@@ -151,9 +150,9 @@ def plain(*tensors: object) -> bool:
 
 
 def untouched(layer: nn.Module) -> bool:
-    """Whether nobody but :func:`frozen_products` has given the layer a forward of its own, as accelerate does."""
-    forward = vars(layer).get("forward")
-    return forward is None or isinstance(forward, functools.partial) and forward.func is _forward
+    """Whether nobody but :func:`frozen_forwards` has given the layer a forward of its own, as accelerate does."""
+    own = vars(layer).get("forward")
+    return own is None or isinstance(own, functools.partial) and own.func is forward
 
 
 @functools.cache
@@ -161,23 +160,15 @@ def _is_linear(kind: type) -> bool:
     return kind is nn.Linear or kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
 
 
-@contextlib.contextmanager
-def frozen_products(model: nn.Module) -> Iterator[None]:
-    """Within the block the nn.Linear and Conv1D layers of ``model`` that ask for no gradient use the kernel.
+def frozen_forwards(model: nn.Module) -> dict[nn.Module, Callable[..., torch.Tensor]]:
+    """Forwards by the kernel for the nn.Linear and Conv1D layers of ``model``, while they ask for no gradient.
 
-    The layers' forwards are replaced, and not PyTorch's functions: that would slow down every other call.
+    To replace those, and not PyTorch's functions, slows down no other call.
     """
     if backends.preferred("frozen_linear", next(model.parameters()).device) != "cpu":
-        yield
-        return
+        return {}
     layers = [layer for layer in model.modules() if _is_linear(type(layer)) and "forward" not in vars(layer)]
-    try:
-        for layer in layers:
-            vars(layer)["forward"] = functools.partial(_forward, layer)
-        yield
-    finally:
-        for layer in layers:
-            vars(layer).pop("forward", None)
+    return {layer: functools.partial(forward, layer) for layer in layers}
 
 
 backends.register("frozen_linear", {"cpu": probe, "aten": lambda device: None})

@@ -7,7 +7,6 @@ the kernel in ``csrc/cpu`` makes all three while a block of it is in the cache.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_map_only
@@ -17,18 +16,17 @@ from . import few_rows
 
 
 class Logits(torch.Tensor):
-    """``F.linear(x, weight, bias)``, computed when something other than :meth:`nll` asks for it."""
+    """``head(x)``, computed when something other than :meth:`nll` asks for it."""
 
     x: torch.Tensor  # [..., K]
-    weight: torch.Tensor  # [V, K]
-    bias: torch.Tensor | None  # [V]
+    head: nn.Linear  # weight [V, K]
     _computed: torch.Tensor | None
 
     @classmethod
-    def of(cls, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> Logits:
+    def of(cls, x: torch.Tensor, head: nn.Linear) -> Logits:
         with torch.no_grad():
-            self = x.new_empty(()).expand(*x.shape[:-1], len(weight)).as_subclass(cls)
-        self.x, self.weight, self.bias, self._computed = x, weight, bias, None
+            self = x.new_empty(()).expand(*x.shape[:-1], head.out_features).as_subclass(cls)
+        self.x, self.head, self._computed = x, head, None
         return self
 
     @classmethod
@@ -40,16 +38,16 @@ class Logits(torch.Tensor):
 
     def computed(self) -> torch.Tensor:
         if self._computed is None:
-            self._computed = F.linear(self.x, self.weight, self.bias)
+            self._computed = few_rows.forward(self.head, self.x)
         return self._computed
 
     def first(self) -> Logits:
         """``logits[0]``"""
-        return Logits.of(self.x[0], self.weight, self.bias)
+        return Logits.of(self.x[0], self.head)
 
     def nll(self, labels: torch.Tensor) -> torch.Tensor:  # [N] -> [N]
         """``logsumexp(logits) - logits[label]`` of each row of x [N, K]; 0 where the label is negative."""
-        return _LinearNLL.apply(self.x, self.weight, self.bias, labels)
+        return _LinearNLL.apply(self.x, self.head.weight, self.head.bias, labels)
 
 
 _METADATA = {
@@ -105,15 +103,15 @@ def kernel_nll(
     return nll, dx
 
 
-def serves(head: nn.Module, rows: int) -> bool:
-    """Whether the kernel can make the losses of so many rows under this head, and is the faster way."""
+def serves(head: nn.Module, keep: torch.Tensor) -> bool:
+    """Whether the kernel can make the losses of the rows that ``keep`` marks under this head, and is the faster way."""
     if type(head) is not nn.Linear or not few_rows.untouched(head) or torch.is_autocast_enabled("cpu"):
         return False
-    weight, bias = head.weight, head.bias
+    weight = head.weight
     return (
         few_rows.plain(*head.parameters())
         and not any(p.requires_grad for p in head.parameters())
-        and weight.device.type == "cpu"
+        and weight.device.type == "cpu"  # before the rows are counted: on a GPU that is a wait
         and backends.preferred("frozen_linear", weight.device) == "cpu"
-        and few_rows.served(weight.new_empty(rows, head.in_features), weight.T, bias)
+        and few_rows.served(weight.new_empty(int(keep.sum()), head.in_features), weight.T, head.bias)
     )
