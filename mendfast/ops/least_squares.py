@@ -191,8 +191,10 @@ def _fwd(u, vectors, scales, rest, by_rows):
     _check_keys(u)
     with _common.full_precision(u.device):
         out = _by_rows(u.double(), vectors, scales, rest) if by_rows else _by_columns(u.double(), vectors, scales, rest)
-    keys, p, solved, whole = out
-    return keys.to(torch.promote_types(u.dtype, torch.float32), copy=True), p, solved, whole
+    keys, *kept = out
+    dtype = torch.promote_types(u.dtype, torch.float32)
+    keys = keys.to(dtype, copy=True, memory_format=torch.contiguous_format)  # a copy: none of the outputs is another
+    return keys, *(part.contiguous() for part in kept)
 
 
 def _by_rows(u, vectors, scales, rest):
@@ -217,7 +219,7 @@ def _by_columns(u, vectors, scales, rest):
     """(5): H = M + U^T U, K = U H^-1."""
     factor = _factor(torch.baddbmm(_metric_matrix(vectors, scales, rest).unsqueeze(0), u.mT, u))
     keys = torch.cholesky_solve(u.mT, factor).mT.contiguous()
-    return keys, factor, keys.new_empty(0), keys
+    return keys, factor.mT, keys.new_empty(0), keys  # LAPACK's factor lies by columns: transposed, it is contiguous
 
 
 def _bwd(grad, u, vectors, scales, rest, p, solved, whole, by_rows):
@@ -225,7 +227,7 @@ def _bwd(grad, u, vectors, scales, rest, p, solved, whole, by_rows):
     with _common.full_precision(grad.device):
         q, grad, full = vectors.double(), grad.double(), vectors.shape[0] == vectors.shape[1]
         if not by_rows:  # (10): N = R^T K, R = F H^-1 by two solves with the factor of the forward pass
-            r = torch.cholesky_solve(grad.mT, p).mT
+            r = torch.cholesky_solve(grad.mT, p, upper=True).mT
             n = r.flatten(0, 1).T @ whole.flatten(0, 1)
             leading = ((n @ q) * q).sum(0)
             return -leading, torch.zeros_like(rest) if full else leading.sum() - n.trace()
