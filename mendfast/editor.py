@@ -5,49 +5,42 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from .capture import Factors, capture
+from .capture import Factors
 from .config import MendConfig
 from .edit import Edit, EditRequest
+from .editable import EditableModel
 from .files import read_tensors, write_tensors
-from .labels import class_ids, collate, encode_pair, pad_token_id
-from .layers import device_of, execution_device, find_layers
+from .layers import device_of
 from .network import EditorNetwork, Gather
-from .objective import IGNORE, Batch, context_length, model_kind, nll, target_rows, to_device
+from .objective import Batch
 from .ops import all_finite
 
 log = logging.getLogger("mendfast")
 
-ENCODED_AT_MOST = 200_000
 WEIGHTS_FILE, CONFIG_FILE = "editor.safetensors", "mend_config.json"
 
 
-class MendEditor(nn.Module):
+class MendEditor(EditableModel, nn.Module):
     """A trained network that turns the gradient of one example into an edit of a model's weights.
 
-    Owns its own parameters and statistics alone; the model is referred to, never registered, and never put
-    into train mode. Make one with :meth:`from_model` (new) or :meth:`from_pretrained` (trained); both are in
+    An :class:`~mendfast.editable.EditableModel` and its networks. Owns its own parameters and statistics alone; the
+    model is referred to, never registered, and never put into train mode.
+
+    Make one with :meth:`from_model` (new) or :meth:`from_pretrained` (trained); both are in
     eval mode. In train mode each pass moves the running statistics.
 
     Source: Mitchell et al., "Fast Model Editing at Scale", ICLR 2022, section 3 and Algorithms 1 and 2.
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any = None, config: MendConfig | None = None):
-        super().__init__()
-        config = config or MendConfig()
-        self._outside = (model, tokenizer)  # a tuple, so that nn.Module registers neither
-        self.kind = model_kind(model)
-        self.layers = find_layers(model, config.layers)
-        # A copy: the caller's configuration may make editors of other models, whose layers have other names.
-        self.config = replace(config, layers=[layer.name for layer in self.layers])
-        if config.layers is None:
-            log.info("mendfast edits %s", ", ".join(self.config.layers))
+        nn.Module.__init__(self)
+        EditableModel.__init__(self, model, tokenizer, config)
         groups = defaultdict(list)
         for layer in self.layers:
             groups[layer.shape if self.config.shared else layer.name].append(layer)
@@ -60,7 +53,6 @@ class MendEditor(nn.Module):
             self._groups[name] = members
         self.gather: Gather | None = None  # set by a Trainer that is one of several processes
         self._warned = False
-        self._encoded: dict[tuple, dict[str, list[int]]] = {}
         self.alpha_multiplier = nn.Parameter(torch.ones(len(self.layers)))
         self.to(device_of(self.layers))
         self.eval()
@@ -150,20 +142,16 @@ class MendEditor(nn.Module):
     # -- what it is ----------------------------------------------------------------------------------------
 
     @property
-    def model(self) -> nn.Module:
-        return self._outside[0]
-
-    @property
-    def tokenizer(self) -> Any:
-        return self._outside[1]
-
-    @property
     def device(self) -> torch.device:
         return self.alpha_multiplier.device
 
     def alphas(self) -> torch.Tensor:
         """The learned step size of each layer, in the order of ``config.layers``: [layers]."""
         return self.config.step_size * self.alpha_multiplier
+
+    def scales(self) -> list[nn.Parameter]:
+        """The learned numbers per layer, which have a learning rate of their own."""
+        return [self.alpha_multiplier]
 
     # -- editing (Algorithm 2) -----------------------------------------------------------------------------
 
@@ -192,50 +180,6 @@ class MendEditor(nn.Module):
         edit.requests = tuple(requests)
         return edit
 
-    def tokenize(self, requests: Sequence[EditRequest | tuple[str, str]]) -> dict[str, torch.Tensor]:
-        """The batch (input_ids, attention_mask, labels) that stands for the requests, right-padded."""
-        if self.tokenizer is None:
-            raise TypeError("This editor has no tokenizer; pass one to from_model, or use edit_tokens.")
-        if self.kind == "classifier":
-            prompts = [self.config.prompt_template.replace("{prompt}", prompt) for prompt, _ in requests]
-            batch = dict(self.tokenizer(prompts, padding=True, padding_side="right", return_tensors="pt"))
-            return {**batch, "labels": torch.tensor([self._class(target) for _, target in requests])}
-        return collate(
-            [self.encode(*request) for request in requests],
-            pad_token_id=pad_token_id(self.tokenizer),
-            encoder_decoder=self.kind == "encoder-decoder",
-        )
-
-    def encode(self, prompt: str, target: str) -> dict[str, list[int]]:
-        """One request as token ids and labels, by the template, separator and EOS of the configuration.
-
-        Kept for the next time: training and evaluation ask for the same facts again and again, and on a small
-        model tokenising one costs as much as editing it.
-        """
-        config = self.config
-        key = (prompt, target, config.prompt_template, config.separator, config.append_eos)
-        if (found := self._encoded.get(key)) is None:
-            found = encode_pair(
-                self.tokenizer,
-                config.prompt_template.replace("{prompt}", prompt),
-                target,
-                encoder_decoder=self.kind == "encoder-decoder",
-                separator=config.separator,
-                append_eos=config.append_eos,
-                max_length=context_length(self.model),
-            )
-            if len(self._encoded) >= ENCODED_AT_MOST:
-                self._encoded.clear()
-            self._encoded[key] = found
-        return found
-
-    def _class(self, target: str) -> int:
-        names = class_ids(self.model.config)
-        try:
-            return names[str(target).strip().lower()]
-        except KeyError:
-            raise ValueError(f"The classifier has no label {target!r}; it has {', '.join(names)}.") from None
-
     def edit_tokens(self, batch: Batch) -> Edit:
         """The edit for tokenised examples: the sum of the separate updates. The model is untouched.
 
@@ -262,41 +206,6 @@ class MendEditor(nn.Module):
         alphas = self.alphas().tolist()
         factors = {name: (u, delta, alpha) for (name, (u, delta, _)), alpha in zip(rows.items(), alphas, strict=True)}
         return Edit(factors, self.model.config.model_type)
-
-    def gradients(self, batch: Batch) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        """u [B, S, m] and delta [B, S, n] of every layer, for the loss that ``config.loss_reduction`` names.
-
-        One forward and one backward pass; no gradient below the first edited layer, none of a parameter.
-        """
-        self._check(batch)
-        batch = to_device(batch, execution_device(self.model.get_input_embeddings()))
-        size = batch["labels"].shape[0]
-        with capture(self.model, self.layers, size) as captured:
-            rows = target_rows(self.model, batch, for_nll=True)
-            if self.config.loss_reduction == "batch":
-                rows, size = rows._replace(sample=torch.zeros_like(rows.sample)), 1
-            # Samples do not interact, so the gradient of the sum is each edit's own gradient.
-            return captured.rows(nll(rows, size).sum())
-
-    def _check(self, batch: Batch) -> None:
-        missing = [name for name in ("input_ids", "labels") if name not in batch]
-        if missing:
-            raise ValueError(f"The batch lacks {', '.join(missing)}; it has {', '.join(batch)}.")
-        labels = batch["labels"]
-        # A causal model predicts every token but the first.
-        targets = labels[:, 1:] if self.kind == "causal" else labels
-        if self.kind != "classifier":
-            if targets.dim() != 2:
-                raise ValueError(f"labels have the shape {tuple(labels.shape)}; they must be [batch, tokens].")
-            empty = (targets == IGNORE).all(-1).nonzero().flatten().tolist()
-            if empty:
-                raise ValueError(
-                    f"The labels of sample {', '.join(map(str, empty))} are all -100: there is nothing to learn. "
-                    "Set the target tokens' labels to their ids."
-                )
-        limit, length = context_length(self.model), batch["input_ids"].shape[-1]
-        if limit is not None and length > limit:
-            raise ValueError(f"The input has {length} tokens and the model takes {limit}; shorten the prompt.")
 
     # -- the network ---------------------------------------------------------------------------------------
 

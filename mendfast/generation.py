@@ -6,13 +6,13 @@ from collections.abc import Sequence
 
 import torch
 
-from .editor import MendEditor
+from .editable import EditableModel
 from .labels import encode_prompt, pad_token_id
 from .objective import context_length
 
 
 @torch.no_grad()
-def answer(editor: MendEditor, prompts: Sequence[str], max_new_tokens: int = 16) -> list[str]:
+def answer(editor: EditableModel, prompts: Sequence[str], max_new_tokens: int = 16) -> list[str]:
     """The model's greedy answers (edits attached or applied included), as text; a classifier's label.
 
     Raises:

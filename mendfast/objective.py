@@ -106,6 +106,12 @@ def nll(rows: Rows, batch_size: int) -> torch.Tensor:
     return per_sample_mean(ops.token_nll_rows(rows.logits, rows.labels), rows.sample, batch_size)
 
 
+def all_correct(rows: Rows, batch_size: int) -> torch.Tensor:
+    """Whether each sample's labels are all the model's first choice (teacher-forced exact match): [B] bool."""
+    wrong = (rows.logits.argmax(-1) != rows.labels).long()
+    return wrong.new_zeros(batch_size).index_add(0, rows.sample, wrong) == 0
+
+
 def _classes(logits: torch.Tensor) -> torch.Tensor:
     """One logit z stands for the two classes (0, z), so that every head is a softmax."""
     return torch.cat([torch.zeros_like(logits), logits], dim=-1) if logits.shape[-1] == 1 else logits

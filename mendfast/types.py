@@ -9,6 +9,9 @@ import torch
 EPS = 1e-7
 """Added to every standard deviation before dividing by it."""
 
+C_EDIT = 1.0
+"""Weight of the edit's loss beside the locality loss by default (Mitchell et al. 2022: 0.1)."""
+
 
 class Stats(NamedTuple):
     """Mean and standard deviation of the rows that an editor normalises by; float32."""

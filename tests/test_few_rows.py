@@ -17,7 +17,7 @@ from mendfast import MendConfig, MendEditor, ops
 from mendfast.build_info import build_info
 from mendfast.capture import frozen
 from mendfast.ops import few_rows
-from mendfast.training import meta_loss
+from mendfast.training import editor_loss as meta_loss
 
 needs_extension = pytest.mark.skipif(few_rows.problem() is not None, reason=f"{few_rows.problem()}")
 

@@ -162,7 +162,8 @@ def test_nonsense_stops_the_run(base, tmp_path):
     editor, config = make(base, steps=40)
     trainer = Trainer(editor, FactSampler(facts()), config, output=tmp_path, progress=False)
     before = [p.detach().clone() for p in editor.parameters()]
-    trainer._loss = lambda *_: (editor.alpha_multiplier.sum() * float("nan"), {"edit_success": torch.zeros(())})
+    nonsense = lambda *_: [(editor.alpha_multiplier.sum() * float("nan"), {"edit_success": torch.zeros(())})]  # noqa: E731
+    trainer.learner.losses = nonsense
     with pytest.raises(TrainingError, match="10 steps in a row"):
         trainer.run()
     assert all(torch.equal(a, b) for a, b in zip(before, editor.parameters(), strict=True))

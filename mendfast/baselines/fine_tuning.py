@@ -14,10 +14,10 @@ from torch import nn
 from .. import ops
 from ..capture import frozen
 from ..edit import EditRequest
-from ..editor import MendEditor
+from ..editable import EditableModel
 from ..files import atomic_write
 from ..objective import kept_rows, nll, per_sample_mean, target_rows, to_device
-from ..training import FactSampler, TrainConfig
+from ..training import Sampler, TrainConfig
 from .system import System, call, restored
 
 MAX_STEPS = 100
@@ -34,18 +34,18 @@ class FineTuning(System):
 
     key, name = "ft", "FT"
 
-    def __init__(self, subject: MendEditor, learning_rate: float = 1e-3, max_steps: int = MAX_STEPS):
+    def __init__(self, subject: EditableModel, learning_rate: float = 1e-3, max_steps: int = MAX_STEPS):
         super().__init__(subject)
         self.learning_rate, self.max_steps = learning_rate, max_steps
         self.steps = 0  # of the last edit
 
     def fit(
         self,
-        sampler: FactSampler,
+        sampler: Sampler,
         config: TrainConfig,
         *,
         output: str | Path | None = None,
-        validation: FactSampler | None = None,
+        validation: Sampler | None = None,
         progress: bool = True,
     ) -> dict[str, float]:
         """There is nothing to train."""
@@ -111,7 +111,7 @@ class FineTuningKL(FineTuning):
 
     def __init__(
         self,
-        subject: MendEditor,
+        subject: EditableModel,
         learning_rate: float = 1e-3,
         max_steps: int = MAX_STEPS,
         *,
@@ -125,11 +125,11 @@ class FineTuningKL(FineTuning):
 
     def fit(
         self,
-        sampler: FactSampler,
+        sampler: Sampler,
         config: TrainConfig,
         *,
         output: str | Path | None = None,
-        validation: FactSampler | None = None,
+        validation: Sampler | None = None,
         progress: bool = True,
     ) -> dict[str, float]:
         """Draw the sample of locality inputs; nothing is trained."""

@@ -6,7 +6,7 @@ import random
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 Pair = tuple[str, str]
 
@@ -27,6 +27,20 @@ class Draw(NamedTuple):
     inner: list[Pair]  # B
     outer: list[Pair]  # B * r
     loc: list[Pair]  # B * q
+
+
+def share(draw: Draw, part: int, parts: int) -> Draw:
+    """Part ``part`` of ``parts`` of a draw: an equal share of its edits, with what belongs to them."""
+    return Draw(*(pairs[part * len(pairs) // parts : (part + 1) * len(pairs) // parts] for pairs in draw))
+
+
+class Sampler(Protocol):
+    """Draws the edits of a training step; a draw depends on the sampler's seed and ``step`` alone."""
+
+    outer: int  # rephrased questions per edit
+    loc: int  # questions to leave alone per edit
+
+    def draw(self, step: int, size: int) -> Draw: ...
 
 
 class FactSampler:

@@ -1,0 +1,157 @@
+"""EditableModel: a model with its tokenizer and the layers that edits may change; it builds no networks."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from .capture import capture
+from .config import MendConfig
+from .labels import class_ids, collate, encode_pair, pad_token_id
+from .layers import device_of, execution_device, find_layers
+from .objective import IGNORE, Batch, context_length, model_kind, nll, target_rows, to_device
+
+log = logging.getLogger("mendfast")
+
+ENCODED_AT_MOST = 200_000
+
+
+class EditableModel:
+    """A Hugging Face model whose matrices can be edited: text to tokens, tokens to (u, delta).
+
+    Everything that needs no editor network takes this; :class:`mendfast.MendEditor` is one, with networks. The model
+    is never put into train mode, and none of its parameters gets a gradient.
+
+    Args:
+        model: a causal language model, an encoder-decoder, or a sequence classifier.
+        tokenizer: its tokenizer; needed for text, not for token batches.
+        config: which layers are edited, and how text becomes tokens; of a :class:`MendConfig` nothing else matters.
+
+    Attributes:
+        kind: "causal", "encoder-decoder" or "classifier".
+        layers: the :class:`~mendfast.layers.Layer` s that edits may change.
+        config: a copy of the configuration that names the layers.
+
+    Raises:
+        ValueError, TypeError: an unknown layer or one that is no matrix; a model without an output head.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: Any = None, config: MendConfig | None = None):
+        config = config or MendConfig()
+        self._outside = (model, tokenizer)  # a tuple, so that an editor, an nn.Module, registers neither
+        self.kind = model_kind(model)
+        self.layers = find_layers(model, config.layers)
+        # A copy: the caller's configuration may serve other models, whose layers have other names.
+        self.config = replace(config, layers=[layer.name for layer in self.layers])
+        if config.layers is None:
+            log.info("mendfast edits %s", ", ".join(self.config.layers))
+        self._encoded: dict[tuple, dict[str, list[int]]] = {}
+
+    @property
+    def model(self) -> nn.Module:
+        return self._outside[0]
+
+    @property
+    def tokenizer(self) -> Any:
+        return self._outside[1]
+
+    @property
+    def device(self) -> torch.device:
+        return device_of(self.layers)
+
+    # -- text to tokens ------------------------------------------------------------------------------------
+
+    def tokenize(self, requests: Sequence[tuple[str, str]]) -> dict[str, torch.Tensor]:
+        """The batch (input_ids, attention_mask, labels) that stands for (prompt, target) pairs, right-padded.
+
+        Raises:
+            TypeError: no tokenizer, or something that is not text.
+            ValueError: a target that says nothing, is too long, or that a classifier does not know.
+        """
+        if self.tokenizer is None:
+            raise TypeError("This editor has no tokenizer; pass one to from_model, or use edit_tokens.")
+        if self.kind == "classifier":
+            prompts = [self.config.prompt_template.replace("{prompt}", prompt) for prompt, _ in requests]
+            batch = dict(self.tokenizer(prompts, padding=True, padding_side="right", return_tensors="pt"))
+            return {**batch, "labels": torch.tensor([self._class(target) for _, target in requests])}
+        return collate(
+            [self.encode(*request) for request in requests],
+            pad_token_id=pad_token_id(self.tokenizer),
+            encoder_decoder=self.kind == "encoder-decoder",
+        )
+
+    def encode(self, prompt: str, target: str) -> dict[str, list[int]]:
+        """One request as token ids and labels, by the template, separator and EOS of the configuration.
+
+        Kept for the next time: training and evaluation ask for the same facts again and again, and on a small
+        model tokenising one costs as much as editing it.
+        """
+        config = self.config
+        key = (prompt, target, config.prompt_template, config.separator, config.append_eos)
+        if (found := self._encoded.get(key)) is None:
+            found = encode_pair(
+                self.tokenizer,
+                config.prompt_template.replace("{prompt}", prompt),
+                target,
+                encoder_decoder=self.kind == "encoder-decoder",
+                separator=config.separator,
+                append_eos=config.append_eos,
+                max_length=context_length(self.model),
+            )
+            if len(self._encoded) >= ENCODED_AT_MOST:
+                self._encoded.clear()
+            self._encoded[key] = found
+        return found
+
+    def _class(self, target: str) -> int:
+        names = class_ids(self.model.config)
+        try:
+            return names[str(target).strip().lower()]
+        except KeyError:
+            raise ValueError(f"The classifier has no label {target!r}; it has {', '.join(names)}.") from None
+
+    # -- tokens to (u, delta) ------------------------------------------------------------------------------
+
+    def gradients(self, batch: Batch) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """u [B, S, m] and delta [B, S, n] of every layer, for the loss that ``config.loss_reduction`` names.
+
+        One forward and one backward pass; no gradient below the first edited layer, none of a parameter.
+
+        Raises:
+            ValueError: labels that are all -100 or of the wrong shape, inputs longer than the context.
+        """
+        self.check(batch)
+        batch = to_device(batch, execution_device(self.model.get_input_embeddings()))
+        size = batch["labels"].shape[0]
+        with capture(self.model, self.layers, size) as captured:
+            rows = target_rows(self.model, batch, for_nll=True)
+            if self.config.loss_reduction == "batch":
+                rows, size = rows._replace(sample=torch.zeros_like(rows.sample)), 1
+            # Samples do not interact, so the gradient of the sum is each edit's own gradient.
+            return captured.rows(nll(rows, size).sum())
+
+    def check(self, batch: Batch) -> None:
+        """A ValueError that says why the model can't learn from ``batch``, where it can't."""
+        missing = [name for name in ("input_ids", "labels") if name not in batch]
+        if missing:
+            raise ValueError(f"The batch lacks {', '.join(missing)}; it has {', '.join(batch)}.")
+        labels = batch["labels"]
+        if self.kind != "classifier":
+            if labels.dim() != 2:
+                raise ValueError(f"labels have the shape {tuple(labels.shape)}; they must be [batch, tokens].")
+            # A causal model predicts every token but the first.
+            targets = labels[:, 1:] if self.kind == "causal" else labels
+            empty = (targets == IGNORE).all(-1).nonzero().flatten().tolist()
+            if empty:
+                raise ValueError(
+                    f"The labels of sample {', '.join(map(str, empty))} are all -100: there is nothing to learn. "
+                    "Set the target tokens' labels to their ids."
+                )
+        limit, length = context_length(self.model), batch["input_ids"].shape[-1]
+        if limit is not None and length > limit:
+            raise ValueError(f"The input has {length} tokens and the model takes {limit}; shorten the prompt.")
