@@ -20,6 +20,7 @@ from ..capture import Factors
 from ..editor import MendEditor
 from ..files import read_tensors, write_tensors
 from ..objective import Batch
+from ..schema import check_dtypes, check_real, shown
 from ..training import FactSampler, TrainConfig, TrainingError, checkpoint, meta_loss
 from ..training.data import Draw
 from ..training.loop import CHECKPOINT, MAX_SKIPPED_IN_A_ROW
@@ -87,9 +88,9 @@ class Fitted(System):
     def load(self, directory: str | Path) -> None:
         tensors, metadata = read_tensors(Path(directory) / self.FILE, "system")
         kind = self.subject.model.config.model_type
-        if (metadata["system"], metadata["model_type"]) != (self.key, kind):
+        if (metadata.get("system"), metadata.get("model_type")) != (self.key, kind):
             raise ValueError(
-                f"{directory} holds {metadata['system']!r} for a {metadata['model_type']} model; "
+                f"{directory} holds {shown(metadata.get('system'))} for a {shown(metadata.get('model_type'))} model; "
                 f"this is {self.key!r} for a {kind}."
             )
         self.load_tensors(tensors, str(directory))
@@ -100,8 +101,9 @@ class Fitted(System):
         wrong = [name for name in own if name not in tensors or tensors[name].shape != own[name].shape]
         if wrong := wrong + [name for name in tensors if name not in own]:
             raise ValueError(f"{source} was made for another model or other settings: {', '.join(wrong[:3])} differ.")
+        check_dtypes(tensors, own, source)
         for name, parameter in own.items():
-            parameter.copy_(tensors[name])
+            parameter.copy_(check_real(tensors[name], f"{source}: {name}"))
 
 
 class _GradientStep:
