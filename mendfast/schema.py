@@ -52,7 +52,7 @@ def some(values: Any, most: int = 4) -> str:
     """The first of several names, each cut short, and how many more there are."""
     values = list(values)
     more = f" and {len(values) - most:,} more" if len(values) > most else ""
-    return ", ".join(brief(value, 48) for value in values[:most]) + more
+    return ", ".join(brief(value, 60) for value in values[:most]) + more
 
 
 # -- JSON ----------------------------------------------------------------------------------------------------

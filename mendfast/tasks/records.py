@@ -179,8 +179,8 @@ _MARKS = {b"\xff\xfe\0\0": "UTF-32", b"\0\0\xfe\xff": "UTF-32", b"\xff\xfe": "UT
 
 
 def _refuse_other_encodings(path: Path, start: bytes) -> None:
-    """By the mark at the start, or by NULs, which every other character of such a file is."""
-    found = next((name for mark, name in _MARKS.items() if start.startswith(mark)), None)
+    """By the mark at the start and NULs behind it, or by NULs alone, which every other byte of such a file is."""
+    found = next((name for mark, name in _MARKS.items() if start.startswith(mark) and 0 in start), None)
     if found is None and start.count(0) * 3 > len(start):
         found = "UTF-16 or another wide encoding"
     if found:
