@@ -155,7 +155,10 @@ def _checked(name: str, value: Any, hint: Any, rules: Mapping[str, Any]) -> Any:
     options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
     if type(None) in options and value is None:
         return None
-    (hint,) = (option for option in options if option is not type(None))
+    options = tuple(option for option in options if option is not type(None))
+    if len(options) > 1:  # of several types: the dataclass itself says what is right
+        return value
+    (hint,) = options
     if typing.get_origin(hint) is list:
         if isinstance(value, str):
             raise TypeError(f"{name} is the string {shown(value)}; pass a list, even of one.")

@@ -144,6 +144,14 @@ def test_damaged(tmp_path):
         read(tmp_path / "file")
 
 
+def test_a_damaged_name(tmp_path):
+    """In a member's own header, which is not looked at before its numbers are."""
+    content = save(tmp_path / "file", {"a": torch.randn(500)}).read_bytes()
+    (tmp_path / "file").write_bytes(content.replace(b"file/data/0", b"\x80ile/data/0", 1))
+    with pytest.raises(ValueError, match="is damaged.*Fetch it again"):
+        read(tmp_path / "file")
+
+
 @pytest.mark.parametrize(
     "content",
     [

@@ -149,7 +149,7 @@ class TorchFile:
             content = self._member(f"data/{storage.key}") if self._zip else self._stretch(storage)
             if len(content) != storage.nbytes:
                 raise EOFError(f"storage {shown(storage.key)} ends early")
-        except (KeyError, OSError, EOFError, RuntimeError, zipfile.BadZipFile) as error:
+        except (OSError, EOFError, RuntimeError, ValueError, struct.error, zipfile.BadZipFile) as error:
             raise ValueError(f"{self.path} is damaged: {brief(error)}. Fetch it again.") from error
         dtype = storage.dtype
         flat = torch.frombuffer(bytearray(content), dtype=dtype) if content else torch.empty(0, dtype=dtype)
