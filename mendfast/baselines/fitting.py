@@ -20,7 +20,7 @@ from ..capture import Factors
 from ..editor import MendEditor
 from ..files import read_tensors, write_tensors
 from ..objective import Batch
-from ..schema import check_dtypes, check_real, shown
+from ..schema import brief, check_dtypes, check_real, shown
 from ..training import FactSampler, TrainConfig, TrainingError, checkpoint, meta_loss
 from ..training.data import Draw
 from ..training.loop import CHECKPOINT, MAX_SKIPPED_IN_A_ROW
@@ -90,7 +90,7 @@ class Fitted(System):
         kind = self.subject.model.config.model_type
         if (metadata.get("system"), metadata.get("model_type")) != (self.key, kind):
             raise ValueError(
-                f"{directory} holds {shown(metadata.get('system'))} for a {shown(metadata.get('model_type'))} model; "
+                f"{directory} holds {shown(metadata.get('system'))} for a {brief(metadata.get('model_type'), 40)} model; "
                 f"this is {self.key!r} for a {kind}."
             )
         self.load_tensors(tensors, str(directory))
