@@ -89,8 +89,9 @@ class Fitted(System):
         tensors, metadata = read_tensors(Path(directory) / self.FILE, "system")
         kind = self.subject.model.config.model_type
         if (metadata.get("system"), metadata.get("model_type")) != (self.key, kind):
+            found, made_for = shown(metadata.get("system")), brief(metadata.get("model_type"), 40)
             raise ValueError(
-                f"{directory} holds {shown(metadata.get('system'))} for a {brief(metadata.get('model_type'), 40)} model; "
+                f"{directory} holds {found} for a {made_for} model; "
                 f"this is {self.key!r} for a {kind}."
             )
         self.load_tensors(tensors, str(directory))

@@ -83,7 +83,7 @@ def kinds(directory: Path) -> dict[str, Kind]:
     sizes = dict(vocab_size=64, n_positions=32, n_embd=16, n_layer=2, n_head=2)
     model = hf.GPT2LMHeadModel(hf.GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)).eval()
     names = [f"transformer.h.1.mlp.{name}.weight" for name in ("c_fc", "c_proj")]
-    editor = MendEditor.from_model(model, None, MendConfig(layers=names, rank=2))
+    editor = MendEditor.from_model(model, None, MendConfig(layers=names, rank=2, loss_reduction="batch"))
     editor.save_pretrained(directory / "editor")
     edit = Edit({names[0]: (torch.randn(3, 16), torch.randn(3, 64), 0.1)}, "gpt2", [("Who?", "Me")])
     edit.save(directory / "edit")
