@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -16,6 +18,7 @@ from .capture import lowrank_updates
 from .files import read_tensors, write_tensors
 from .layers import Layer, check_untied, check_writable, find_layers
 from .ledger import BACKUPS, Update, ledger_of
+from .schema import brief, check_real, parse_json, shown, some
 
 
 class Factor(NamedTuple):
@@ -175,29 +178,80 @@ class Edit:
     # -- on disk -------------------------------------------------------------------------------------------
 
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file: the factors, and in its metadata the requests. Atomic."""
+        """Write a safetensors file: the factors, and in its metadata the requests. Atomic; the same edit gives the
+        same bytes.
+
+        Raises:
+            ValueError, TypeError: what :meth:`load` would refuse.
+        """
         tensors = {}
-        for name, (u, delta, alpha) in self.factors.items():
+        for name, factor in self.factors.items():
+            u, delta, alpha = _checked_factor(name, *factor, where="The edit")
             tensors[f"{name}:u"], tensors[f"{name}:delta"] = u, delta
             tensors[f"{name}:alpha"] = torch.tensor(alpha, dtype=torch.float64)
+        requests = _checked_requests([list(request) for request in self.requests], "The edit")
         metadata = {
             "format": "mendfast.edit",
             "format_version": "1",
             "model_type": self.model_type or "",
-            "requests": json.dumps([list(request) for request in self.requests]),
+            "requests": json.dumps(requests),
             "weights": json.dumps(list(self.factors)),
         }
         write_tensors(path, tensors, metadata)
 
     @classmethod
     def load(cls, path: str | Path) -> Edit:
-        """Read what :meth:`save` wrote."""
+        """Read what :meth:`save` wrote. Factors of 16 or 64 bits become float32.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it is no edit, or holds what an edit does not; before any model sees it.
+        """
         tensors, metadata = read_tensors(path, "edit")
-        try:
-            factors = {
-                name: Factor(tensors[f"{name}:u"], tensors[f"{name}:delta"], tensors[f"{name}:alpha"].item())
-                for name in json.loads(metadata["weights"])
-            }
-            return cls(factors, metadata["model_type"] or None, json.loads(metadata["requests"]))
-        except (KeyError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path} says that it is a mendfast edit but lacks {error}; save it again.") from error
+        if missing := [name for name in ("weights", "model_type", "requests") if name not in metadata]:
+            raise ValueError(f"{path} says that it is a mendfast edit but lacks {', '.join(missing)}; save it again.")
+        names = parse_json(metadata["weights"], f"The list of weights in {path}")
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"{path} names its weights by {shown(names)}; it must be a list of names.")
+        if len(set(names)) < len(names):
+            raise ValueError(f"{path} names a weight twice: {some(n for n, k in Counter(names).items() if k > 1)}.")
+        expected = {f"{name}:{part}" for name in names for part in Factor._fields}
+        if missing := sorted(expected - set(tensors)):
+            raise ValueError(f"{path} says that it is a mendfast edit but lacks {some(missing)}; save it again.")
+        if extra := sorted(set(tensors) - expected):
+            raise ValueError(f"{path} holds {some(extra)}, of weights that it does not name; save it again.")
+        factors = {
+            name: _checked_factor(name, *(tensors[f"{name}:{part}"] for part in Factor._fields), where=str(path))
+            for name in names
+        }
+        requests = _checked_requests(parse_json(metadata["requests"], f"The list of requests in {path}"), str(path))
+        return cls(factors, metadata["model_type"] or None, requests)
+
+
+def _checked_factor(name: str, u: torch.Tensor, delta: torch.Tensor, alpha: torch.Tensor | float, where: str) -> Factor:
+    if not name.endswith(".weight"):
+        raise ValueError(f"{where} names the weight {shown(name)}; the name of a weight ends in .weight.")
+    what = f"{where}: the factor of {brief(name, 60)}"
+    if isinstance(alpha, torch.Tensor):
+        if alpha.dim():
+            raise ValueError(f"{what}, alpha, is {shown(alpha)}; it must be a single number.")
+        alpha = check_real(alpha, f"{what}, alpha,").item()
+    if not math.isfinite(alpha):
+        raise ValueError(f"{what}, alpha, is {alpha}; it must be finite.")
+    sides = []
+    for side, rows in (("u", u), ("delta", delta)):
+        check_real(rows, f"{what}, {side},")
+        if rows.dim() != 2:
+            raise ValueError(f"{what}, {side}, is {shown(rows)}; it must be a matrix.")
+        sides.append(check_real(rows.float(), f"{what}, {side}, in float32"))
+    if len(u) != len(delta):
+        raise ValueError(f"{what} has {len(u)} rows of u and {len(delta)} of delta; they must be as many.")
+    return Factor(*sides, float(alpha))
+
+
+def _checked_requests(requests: Any, where: str) -> list[list[str]]:
+    for request in requests if isinstance(requests, list) else [requests]:
+        pair = isinstance(request, list) and len(request) == 2 and all(isinstance(text, str) for text in request)
+        if not isinstance(requests, list) or not pair:
+            raise ValueError(f"{where} holds the request {shown(request)}; each must be a pair [prompt, target].")
+    return requests

@@ -12,7 +12,7 @@ from torch import nn
 
 from .capture import capture
 from .config import MendConfig
-from .labels import class_ids, collate, encode_pair, pad_token_id
+from .labels import check_text, class_ids, collate, encode_pair, pad_token_id
 from .layers import device_of, execution_device, find_layers
 from .objective import IGNORE, Batch, context_length, model_kind, nll, target_rows, to_device
 
@@ -76,6 +76,8 @@ class EditableModel:
         if self.tokenizer is None:
             raise TypeError("This editor has no tokenizer; pass one to from_model, or use edit_tokens.")
         if self.kind == "classifier":
+            for prompt, _ in requests:
+                check_text("prompt", prompt)
             prompts = [self.config.prompt_template.replace("{prompt}", prompt) for prompt, _ in requests]
             batch = dict(self.tokenizer(prompts, padding=True, padding_side="right", return_tensors="pt"))
             return {**batch, "labels": torch.tensor([self._class(target) for _, target in requests])}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,12 @@ from .capture import Factors
 from .config import MendConfig
 from .edit import Edit, EditRequest
 from .editable import EditableModel
-from .files import read_tensors, write_tensors
-from .layers import device_of
-from .network import EditorNetwork, Gather
+from .files import read_shapes, read_tensors, write_tensors
+from .layers import device_of, find_layers
+from .network import Gather, make_networks, planned_networks
 from .objective import Batch
 from .ops import all_finite
+from .schema import check_dtypes, differences, shown
 
 log = logging.getLogger("mendfast")
 
@@ -41,16 +41,7 @@ class MendEditor(EditableModel, nn.Module):
     def __init__(self, model: nn.Module, tokenizer: Any = None, config: MendConfig | None = None):
         nn.Module.__init__(self)
         EditableModel.__init__(self, model, tokenizer, config)
-        groups = defaultdict(list)
-        for layer in self.layers:
-            groups[layer.shape if self.config.shared else layer.name].append(layer)
-        self.networks = nn.ModuleDict()
-        self._groups: dict[str, list] = {}
-        for key, members in groups.items():
-            name = str(key).replace(".", "#")
-            modes = len(members) if self.config.shared else None
-            self.networks[name] = EditorNetwork(*members[0].shape, modes, self.config)
-            self._groups[name] = members
+        self.networks, self._groups = make_networks(self.layers, self.config)
         self.gather: Gather | None = None  # set by a Trainer that is one of several processes
         self._warned = False
         self.alpha_multiplier = nn.Parameter(torch.ones(len(self.layers)))
@@ -88,12 +79,17 @@ class MendEditor(EditableModel, nn.Module):
                 ) from error
         if not (directory / CONFIG_FILE).is_file():
             raise FileNotFoundError(f"{directory} holds no {CONFIG_FILE}: no editor was saved there.")
-        tensors, metadata = read_tensors(directory / WEIGHTS_FILE, "editor")
+        shapes, metadata = read_shapes(directory / WEIGHTS_FILE, "editor")
         if metadata.get("model_type") not in ("", None, model.config.model_type):
-            raise ValueError(
-                f"{source} is an editor for a {metadata['model_type']} model; this one is a {model.config.model_type}."
-            )
-        editor = cls(model, tokenizer, MendConfig.load(directory / CONFIG_FILE))
+            kind = shown(metadata["model_type"]).strip("'")
+            raise ValueError(f"{source} is an editor for a {kind} model; this one is a {model.config.model_type}.")
+        config = MendConfig.load(directory / CONFIG_FILE)
+        # Before anything is built: a few characters of the configuration may ask for any size.
+        planned = planned_networks(find_layers(model, config.layers), config).state_dict(prefix="networks.")
+        found = {name: shape for name, shape in shapes.items() if name.startswith("networks.")}
+        _check_fits(found, {name: tensor.shape for name, tensor in planned.items()}, str(source))
+        tensors, _ = read_tensors(directory / WEIGHTS_FILE, "editor")
+        editor = cls(model, tokenizer, config)
         editor.load_tensors(tensors, str(source))
         return editor
 
@@ -123,13 +119,15 @@ class MendEditor(EditableModel, nn.Module):
     def load_tensors(self, tensors: Mapping[str, torch.Tensor], source: str) -> None:
         """``load_state_dict`` whose errors say that the editor is for another model, and where it differs."""
         own = self.state_dict()
-        wrong = [
-            f"{name} is {tuple(tensors[name].shape) if name in tensors else 'missing'}, here {tuple(own[name].shape)}"
-            for name in own
-            if name not in tensors or tensors[name].shape != own[name].shape
-        ] + [f"{name} is not known here" for name in tensors if name not in own]
-        if wrong:
-            raise ValueError(f"{source} is an editor for another model: {'; '.join(wrong[:3])}.")
+        shapes = ({name: tensor.shape for name, tensor in given.items()} for given in (tensors, own))
+        _check_fits(*shapes, source)
+        check_dtypes(tensors, own, source)
+        statistics = {name for name, _ in self.named_buffers()} if not self.config.normalize else ()
+        for name, tensor in tensors.items():
+            if name not in statistics and not all_finite(tensor):
+                raise ValueError(f"{source}: {name} holds NaN or infinity; the training that made it diverged.")
+            if name.endswith((".count", "_m2", "_std")) and name not in statistics and (tensor < 0).any():
+                raise ValueError(f"{source}: {name} is negative; the file is damaged. Make or fetch it again.")
         self.load_state_dict(dict(tensors))
 
     def untrained(self) -> MendEditor:
@@ -264,3 +262,8 @@ class MendEditor(EditableModel, nn.Module):
                 for rows in (u, delta)
             ) + (alpha,)
         return factors
+
+
+def _check_fits(found: Mapping[str, Sequence[int]], expected: Mapping[str, Sequence[int]], source: str) -> None:
+    if wrong := differences(found, expected):
+        raise ValueError(f"{source} is an editor for another model: {'; '.join(wrong[:3])}.")

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from .schema import is_text, shown
+
 IGNORE = -100
 
 
@@ -50,8 +52,7 @@ def encode_pair(
             one longer than ``max_length``; ``append_eos`` with a tokenizer that has no EOS.
     """
     for name, text in (("prompt", prompt), ("target", target), ("separator", separator)):
-        if not isinstance(text, str):
-            raise TypeError(f"The {name} is {text!r}, of type {type(text).__name__}; it must be a str.")
+        check_text(name, text)
     if not target.strip():
         raise ValueError(f"The target is {target!r}, which says nothing; pass the answer to be learned.")
     if encoder_decoder:
@@ -59,7 +60,7 @@ def encode_pair(
         if not ids:
             raise ValueError(f"The prompt {prompt!r} becomes no tokens with this tokenizer; pass another.")
         if not _target_ids(tokenizer, target, add_special_tokens=False):
-            raise _no_tokens(target)
+            raise _no_tokens(tokenizer, target)
         labels = _target_ids(tokenizer, target)
         if append_eos:
             _end(labels, tokenizer)
@@ -74,7 +75,7 @@ def encode_pair(
     together = _ids(tokenizer, text)
     start = next((i for i, (a, b) in enumerate(zip(alone, together, strict=False)) if a != b), len(alone))
     if start >= len(together):
-        raise _no_tokens(target)
+        raise _no_tokens(tokenizer, target)
     front = _front(tokenizer, text, together)
     ids, start = front + together, start + len(front)
     if append_eos:
@@ -89,11 +90,20 @@ def encode_pair(
     return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": [IGNORE] * start + ids[start:]}
 
 
+def check_text(name: str, text: Any) -> None:
+    """What a tokenizer would refuse without saying what it is."""
+    if not isinstance(text, str):
+        raise TypeError(f"The {name} is {shown(text)}, of type {type(text).__name__}; it must be a str.")
+    if not is_text(text):
+        raise ValueError(f"The {name} is {shown(text)}: it holds half a surrogate pair, which is no character.")
+
+
 def encode_prompt(tokenizer: Any, prompt: str, *, encoder_decoder: bool = False) -> list[int]:
     """The ids that a model goes on from: those that :func:`encode_pair` puts before a target.
 
     Decoder-only: with the BOS that the tokenizer adds, without an EOS after the prompt.
     """
+    check_text("prompt", prompt)
     if encoder_decoder:
         return list(tokenizer(prompt, padding=False, truncation=False)["input_ids"])
     ids = _ids(tokenizer, prompt)
@@ -207,7 +217,13 @@ def _check_length(what: str, ids: list[int], limit: int | None, advice: str) -> 
         raise ValueError(f"{what} {len(ids)} tokens and the limit is {limit}. {advice}")
 
 
-def _no_tokens(target: str) -> ValueError:
+def _no_tokens(tokenizer: Any, target: str) -> ValueError:
+    if not _ids(tokenizer, "The answer is 42."):
+        where = shown(getattr(tokenizer, "name_or_path", ""))
+        return ValueError(
+            f"The tokenizer (a {type(tokenizer).__name__} from {where}) makes no tokens of any text: its files, such "
+            "as tokenizer.json or vocab.json, are missing or empty. Save the tokenizer beside the model."
+        )
     return ValueError(
         f"The target {target!r} becomes no tokens with this tokenizer; pass one that it can spell."
     )

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from .schema import shown, some
+
 LAST_BLOCKS = 3
 LAST_BLOCKS_PER_STACK = 2  # encoder-decoders
 _ATTENTION = ("attn", "attention")
@@ -57,15 +59,15 @@ def _find(model: nn.Module, name: str) -> Layer:
         module = model.get_submodule(path)
     except AttributeError:
         matrices = [f"{p}.weight" for p, m in model.named_modules() if is_matrix(m)]
-        near = difflib.get_close_matches(name, matrices, n=3, cutoff=0.5) or matrices[-3:]
-        raise ValueError(f"The model has no layer {name!r}. Near matches: {', '.join(near)}.") from None
+        near = difflib.get_close_matches(name[:200], matrices, n=3, cutoff=0.5) or matrices[-3:]
+        raise ValueError(f"The model has no layer {shown(name)}. Near matches: {some(near)}.") from None
     if is_conv1d(module):
         m, n = module.weight.shape
         return Layer(f"{path}.weight", module, m, n, "in_out")
     if is_matrix(module):
         return Layer(f"{path}.weight", module, module.in_features, module.out_features, "out_in")
     raise ValueError(
-        f"Layer {name!r} is a {type(module).__name__}, not a matrix that can be edited; "
+        f"Layer {shown(name)} is a {type(module).__name__}, not a matrix that can be edited; "
         "name the weight of an nn.Linear or of a Hugging Face Conv1D."
     )
 

@@ -272,3 +272,9 @@ def test_threads_are_the_users(base):
     editor, config = make(base, steps=1, validate_every=0)
     Trainer(editor, FactSampler(facts()), config, progress=False).run()
     assert torch.get_num_threads() == before
+
+
+def test_facts_of_one_answer_are_refused_at_once():
+    items = [Item((f"Who is {name}?",), "X") for name in PEOPLE]
+    with pytest.raises(ValueError, match="All 6 facts have the answer 'X'.*add facts with other answers"):
+        FactSampler(items)

@@ -15,8 +15,9 @@ from .. import ops
 from ..capture import frozen
 from ..edit import EditRequest
 from ..editable import EditableModel
-from ..files import atomic_write
+from ..files import atomic_write, read_json_bytes
 from ..objective import kept_rows, nll, per_sample_mean, target_rows, to_device
+from ..schema import parse_json, shown
 from ..training import Sampler, TrainConfig
 from .system import System, call, restored
 
@@ -146,7 +147,12 @@ class FineTuningKL(FineTuning):
         path = Path(directory) / self.FILE
         if not path.is_file():
             raise FileNotFoundError(f"{directory} holds no {self.FILE}: no {self.name} was saved there.")
-        self.sample = [tuple(pair) for pair in json.loads(path.read_text())]
+        pairs = parse_json(read_json_bytes(path), str(path))
+        if not isinstance(pairs, list) or not all(
+            isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair) for pair in pairs
+        ):
+            raise ValueError(f"{path} holds {shown(pairs)}; it must be a list of pairs [prompt, answer].")
+        self.sample = [tuple(pair) for pair in pairs]
 
     def _penalty(self, step: int, before: list[torch.Tensor]) -> torch.Tensor:
         if not self.sample:

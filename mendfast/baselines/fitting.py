@@ -10,6 +10,7 @@ from torch import nn
 
 from ..editable import EditableModel
 from ..files import read_tensors, write_tensors
+from ..schema import brief, check_dtypes, check_real, shown
 from ..training import Learner, Sampler, TrainConfig, Trainer, meta_loss
 from ..training.data import Draw
 from .system import System
@@ -66,9 +67,10 @@ class Fitted(System, Learner):
     def load(self, directory: str | Path) -> None:
         tensors, metadata = read_tensors(Path(directory) / self.FILE, "system")
         kind = self.subject.model.config.model_type
-        if (metadata["system"], metadata["model_type"]) != (self.key, kind):
+        if (metadata.get("system"), metadata.get("model_type")) != (self.key, kind):
+            found, made_for = shown(metadata.get("system")), brief(metadata.get("model_type"), 40)
             raise ValueError(
-                f"{directory} holds {metadata['system']!r} for a {metadata['model_type']} model; "
+                f"{directory} holds {found} for a {made_for} model; "
                 f"this is {self.key!r} for a {kind}."
             )
         self.load_tensors(tensors, str(directory))
@@ -79,8 +81,9 @@ class Fitted(System, Learner):
         wrong = [name for name in own if name not in tensors or tensors[name].shape != own[name].shape]
         if wrong := wrong + [name for name in tensors if name not in own]:
             raise ValueError(f"{source} was made for another model or other settings: {', '.join(wrong[:3])} differ.")
+        check_dtypes(tensors, own, source)
         for name, parameter in own.items():
-            parameter.copy_(tensors[name])
+            parameter.copy_(check_real(tensors[name], f"{source}: {name}"))
 
 
 def best_gradient_step(subject: EditableModel, draw: Draw, config: TrainConfig) -> float:

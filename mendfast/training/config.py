@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, field
 
+from ..schema import check_fields
 from ..types import C_EDIT
 
 
@@ -24,22 +25,23 @@ class TrainConfig:
         default_factory=lambda: [1],
         metadata={"help": "Sizes of simultaneous edits, drawn at random each step; 1 = alone."},
     )
-    learning_rate: float = field(default=1e-3, metadata={"help": "Adam's rate for the editor network."})
-    alpha_learning_rate: float = field(default=1e-2, metadata={"help": "Adam's rate for the step sizes."})
-    warmup: int = field(default=20, metadata={"help": "Steps of linear warm-up."})
-    final_rate: float = field(default=0.05, metadata={"help": "The rate decays linearly to this share."})
-    clip: float = field(default=1.0, metadata={"help": "Largest norm of the gradient."})
-    c_edit: float = field(default=C_EDIT, metadata={"help": "Weight of the edit's loss (the paper: 0.1)."})
-    c_loc: float = field(default=1.0, metadata={"help": "Weight of the locality loss."})
-    validate_every: int = field(default=200, metadata={"help": "Steps between validations; 0 = never."})
+    learning_rate: float = field(default=1e-3, metadata={"help": "Adam's rate for the editor network.", "least": 0})
+    alpha_learning_rate: float = field(default=1e-2, metadata={"help": "Adam's rate for the step sizes.", "least": 0})
+    warmup: int = field(default=20, metadata={"help": "Steps of linear warm-up.", "least": 0})
+    final_rate: float = field(default=0.05, metadata={"help": "The rate decays linearly to this share.", "least": 0})
+    clip: float = field(default=1.0, metadata={"help": "Largest norm of the gradient.", "least": 0})
+    c_edit: float = field(default=C_EDIT, metadata={"help": "Weight of the edit's loss (the paper: 0.1).", "least": 0})
+    c_loc: float = field(default=1.0, metadata={"help": "Weight of the locality loss.", "least": 0})
+    validate_every: int = field(default=200, metadata={"help": "Steps between validations; 0 = never.", "least": 0})
     validation_size: int = field(default=64, metadata={"help": "Edits in a validation."})
     patience: int = field(
-        default=0, metadata={"help": "Stop after so many validations without a better loss; 0 = never."}
+        default=0, metadata={"help": "Stop after so many validations without a better loss; 0 = never.", "least": 0}
     )
     checkpoint_every: int = field(default=200, metadata={"help": "Steps between checkpoints."})
     seed: int = field(default=0, metadata={"help": "Of the data order."})
 
     def __post_init__(self) -> None:
+        check_fields(self)
         for name in ("steps", "batch_size", "accumulate", "validation_size", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
