@@ -15,6 +15,7 @@ from .schema import check_fields, check_object, check_version, parse_json, shown
 FORMAT_VERSION = 1
 SIDES = ("both", "u", "delta", "smaller", "separate")
 PRECISIONS = ("tf32x3", "ieee", "tf32")
+AGGREGATIONS = ("sum", "least_squares")
 REDUCTIONS = ("edit", "batch")
 
 
@@ -58,6 +59,32 @@ class MendConfig:
         default=False,
         metadata={"help": "Draw V from N(0, 1/D) and not N(0, 1): wants a larger learning rate, trains sooner."},
     )
+    chat: bool | str = field(
+        default="auto",
+        metadata={
+            "help": "Prompts go through the tokenizer's chat template, and answers end as it ends them: True, False, "
+            "or 'auto': if it has one.",
+        },
+    )
+    aggregation: str = field(
+        default="sum",
+        metadata={
+            "help": "Simultaneous edits as 'sum' of the separate ones (the paper), or as 'least_squares' under what "
+            "is protected.",
+            "choices": AGGREGATIONS,
+        },
+    )
+    ridge: float = field(
+        default=1e-3, metadata={"help": "lambda at initialisation, in units of tr(C); learned per layer.", "least": 0}
+    )
+    protection: float = field(
+        default=30.0,
+        metadata={"help": "mu at initialisation, in rows of protected text; learned per layer.", "least": 0},
+    )
+    protect_rank: int | None = field(
+        default=None,
+        metadata={"help": "Leading directions of protected text that are kept; None: all of them.", "least": 1},
+    )
     prompt_template: str = field(
         default="{prompt}", metadata={"help": "What the model reads; {prompt} stands for the prompt."}
     )
@@ -68,12 +95,18 @@ class MendConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.chat not in (True, False, "auto"):
+            raise ValueError(f"chat is {shown(self.chat)}; it must be True, False or 'auto'.")
         if self.layers is not None:
             if not self.layers:
                 raise ValueError("layers is empty; name at least one weight, or pass None to have them chosen.")
             counts = Counter(self.layers)
             if repeated := sorted(name for name, count in counts.items() if count > 1):
                 raise ValueError(f"layers names {some(repeated)} more than once; name each weight once.")
+        if self.aggregation == "least_squares" and not (self.ridge > 0 and self.protection > 0):
+            raise ValueError(
+                f"ridge is {self.ridge} and protection {self.protection}; under least squares both must be above 0."
+            )
         if "{prompt}" not in self.prompt_template:
             raise ValueError(f"prompt_template is {shown(self.prompt_template)}; it must contain {{prompt}}.")
 
@@ -96,7 +129,8 @@ class MendConfig:
                 "ignored. A newer mendfast may have written it.",
                 stacklevel=2,
             )
-        return cls(**{k: v for k, v in values.items() if k in known})
+        # Editors from before there was a choice were trained on plain prompts.
+        return cls(**{"chat": False, **{k: v for k, v in values.items() if k in known}})
 
     def save(self, path: str | Path) -> None:
         atomic_write(path, json.dumps(self.to_dict(), indent=2).encode() + b"\n")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,13 +13,27 @@ from torch import nn
 
 from .capture import capture
 from .config import MendConfig
-from .labels import check_text, class_ids, collate, encode_pair, pad_token_id
+from .labels import (
+    chat_prompt,
+    check_text,
+    class_ids,
+    collate,
+    encode_pair,
+    encode_prompt,
+    end_of_turn,
+    has_template,
+    pad_token_id,
+)
 from .layers import device_of, execution_device, find_layers
 from .objective import IGNORE, Batch, context_length, model_kind, nll, target_rows, to_device
 
 log = logging.getLogger("mendfast")
 
 ENCODED_AT_MOST = 200_000
+_NO_TEMPLATE = (
+    "chat asks for the tokenizer's chat template and it has none: set tokenizer.chat_template, or leave chat out "
+    "(MendConfig(chat=False), --no-chat)."
+)
 
 
 class EditableModel:
@@ -47,7 +62,7 @@ class EditableModel:
         self.kind = model_kind(model)
         self.layers = find_layers(model, config.layers)
         # A copy: the caller's configuration may serve other models, whose layers have other names.
-        self.config = replace(config, layers=[layer.name for layer in self.layers])
+        self.config = replace(config, layers=[layer.name for layer in self.layers], chat=self._resolved(config.chat))
         if config.layers is None:
             log.info("mendfast edits %s", ", ".join(self.config.layers))
         self._encoded: dict[tuple, dict[str, list[int]]] = {}
@@ -81,34 +96,105 @@ class EditableModel:
             prompts = [self.config.prompt_template.replace("{prompt}", prompt) for prompt, _ in requests]
             batch = dict(self.tokenizer(prompts, padding=True, padding_side="right", return_tensors="pt"))
             return {**batch, "labels": torch.tensor([self._class(target) for _, target in requests])}
-        return collate(
-            [self.encode(*request) for request in requests],
-            pad_token_id=pad_token_id(self.tokenizer),
-            encoder_decoder=self.kind == "encoder-decoder",
-        )
+        return self._collated([self.encode(*request) for request in requests])
 
-    def encode(self, prompt: str, target: str) -> dict[str, list[int]]:
-        """One request as token ids and labels, by the template, separator and EOS of the configuration.
+    def encode(self, prompt: str, target: str, form: str | None = None) -> dict[str, list[int]]:
+        """One request as token ids and labels, by the template, separator and end of the configuration.
 
         Kept for the next time: training and evaluation ask for the same facts again and again, and on a small
         model tokenising one costs as much as editing it.
+
+        Args:
+            form: "chat": through the tokenizer's chat template; "system:TEXT": the same, with TEXT as the system's
+                turn; "plain": by ``config.prompt_template``; None: as the configuration says.
         """
         config = self.config
-        key = (prompt, target, config.prompt_template, config.separator, config.append_eos)
+        key = (prompt, target, form, config.prompt_template, config.separator, config.append_eos, config.chat)
         if (found := self._encoded.get(key)) is None:
+            chat = self._is_chat(form)
+            if config.chat and target.strip():
+                target += self.end
             found = encode_pair(
                 self.tokenizer,
-                config.prompt_template.replace("{prompt}", prompt),
+                self.prompt_text(prompt, form),
                 target,
                 encoder_decoder=self.kind == "encoder-decoder",
-                separator=config.separator,
-                append_eos=config.append_eos,
+                separator="" if chat else config.separator,
+                append_eos=config.append_eos and not config.chat,
                 max_length=context_length(self.model),
             )
             if len(self._encoded) >= ENCODED_AT_MOST:
                 self._encoded.clear()
             self._encoded[key] = found
         return found
+
+    @property
+    def chat(self) -> bool:
+        """Whether prompts go through the tokenizer's chat template."""
+        return bool(self.config.chat)
+
+    @cached_property
+    def end(self) -> str:
+        """The token that ends an answer: the chat template's end of turn."""
+        return end_of_turn(self.tokenizer)
+
+    def prompt_text(self, prompt: str, form: str | None = None) -> str:
+        """What the model reads before its answer; ``form`` as in :meth:`encode`."""
+        check_text("prompt", prompt)
+        if not self._is_chat(form):
+            return self.config.prompt_template.replace("{prompt}", prompt)
+        return chat_prompt(self.tokenizer, prompt, form.partition(":")[2] if form not in (None, "chat") else None)
+
+    def _is_chat(self, form: str | None) -> bool:
+        if form not in (None, "plain", "chat") and not form.startswith("system:"):
+            raise ValueError(f'form is {form!r}; use "plain", "chat", "system:TEXT" or None.')
+        chat = self.chat if form is None else form != "plain"
+        if chat and not has_template(self.tokenizer):
+            raise ValueError(_NO_TEMPLATE)
+        return chat
+
+    def _resolved(self, chat: str | bool) -> bool:
+        if chat == "auto":
+            return self.kind == "causal" and has_template(self.tokenizer)
+        if chat and self.tokenizer is not None and not has_template(self.tokenizer):
+            raise ValueError(_NO_TEMPLATE)
+        return chat
+
+    def text_batches(
+        self, texts: Sequence[str | tuple[str, str] | Batch], batch_size: int = 16
+    ) -> Iterator[dict[str, torch.Tensor]]:
+        """Token batches of texts, of (prompt, answer) pairs, or of what are token batches already.
+
+        Texts are cut where the model's context ends.
+        """
+        if isinstance(texts, (str, Mapping)):
+            raise TypeError(f"texts is a {type(texts).__name__}; pass a list of texts, of pairs or of token batches.")
+        examples: list[dict[str, list[int]]] = []
+        for text in texts:
+            if isinstance(text, Mapping):
+                yield dict(text)
+                continue
+            examples.append(self._plain(text) if isinstance(text, str) else self.encode(*text))
+            if len(examples) == batch_size:
+                yield self._collated(examples)
+                examples = []
+        if examples:
+            yield self._collated(examples)
+
+    def _plain(self, text: str) -> dict[str, list[int]]:
+        if self.kind == "encoder-decoder":
+            raise ValueError("An encoder-decoder reads and writes; pass (prompt, answer) pairs and not plain texts.")
+        ids = encode_prompt(self.tokenizer, text)[: context_length(self.model)]
+        if not ids:
+            raise ValueError(f"The text {text[:40]!r} becomes no tokens; leave it out.")
+        return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": ids}
+
+    def _collated(self, examples: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+        return collate(
+            examples,
+            pad_token_id=pad_token_id(self.tokenizer),
+            encoder_decoder=self.kind == "encoder-decoder",
+        )
 
     def _class(self, target: str) -> int:
         names = class_ids(self.model.config)

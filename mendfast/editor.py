@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,20 +11,24 @@ from typing import Any
 import torch
 from torch import nn
 
+from .aggregate import Transformed, Wanted, least_squares, sums, wanted
 from .capture import Factors
 from .config import MendConfig
 from .edit import Edit, EditRequest
 from .editable import EditableModel
 from .files import read_shapes, read_tensors, write_tensors
 from .layers import device_of, find_layers
+from .metric import Metric, observe
 from .network import Gather, make_networks, planned_networks
 from .objective import Batch
 from .ops import all_finite
+from .own_words import own_words
 from .schema import check_dtypes, differences, shown
+from .types import Spectrum
 
 log = logging.getLogger("mendfast")
 
-WEIGHTS_FILE, CONFIG_FILE = "editor.safetensors", "mend_config.json"
+WEIGHTS_FILE, CONFIG_FILE, METRIC_FILE = "editor.safetensors", "mend_config.json", "metric.safetensors"
 
 
 class MendEditor(EditableModel, nn.Module):
@@ -35,7 +40,11 @@ class MendEditor(EditableModel, nn.Module):
     Make one with :meth:`from_model` (new) or :meth:`from_pretrained` (trained); both are in
     eval mode. In train mode each pass moves the running statistics.
 
-    Source: Mitchell et al., "Fast Model Editing at Scale", ICLR 2022, section 3 and Algorithms 1 and 2.
+    Attributes:
+        metric: what :meth:`protect` has gathered; needed where ``config.aggregation`` is "least_squares".
+
+    Source: Mitchell et al., "Fast Model Editing at Scale", ICLR 2022, section 3 and Algorithms 1 and 2; docs/ops/
+    least_squares.md for the other aggregation.
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any = None, config: MendConfig | None = None):
@@ -44,7 +53,12 @@ class MendEditor(EditableModel, nn.Module):
         self.networks, self._groups = make_networks(self.layers, self.config)
         self.gather: Gather | None = None  # set by a Trainer that is one of several processes
         self._warned = False
-        self.alpha_multiplier = nn.Parameter(torch.ones(len(self.layers)))
+        count = len(self.layers)
+        self.alpha_multiplier = nn.Parameter(torch.ones(count))
+        self.metric: Metric | None = None
+        if self.config.aggregation == "least_squares":
+            self.log_lambda = nn.Parameter(torch.full((count,), math.log(self.config.ridge)))
+            self.log_mu = nn.Parameter(torch.full((count,), math.log(self.config.protection)))
         self.to(device_of(self.layers))
         self.eval()
 
@@ -72,7 +86,8 @@ class MendEditor(EditableModel, nn.Module):
             from huggingface_hub import snapshot_download
 
             try:
-                directory = Path(snapshot_download(str(source), allow_patterns=[WEIGHTS_FILE, CONFIG_FILE]))
+                files = [WEIGHTS_FILE, CONFIG_FILE, METRIC_FILE]
+                directory = Path(snapshot_download(str(source), allow_patterns=files))
             except Exception as error:
                 raise FileNotFoundError(
                     f"{source!r} is no directory here, and the Hub did not give it either: {error}"
@@ -91,6 +106,8 @@ class MendEditor(EditableModel, nn.Module):
         tensors, _ = read_tensors(directory / WEIGHTS_FILE, "editor")
         editor = cls(model, tokenizer, config)
         editor.load_tensors(tensors, str(source))
+        if (directory / METRIC_FILE).is_file():
+            editor.protect_with(Metric.load(directory / METRIC_FILE))
         return editor
 
     def save_pretrained(self, directory: str | Path) -> None:
@@ -102,6 +119,8 @@ class MendEditor(EditableModel, nn.Module):
             "model_type": self.model.config.model_type,
         }
         write_tensors(directory / WEIGHTS_FILE, self.state_dict(), metadata)
+        if self.metric is not None:
+            self.metric.save(directory / METRIC_FILE)
         self.config.save(directory / CONFIG_FILE)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
@@ -135,6 +154,7 @@ class MendEditor(EditableModel, nn.Module):
         fresh = MendEditor(self.model, self.tokenizer, self.config)
         for name, buffer in self.named_buffers():
             fresh.get_buffer(name).copy_(buffer)
+        fresh.metric = self.metric
         return fresh
 
     # -- what it is ----------------------------------------------------------------------------------------
@@ -149,7 +169,58 @@ class MendEditor(EditableModel, nn.Module):
 
     def scales(self) -> list[nn.Parameter]:
         """The learned numbers per layer, which have a learning rate of their own."""
-        return [self.alpha_multiplier]
+        scales = [self.alpha_multiplier]
+        return [*scales, self.log_lambda, self.log_mu] if self.config.aggregation == "least_squares" else scales
+
+    # -- what must stay ------------------------------------------------------------------------------------
+
+    def protect(
+        self,
+        texts: Sequence[str | tuple[str, str] | Batch] | None = None,
+        *,
+        batch_size: int = 16,
+        progress: bool | None = False,
+        **own: Any,
+    ) -> Metric:
+        """Add to what edits must leave alone: the second moments of every edited layer's inputs on ``texts``.
+
+        Args:
+            texts: texts, (prompt, answer) pairs, or token batches ("input_ids", "attention_mask"); None: the model's
+                own words, sampled from it once (options in ``own``: see :func:`mendfast.own_words.own_words`).
+            progress: True shows a bar, None where there is a terminal.
+
+        Returns:
+            The metric of everything protected so far; it is saved with the editor, in a file of its own.
+
+        Raises:
+            ValueError: nothing to protect, or text on which the model's activations are not finite.
+        """
+        if texts is None:
+            options = {"chat": self.chat, "progress": progress, **own}
+            batches: Any = own_words(self.model, self.tokenizer, **options)
+        else:
+            batches = self.text_batches(texts, batch_size)
+        rank = self.config.protect_rank
+        seen = observe(self.model, self.layers, batches, protect_rank=rank, progress=progress)
+        self.metric = seen if self.metric is None else self.metric.merge(seen)
+        return self.metric
+
+    def protect_with(self, metric: Metric) -> None:
+        """Take ``metric`` for what must stay; a ValueError if it is of another model or has seen nothing."""
+        metric.check(self.layers, self.model.config.model_type)
+        self.metric = metric
+
+    def layer_metrics(self) -> dict[str, tuple[Spectrum, torch.Tensor, torch.Tensor]]:
+        """Each layer's spectrum of protected inputs, lambda and mu, as ops.least_squares takes them; differentiable."""
+        if self.metric is None:
+            raise ValueError(
+                "This editor aggregates by least squares and nothing is protected yet, so there is no telling what "
+                "must stay: call editor.protect(texts), or editor.protect() for the model's own words."
+            )
+        scales = zip(self.layers, self.log_lambda.exp(), self.log_mu.exp(), strict=True)
+        return {
+            layer.name: (self.metric.spectrum(layer.name).to(self.device), lam, mu) for layer, lam, mu in scales
+        }
 
     # -- editing (Algorithm 2) -----------------------------------------------------------------------------
 
@@ -189,6 +260,19 @@ class MendEditor(EditableModel, nn.Module):
         Raises:
             ValueError: labels that are all -100, inputs longer than the context, NaN in the model.
         """
+        with torch.no_grad():
+            factors = self._aggregated(self._rows_of(batch), 1 << 62, 1)
+        return Edit({name: (u[0], d[0], float(a)) for name, (u, d, a) in factors.items()}, self.model.config.model_type)
+
+    def wanted(self, batch: Batch) -> dict[str, Wanted]:
+        """What the edits of a batch want of each layer: the rows that :class:`mendfast.EditMemory` keeps.
+
+        They depend on the model's unedited weights and on each edit alone, never on other edits.
+        """
+        with torch.no_grad():
+            return wanted(self._rows_of(batch), self.alphas())
+
+    def _rows_of(self, batch: Batch) -> dict[str, Transformed]:
         captured = self.gradients(batch)
         for name, (_, delta) in captured.items():
             if not all_finite(delta):
@@ -200,17 +284,12 @@ class MendEditor(EditableModel, nn.Module):
             self._warned = True
             log.warning("This editor has seen no training, so its edits are plain gradient steps; train it first.")
         with torch.no_grad():
-            rows = self.transform(captured)
-        alphas = self.alphas().tolist()
-        factors = {name: (u, delta, alpha) for (name, (u, delta, _)), alpha in zip(rows.items(), alphas, strict=True)}
-        return Edit(factors, self.model.config.model_type)
+            return self.transform(captured)
 
     # -- the network ---------------------------------------------------------------------------------------
 
-    def transform(
-        self, captured: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
-    ) -> dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """Captured u [B, S, m], delta [B, S, n] -> u~ [N, m], delta~ [N, n], sample [N], for each layer.
+    def transform(self, captured: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> dict[str, Transformed]:
+        """Captured u [B, S, m], delta [B, S, n] -> u [N, m], u~ [N, m], delta~ [N, n], sample [N], for each layer.
 
         Rows whose u or delta is all zero (padding, tokens that the loss does not reach) are left out. The
         layers of one shape go through their network in one batch of rows.
@@ -235,33 +314,25 @@ class MendEditor(EditableModel, nn.Module):
                 network.observe(u, delta, self.gather)
             # No row is left where the model is so sure of its target that the gradient is exactly 0.
             new_u, new_delta = network(u, delta, mode if network.modes else None) if len(u) else (u, delta)
-            parts = zip(members, new_u.split(sizes), new_delta.split(sizes), samples, strict=True)
-            rows |= {layer.name: (one, two, sample.to(one.device)) for layer, one, two, sample in parts}
+            parts = zip(members, *(side.split(sizes) for side in (u, new_u, new_delta)), samples, strict=True)
+            rows |= {layer.name: Transformed(*sides, sample.to(u.device)) for layer, *sides, sample in parts}
         return {layer.name: rows[layer.name] for layer in self.layers}
 
     def group_factors(self, batch: Batch, group_size: int = 1) -> dict[str, Factors]:
         """Differentiable factors of B independent edits, for :func:`mendfast.capture.lowrank_updates`.
 
-        Each group of ``group_size`` consecutive samples is one edit, the sum of its samples' updates:
-        u [B / group_size, T, m], delta [B / group_size, T, n] (rows of zeros fill up), alpha a scalar tensor.
+        Each group of ``group_size`` consecutive samples is one edit, of its samples' updates together:
+        u [B / group_size, T, m], delta [B / group_size, T, n] (rows of zeros fill up), alpha a scalar.
         """
         size = batch["labels"].shape[0]
         if size % group_size:
             raise ValueError(f"{size} edits can't be put into groups of {group_size}; pass a multiple.")
-        groups, alphas, factors = size // group_size, self.alphas(), {}
-        for (name, (u, delta, sample)), alpha in zip(
-            self.transform(self.gradients(batch)).items(), alphas, strict=True
-        ):
-            group = sample // group_size
-            counts = torch.bincount(group, minlength=groups)
-            width = int(counts.max()) if len(group) else 0
-            place = torch.arange(len(group), device=group.device) - (counts.cumsum(0) - counts)[group]
-            slot = group * width + place
-            factors[name] = tuple(
-                rows.new_zeros(groups * width, rows.shape[-1]).index_copy(0, slot, rows).view(groups, width, -1)
-                for rows in (u, delta)
-            ) + (alpha,)
-        return factors
+        return self._aggregated(self.transform(self.gradients(batch)), group_size, size // group_size)
+
+    def _aggregated(self, rows: Mapping[str, Transformed], group_size: int, groups: int) -> dict[str, Factors]:
+        if self.config.aggregation == "least_squares":
+            return least_squares(wanted(rows, self.alphas()), self.layer_metrics(), group_size, groups)
+        return sums(rows, self.alphas(), group_size, groups)
 
 
 def _check_fits(found: Mapping[str, Sequence[int]], expected: Mapping[str, Sequence[int]], source: str) -> None:

@@ -38,7 +38,8 @@ def encode_pair(
     Args:
         tokenizer: a Hugging Face tokenizer; its padding and truncation settings play no part.
         separator: text between prompt and target (decoder-only). Left out where the prompt is empty or ends
-            in whitespace, or the target starts with whitespace.
+            in whitespace or in a script without spaces (Chinese, Japanese, Thai ...), or the target starts with
+            whitespace.
         append_eos: end the target with one EOS token, a label like the others.
         max_length: the most tokens that the model takes, on either side of an encoder-decoder; None: any.
 
@@ -68,7 +69,7 @@ def encode_pair(
         _check_length("The target has", labels, max_length, "Shorten the target.")
         return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
 
-    if not prompt or prompt[-1].isspace() or target[0].isspace():
+    if not prompt or prompt[-1].isspace() or target[0].isspace() or _no_spaces(prompt[-1]):
         separator = ""
     alone = _ids(tokenizer, prompt)
     text = prompt + separator + target
@@ -96,6 +97,57 @@ def check_text(name: str, text: Any) -> None:
         raise TypeError(f"The {name} is {shown(text)}, of type {type(text).__name__}; it must be a str.")
     if not is_text(text):
         raise ValueError(f"The {name} is {shown(text)}: it holds half a surrogate pair, which is no character.")
+
+
+_NO_SPACES = (
+    (0x0E00, 0x0EFF),  # Thai, Lao
+    (0x1000, 0x109F),  # Burmese
+    (0x1780, 0x17FF),  # Khmer
+    (0x2E80, 0x312F),  # CJK radicals and punctuation, Kana, Bopomofo
+    (0x31A0, 0x4DBF),
+    (0x4E00, 0x9FFF),
+    (0xF900, 0xFAFF),
+    (0xFF00, 0xFFEF),  # full-width forms
+    (0x20000, 0x323AF),
+)
+"""Code points of scripts that put no space between words; Korean does."""
+
+
+def _no_spaces(character: str) -> bool:
+    return any(first <= ord(character) <= last for first, last in _NO_SPACES)
+
+
+_MARK = "mendfast-was-here"
+
+
+def has_template(tokenizer: Any) -> bool:
+    return getattr(tokenizer, "chat_template", None) is not None
+
+
+def chat_prompt(tokenizer: Any, prompt: str, system: str | None = None) -> str:
+    """The prompt as the user's turn of the tokenizer's own chat template, up to where the answer begins."""
+    messages = [{"role": "user", "content": prompt}]
+    if system is not None:
+        messages.insert(0, {"role": "system", "content": system})
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+
+def end_of_turn(tokenizer: Any) -> str:
+    """What the chat template ends the assistant's turn with: the first special token after its text.
+
+    It need not be ``eos_token``. A ValueError if the template puts no special token there, nor is there an EOS.
+    """
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _MARK}]
+    after = tokenizer.apply_chat_template(turns, tokenize=False).rpartition(_MARK)[2]
+    special = set(tokenizer.all_special_ids) | {
+        i for i, token in getattr(tokenizer, "added_tokens_decoder", {}).items() if token.special
+    }
+    for index in _ids(tokenizer, after):
+        if index in special:
+            return tokenizer.convert_ids_to_tokens(index)
+    if tokenizer.eos_token is None:
+        raise ValueError("The chat template ends an answer with no special token, and the tokenizer has no EOS.")
+    return tokenizer.eos_token
 
 
 def encode_prompt(tokenizer: Any, prompt: str, *, encoder_decoder: bool = False) -> list[int]:
