@@ -236,6 +236,7 @@ class MendEditor(nn.Module):
         except KeyError:
             raise ValueError(f"The classifier has no label {target!r}; it has {', '.join(names)}.") from None
 
+    @torch.inference_mode(False)
     def edit_tokens(self, batch: Batch) -> Edit:
         """The edit for tokenised examples: the sum of the separate updates. The model is untouched.
 
@@ -270,6 +271,8 @@ class MendEditor(nn.Module):
         """
         self._check(batch)
         batch = to_device(batch, execution_device(self.model.get_input_embeddings()))
+        # made within torch.inference_mode, they couldn't be kept for the backward pass
+        batch = {name: value.clone() if value.is_inference() else value for name, value in batch.items()}
         size = batch["labels"].shape[0]
         with capture(self.model, self.layers, size) as captured:
             rows = target_rows(self.model, batch, for_nll=True)
