@@ -174,8 +174,9 @@ class Edit:
 
     @torch.no_grad()
     def _digest(self, model: nn.Module) -> tuple | None:
-        names = [layer.name for layer in find_layers(model, list(self.factors))]
-        return measured({name: (u, d, float(a)) for name, (u, d, a) in zip(names, self.factors.values(), strict=True)})[0]
+        layers = find_layers(model, list(self.factors))
+        named = zip(layers, self.factors.values(), strict=True)
+        return measured({layer.name: (u, delta.to(u.device), float(alpha)) for layer, (u, delta, alpha) in named})[0]
 
     def _layers(self, model: nn.Module) -> list[Layer]:
         kind = getattr(getattr(unwrapped(model), "config", None), "model_type", None)

@@ -184,9 +184,7 @@ class Ledger:
             before = weight.backup.to(present.device, torch.float64)
             after = before.clone()
             for u in weight.updates:
-                reference.rank1_update_(
-                    after, u.u.to(after.device), u.delta.to(after.device), u.alpha, layout=u.layout
-                )
+                reference.rank1_update_(after, u.u.to(after.device), u.delta.to(after.device), u.alpha, layout=u.layout)
             intended, applied = after - before, present - before
             norm = intended.norm()
             result[name] = float((applied - intended).norm() / norm) if norm > 0 else 0.0
@@ -211,9 +209,7 @@ class Ledger:
         for layer in found:
             check_writable(layer)
         check_untied(self.model, found)
-        own = {
-            layer.name: own_factors(layer, *factor) for layer, factor in zip(found, factors.values(), strict=True)
-        }
+        own = {layer.name: own_factors(layer, *factor) for layer, factor in zip(found, factors.values(), strict=True)}
         digest, bounds = measured(own)
         if not all(map(math.isfinite, bounds)):
             us, deltas, alphas = zip(*own.values(), strict=True)
@@ -263,8 +259,7 @@ class Ledger:
         for name, weight in touched.items():
             if weight.backup is None:
                 raise ValueError(
-                    f"{name} was edited without a backup (backup='none'); its earlier bits are "
-                    "gone. Reload the model."
+                    f"{name} was edited without a backup (backup='none'); its earlier bits are gone. Reload the model."
                 )
         layers = self._layers(touched)
         before, after = self._verified(layers, touched), {}
@@ -453,5 +448,3 @@ def _foreign(name: str) -> str:
         "another tool, a conversion to a narrower dtype and back), so the edits can't be told from that. Nothing was "
         "changed; reload the model, or keep the weights as they are: mendfast.forget_edits(model)."
     )
-
-
