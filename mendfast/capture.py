@@ -19,6 +19,7 @@ from torch import nn
 
 from . import ops
 from .layers import Layer, unwrapped
+from .ledger import settle
 from .locks import exclusive, holding
 from .ops.few_rows import frozen_forwards
 
@@ -158,8 +159,9 @@ def capture(model: nn.Module, layers: Sequence[Layer], batch_size: int) -> Itera
     compiled model runs uncompiled: what the compiler made of it knows no hooks.
 
     Raises:
-        ValueError: weights that were made within torch.inference_mode.
+        ValueError: weights that were made within torch.inference_mode, or that an interrupted edit left half written.
     """
+    settle(model)
     if made := [layer.name for layer in layers if getattr(layer.weight, "is_inference", bool)()]:
         raise ValueError(
             f"{made[0]} was made within torch.inference_mode, and no gradient passes such a tensor; "

@@ -14,7 +14,7 @@ from torch import nn
 from .capture import lowrank_updates
 from .files import read_tensors, write_tensors
 from .layers import Layer, find_layers, unwrapped
-from .ledger import ledger_of
+from .ledger import ledger_of, settle
 from .updates import measured
 
 
@@ -111,7 +111,7 @@ class Edit:
         checkpointing runs the forward pass again then. ``model.save_pretrained`` refuses: it would write the
         unedited weights.
         """
-        ledger_of(model).settle()
+        settle(model)
         layers = self._layers(model)
         factors = dict(zip((layer.name for layer in layers), self.factors.values(), strict=True))
         with lowrank_updates(layers, factors, model):

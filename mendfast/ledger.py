@@ -45,7 +45,7 @@ from .updates import (
     rebuild,
 )
 
-__all__ = ["BACKUPS", "ROUNDINGS", "Ledger", "forget_edits", "ledger_of", "lock_of", "revert_all"]
+__all__ = ["BACKUPS", "ROUNDINGS", "Ledger", "forget_edits", "ledger_of", "lock_of", "revert_all", "settle"]
 
 log = logging.getLogger("mendfast")
 
@@ -422,6 +422,12 @@ def ledger_of(model: nn.Module) -> Ledger:
     if found.model is None:  # a shallow copy that outlived the original
         found._model = weakref.ref(model)
     return found
+
+
+def settle(model: nn.Module) -> None:
+    """Undo what an interrupted change of ``model`` left; a ValueError where that can't be."""
+    if isinstance(found := vars(unwrapped(model)).get(_ATTRIBUTE), Ledger):
+        found.settle()
 
 
 def revert_all(model: nn.Module) -> None:

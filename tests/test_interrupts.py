@@ -166,7 +166,6 @@ def test_making_an_edit_leaves_nothing_behind(architecture, step):
 
 def test_attaching_leaves_nothing_behind(edits):
     model = make_model("gpt2")
-    ledger_of(model)
     before, batch = traces(model), make_batch("gpt2")
 
     def call():
