@@ -17,7 +17,7 @@ from .config import MendConfig
 from .edit import Edit, EditRequest
 from .files import read_tensors, write_tensors
 from .labels import class_ids, collate, encode_pair, pad_token_id
-from .layers import device_of, execution_device, find_layers
+from .layers import device_of, execution_device, find_layers, unwrapped
 from .network import EditorNetwork, Gather
 from .objective import IGNORE, Batch, context_length, model_kind, nll, target_rows, to_device
 from .ops import all_finite
@@ -41,6 +41,7 @@ class MendEditor(nn.Module):
     def __init__(self, model: nn.Module, tokenizer: Any = None, config: MendConfig | None = None):
         super().__init__()
         config = config or MendConfig()
+        model = unwrapped(model)
         self._outside = (model, tokenizer)  # a tuple, so that nn.Module registers neither
         self.kind = model_kind(model)
         self.layers = find_layers(model, config.layers)

@@ -144,12 +144,14 @@ class Ledger:
         self._change(self._without(self._applications(handles, digest_of, "revert")))
 
     @_exclusively
-    def replace(self, handle: object, factors: Factors, *, backup: str = "cpu") -> None:
+    def replace(
+        self, handle: object, factors: Factors, *, backup: str = "cpu", rounding: str = "nearest", seed: int = 0
+    ) -> None:
         """Revert ``handle``, if it is applied, and apply it with these factors, in one change: the weights never hold
         neither. It becomes the newest."""
         first = self._without([a for a in self._all_applications() if a.handle is handle])
         weights = {**self._weights, **first.before, **first.after}
-        then = self._planned(weights, handle, factors, backup, "nearest", 0, True)
+        then = self._planned(weights, handle, factors, backup, rounding, seed, again=True)
         self._change(
             _Plan(
                 {**then.layers, **first.layers},

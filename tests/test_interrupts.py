@@ -180,7 +180,7 @@ def test_attaching_leaves_nothing_behind(edits):
 
 
 class TestThreads:
-    ROUNDS = 150
+    ROUNDS = 250
 
     def together(self, *calls) -> None:
         errors = []

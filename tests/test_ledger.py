@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import io
+import subprocess
+import sys
 import time
 
 import pytest
@@ -368,6 +370,37 @@ class TestWrapped:
         assert not torch.allclose(logits(call, batch), plain)
         edit.revert_(model)
         assert all(torch.equal(v, clean[k.replace("_orig_mod.", "")]) for k, v in model.state_dict().items())
+
+    def test_what_is_compiled_within_the_block_does_not_outlive_it(self):
+        """Where the compiler is loaded by then."""
+        script = """
+import sys, torch
+from mendfast import Edit
+model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+edit = Edit({"0.weight": (torch.ones(1, 4), torch.ones(1, 4), 1.0)})
+x, compiled = torch.ones(2, 4), None
+plain = model(x)
+assert "torch._dynamo" not in sys.modules
+with edit.attached(model):
+    compiled = torch.compile(model, backend="eager")
+    assert torch.allclose(compiled(x), plain - 4)
+    with edit.attached(model):
+        assert torch.allclose(compiled(x), plain - 8)
+    assert torch.allclose(compiled(x), plain - 4)
+assert torch.allclose(compiled(x), plain)
+"""
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+    @pytest.mark.parametrize("wrap", [torch.nn.DataParallel, lambda m: torch.compile(m, backend="eager")])
+    def test_an_editor_of_a_wrapped_model(self, wrap):
+        for name in ("gpt2", "bert"):
+            model, batch = make_model(name), make_batch(name, left=name == "gpt2")
+            expected = MendEditor.from_model(model, None, MendConfig(**SMALL)).edit_tokens(batch)
+            made = MendEditor.from_model(wrap(model), None, MendConfig(**SMALL)).edit_tokens(batch)
+            assert list(made.factors) == list(expected.factors)
+            for one, two in zip(made.factors.values(), expected.factors.values(), strict=True):
+                assert torch.equal(one.u, two.u) and torch.equal(one.delta, two.delta)
 
     def test_names_of_wrappers_are_looked_through(self, edits, model):
         before = state(model)
