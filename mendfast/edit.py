@@ -42,7 +42,8 @@ class Edit:
         model_type: the kind of model it was made for (``model.config.model_type``), checked on use.
         requests: the edits it makes, for people to read.
 
-    The same Edit can be applied to a model once at a time. Edits of one model stack and come out in any order.
+    The same Edit is applied to a model once, unless one insists (``apply_(..., again=True)``).
+    Edits of one model stack and come out in any order.
     """
 
     def __init__(

@@ -26,9 +26,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import backends, ops, reference
+from . import ops, reference
 from .layers import Layer, check_untied, check_writable, find_layers, unwrapped
 from .locks import exclusive, lock_of
+from .ops.rank1_update import _choose
 from .updates import (
     Application,
     Conversion,
@@ -236,12 +237,10 @@ class Ledger:
         application = Application(handle, digest, next(self._numbers))
         before, after, saved = {}, {}, {}
         for i, ((name, layer), bound) in enumerate(zip(layers.items(), bounds, strict=True)):
-            present, backend = layer.weight, backends.choose("rank1_update_", layer.weight.device)
-            if present.dtype == torch.float64 and backend != "reference":
-                backend = "aten"
+            present = layer.weight
             limit = torch.finfo(present.dtype)
             update = Update(
-                application, *own[name], layer.layout, rounding, seed + i, backend,
+                application, *own[name], layer.layout, rounding, seed + i, _choose(present, None),
                 # below half a unit in the last place of the largest number nothing finite becomes infinite
                 large=not bound < limit.max * limit.eps / 8,
             )  # fmt: skip
