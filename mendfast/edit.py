@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from . import ops
 from .capture import lowrank_updates
 from .files import read_tensors, write_tensors
-from .layers import Layer, check_untied, check_writable, find_layers
-from .ledger import BACKUPS, Update, ledger_of
+from .layers import Layer, find_layers, unwrapped
+from .ledger import ledger_of, settle
 from .schema import brief, check_real, parse_json, shown, some
+from .updates import measured
 
 
 class Factor(NamedTuple):
@@ -45,7 +45,8 @@ class Edit:
         model_type: the kind of model it was made for (``model.config.model_type``), checked on use.
         requests: the edits it makes, for people to read.
 
-    The same Edit can be applied to a model once at a time. Edits of one model stack and come out in any order.
+    The same Edit is applied to a model once, unless one insists (``apply_(..., again=True)``).
+    Edits of one model stack and come out in any order.
     """
 
     def __init__(
@@ -108,13 +109,28 @@ class Edit:
     def attached(self, model: nn.Module) -> Iterator[nn.Module]:
         """Within the block ``model`` answers as edited; its weights are not touched, nor copied.
 
-        Works on frozen, quantised and sharded weights too. Blocks nest: the updates add up.
+        Works on frozen, quantised and sharded weights too. Blocks nest: the updates add up. Every pass within the
+        block sees the edit, those of other threads included; a copy of the model made within it does not. A compiled
+        model runs uncompiled meanwhile. In training, call ``backward`` within the block, since activation
+        checkpointing runs the forward pass again then. ``model.save_pretrained`` refuses: it would write the
+        unedited weights.
         """
-        with lowrank_updates(self._layers(model), self.factors):
+        settle(model)
+        layers = self._layers(model)
+        factors = dict(zip((layer.name for layer in layers), self.factors.values(), strict=True))
+        with lowrank_updates(layers, factors, model):
             yield model
 
-    def apply_(self, model: nn.Module, *, backup: str = "cpu", rounding: str = "nearest", seed: int = 0) -> Edit:
+    def apply_(
+        self, model: nn.Module, *, backup: str = "cpu", rounding: str = "nearest", seed: int = 0, again: bool = False
+    ) -> Edit:
         """Write the update into the model's weights, all of them or none.
+
+        That holds through interrupts too, with one exception: weights that have no backup can't be brought back
+        when an interrupt strikes between two of them. The model then refuses all further edits, and says why.
+        Threads may edit one model at a time each; a pass that runs while another thread writes sees a mixture, unless
+        it holds the lock: ``with mendfast.ledger.lock_of(model): model(...)``. A process that is forked after PyTorch
+        has used its threads hangs in its first update, as in any other parallel operation: start it by "spawn".
 
         Args:
             backup: where the bits of the unedited weights are kept for :meth:`revert_`: "cpu" (pinned when
@@ -122,52 +138,56 @@ class Edit:
                 of each edited weight, however many edits are stacked. Of weights on the CPU its memory is kept,
                 after the last edit was taken out, for the next.
             rounding: "nearest", or "stochastic", which keeps small updates of 16-bit weights from vanishing.
-            seed: of stochastic rounding.
+            seed: of stochastic rounding, 0 to 2^63 - 1.
+            again: apply it even if this edit, or one with the same factors, is applied already.
 
         Raises:
-            ValueError: before anything is written: the edit is applied already, was made for another model,
-                holds NaN or infinity, or a weight can't be written in place (quantised, sharded, tied, meta).
+            ValueError, TypeError: the edit is applied already, was made for another model, does not fit, holds NaN
+                or infinity or would put infinity into a weight, a weight can't be written in place (quantised,
+                sharded, tied, meta), or something else has written to an edited weight. Nothing is changed then.
         """
-        if backup not in BACKUPS:
-            raise ValueError(f"backup is {backup!r}; choose one of {', '.join(BACKUPS)}.")
-        if rounding not in ("nearest", "stochastic"):
-            raise ValueError(f"rounding is {rounding!r}; choose 'nearest' or 'stochastic'.")
-        layers = self._layers(model)
-        for layer in layers:
-            check_writable(layer)
-        check_untied(model, layers)
-        us, deltas, alphas = zip(*(self.factors[layer.name] for layer in layers), strict=True)
-        ops.check_finite(us, deltas, alphas, [layer.name for layer in layers])
-        updates = [
-            Update(layer, *self.factors[layer.name], rounding=rounding, seed=seed + i) for i, layer in enumerate(layers)
-        ]
-        ledger_of(model).apply(self, updates, backup)
+        self._layers(model)
+        ledger_of(model).apply(self, self.factors, backup=backup, rounding=rounding, seed=seed, again=again)
         return self
 
     def revert_(self, model: nn.Module) -> Edit:
         """Take the update out again: the weights become, bit for bit, what they would be without this edit.
 
-        Other edits may have been applied before or since, and stay.
+        Other edits may have been applied before or since, and stay; they are replayed, so that taking out many is
+        faster by :meth:`revert_many` or :func:`mendfast.revert_all`. An edit with the same factors, loaded from a file
+        perhaps, does as well as the one that was applied. A model that was converted since (``half()``, ``to()``)
+        becomes what it would be, had it been converted without this edit.
 
         Raises:
             ValueError: the edit is not applied to ``model``, was applied without a backup, or something else
-                has written to the weights since (then no order of updates gives what the caller wants).
+                has written to the weights since (then no order of updates gives what the caller wants). What was
+                written stays.
         """
-        ledger_of(model).revert(self)
-        return self
+        return Edit.revert_many([self], model)[0]
+
+    @staticmethod
+    def revert_many(edits: Sequence[Edit], model: nn.Module) -> Sequence[Edit]:
+        """:meth:`revert_` of all of them, or of none, with one replay of the edits that stay."""
+        ledger_of(model).revert(edits, lambda edit: edit._digest(model))
+        return edits
 
     def fidelity(self, model: nn.Module) -> dict[str, float]:
         """Per weight ||applied - intended|| / ||intended||: what rounding cost. The edit must be applied, with
         a backup. 16-bit weights lose the part of an update that is below half a unit in their last place."""
-        return ledger_of(model).fidelity(self)
+        return ledger_of(model).fidelity(self, lambda edit: edit._digest(model))
+
+    @torch.no_grad()
+    def _digest(self, model: nn.Module) -> tuple | None:
+        layers = find_layers(model, list(self.factors))
+        named = zip(layers, self.factors.values(), strict=True)
+        return measured({layer.name: (u, delta.to(u.device), float(alpha)) for layer, (u, delta, alpha) in named})[0]
 
     def _layers(self, model: nn.Module) -> list[Layer]:
-        kind = getattr(getattr(model, "config", None), "model_type", None)
+        kind = getattr(getattr(unwrapped(model), "config", None), "model_type", None)
         if self.model_type is not None and kind is not None and kind != self.model_type:
             raise ValueError(f"This edit was made for a {self.model_type} model; this one is a {kind}.")
         layers = find_layers(model, list(self.factors))
-        for layer in layers:
-            u, delta, _ = self.factors[layer.name]
+        for layer, (u, delta, _) in zip(layers, self.factors.values(), strict=True):
             if (u.shape[1], delta.shape[1]) != layer.shape:
                 raise ValueError(
                     f"This edit was made for another model: it holds {layer.name} with {u.shape[1]} inputs and "

@@ -24,7 +24,7 @@ from .labels import (
     has_template,
     pad_token_id,
 )
-from .layers import device_of, execution_device, find_layers
+from .layers import device_of, execution_device, find_layers, unwrapped
 from .objective import IGNORE, Batch, context_length, model_kind, nll, target_rows, to_device
 
 log = logging.getLogger("mendfast")
@@ -58,6 +58,7 @@ class EditableModel:
 
     def __init__(self, model: nn.Module, tokenizer: Any = None, config: MendConfig | None = None):
         config = config or MendConfig()
+        model = unwrapped(model)
         self._outside = (model, tokenizer)  # a tuple, so that an editor, an nn.Module, registers neither
         self.kind = model_kind(model)
         self.layers = find_layers(model, config.layers)
@@ -214,6 +215,8 @@ class EditableModel:
             ValueError: labels that are all -100 or of the wrong shape, inputs longer than the context.
         """
         self.check(batch)
+        # made within torch.inference_mode, they couldn't be kept for the backward pass
+        batch = {name: value.clone() if value.is_inference() else value for name, value in batch.items()}
         batch = to_device(batch, execution_device(self.model.get_input_embeddings()))
         size = batch["labels"].shape[0]
         with capture(self.model, self.layers, size) as captured:

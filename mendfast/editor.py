@@ -249,6 +249,7 @@ class MendEditor(EditableModel, nn.Module):
         edit.requests = tuple(requests)
         return edit
 
+    @torch.inference_mode(False)
     def edit_tokens(self, batch: Batch) -> Edit:
         """The edit for tokenised examples: the sum of the separate updates. The model is untouched.
 
@@ -264,6 +265,7 @@ class MendEditor(EditableModel, nn.Module):
             factors = self._aggregated(self._rows_of(batch), 1 << 62, 1)
         return Edit({name: (u[0], d[0], float(a)) for name, (u, d, a) in factors.items()}, self.model.config.model_type)
 
+    @torch.inference_mode(False)
     def wanted(self, batch: Batch) -> dict[str, Wanted]:
         """What the edits of a batch want of each layer: the rows that :class:`mendfast.EditMemory` keeps.
 

@@ -399,10 +399,10 @@ def test_gates_have_their_shapes_and_bounds_and_make_the_update_of_the_equation(
     with torch.no_grad():
         gates = system.network(system.condition(batch))
     edit = system.edit_tokens(batch)
-    before = [layer.weight.detach().clone() for layer in system.layers]
-    gradients = [gradient(model, layer, batch) for layer in system.layers]
+    before = [layer.weight.detach().clone() for layer in system.subject.layers]
+    gradients = [gradient(model, layer, batch) for layer in system.subject.layers]
     edit.apply_(model)
-    for layer, gate, old, grad in zip(system.layers, gates, before, gradients, strict=True):
+    for layer, gate, old, grad in zip(system.subject.layers, gates, before, gradients, strict=True):
         assert gate.alpha.shape == gate.beta.shape == (1, layer.n)
         assert gate.gamma.shape == gate.delta.shape == (1, layer.m)
         assert 0 < gate.scale.item() < 0.7
@@ -433,7 +433,7 @@ def test_the_condition_is_input_old_answer_and_new_answer(name, tokenizer):
             assert [old, new] == [[words + 2 + int(label[-1])] for label in (old_label, target)]
         else:
             assert new == tokenizer(f" {target}" if name == "gpt2" else target)["input_ids"]
-            with frozen(system.model):
+            with frozen(system.subject.model):
                 (expected,) = answer(system.subject, [prompt], max_new_tokens=8)
             assert old and tokenizer.decode(old, skip_special_tokens=True).strip() == expected
     with torch.no_grad():

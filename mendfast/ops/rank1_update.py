@@ -276,6 +276,11 @@ def _impl(weights, us, deltas, alphas, in_out, seeds, stochastic, backend) -> No
         check_finite(us, deltas, alphas)
     elif not all(map(math.isfinite, alphas)):
         check_finite((), (), alphas)
+    unchecked_group_(weights, us, deltas, alphas, in_out, seeds, stochastic, backend)
+
+
+def unchecked_group_(weights, us, deltas, alphas, in_out, seeds, stochastic, backend) -> None:
+    """What :func:`rank1_update_group_` does once all is found to be right: for arguments that it has taken before."""
     everything = zip(weights, us, deltas, alphas, in_out, seeds, strict=True)
     arguments = [a for a in everything if a[0].numel() and a[1].shape[0]]
     if not arguments:
