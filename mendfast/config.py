@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from .files import atomic_write
+from .types import PRECISIONS
 
 FORMAT_VERSION = 1
 SIDES = ("both", "u", "delta", "smaller", "separate")
-PRECISIONS = ("tf32x3", "ieee", "tf32")
 REDUCTIONS = ("edit", "batch")
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-IGNORE = -100
+from .types import IGNORE
 
 
 def encode_pair(

@@ -13,8 +13,8 @@ from torch import nn
 from . import ops
 from .capture import replaced_forwards
 from .ops.linear_nll import Logits, serves
+from .types import IGNORE
 
-IGNORE = -100
 Batch = Mapping[str, torch.Tensor]
 
 

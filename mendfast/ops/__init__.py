@@ -1,6 +1,6 @@
 """The ops: each has the name and arguments of its twin in :mod:`mendfast.reference`, and a ``backend``."""
 
-from ._common import all_finite, checking
+from ._common import all_finite, checking, non_finite
 from .editor_mlp import editor_mlp
 from .kl_divergence import kl_divergence, kl_divergence_rows
 from .lowrank_linear import lowrank_linear
@@ -16,6 +16,7 @@ __all__ = [
     "kl_divergence",
     "kl_divergence_rows",
     "lowrank_linear",
+    "non_finite",
     "rank1_update_",
     "rank1_update_group_",
     "running_stats_",
