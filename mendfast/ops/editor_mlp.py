@@ -218,9 +218,14 @@ def _kind(u, params) -> torch.dtype:
 def _normalise(u, delta, stats, kind) -> torch.Tensor:
     z = torch.cat([u.to(kind), delta.to(kind)], dim=1)
     if stats:
-        u_mean, u_std, delta_mean, delta_std = stats
-        z.sub_(torch.cat([u_mean, delta_mean])).div_(torch.cat([u_std, delta_std]).add_(EPS))
+        u_mean, _, delta_mean, _ = stats
+        z.sub_(torch.cat([u_mean, delta_mean])).div_(_deviations(stats, kind))
     return z
+
+
+def _deviations(stats, kind) -> torch.Tensor:
+    """sigma + 1e-7 of both sides, the sum in the type that divides by it."""
+    return torch.cat([stats[1], stats[3]]).to(kind, copy=True).add_(EPS)
 
 
 def _parts(mode, n_rows) -> list[tuple]:
@@ -318,7 +323,7 @@ def _library_bwd(grad_u, grad_delta, u, delta, stats, blocks, saved, mode, *, re
         out += [g.to(p.dtype) for g, p in zip(own, (p for p in block if p is not None), strict=True)]
     if needs_rows:
         if stats:
-            grad = grad / torch.cat([stats[1], stats[3]]).add_(EPS)
+            grad = grad / _deviations(stats, kind)
         m = u.shape[1]
         out += [grad[:, :m].to(u.dtype, copy=True), grad[:, m:].to(delta.dtype, copy=True)]
     return out
