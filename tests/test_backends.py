@@ -1,5 +1,8 @@
 """Which backend serves what: the table, as plain functions of device, capability and dtypes, and the choice."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -151,3 +154,14 @@ def test_what_three_tf32_products_drop():
     three = cut[:, None] * high + high[:, None] * cut + high[:, None] * high
     worst = ((a * b - three) / (a * b)).abs().max()
     assert 2**-21 < worst <= TF32X3
+
+
+@pytest.mark.parametrize("op", backends.TABLE)
+def test_an_op_s_page_names_its_backends(op):
+    """docs/ops: one page each, with the rows of the table in their order."""
+    folder = Path(__file__).parents[1] / "docs" / "ops"
+    if not folder.is_dir():
+        pytest.skip("an installation without its documentation")
+    page = folder / ("few_rows.md" if op == "frozen_linear" else f"{op.rstrip('_')}.md")
+    section = page.read_text().split("## Backends")[1]
+    assert re.findall(r"^\| `(\w+)` \|", section, re.M) == list(backends.TABLE[op])
