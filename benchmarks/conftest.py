@@ -17,7 +17,7 @@ import pytest
 
 from mendfast.files import atomic_write
 
-from . import machine, report
+from . import machine, readings, report
 from .contest import QUICK_AMOUNT, Contest, set_floor
 
 _ROWS, _LEFT = pytest.StashKey[list[dict]](), pytest.StashKey[list[str]]()
@@ -108,7 +108,7 @@ def _machine() -> dict:
 def _kept(path: Path) -> dict:
     """What the file holds of the same commit, or nothing."""
     if path is not None and path.is_file():
-        result = report.load(path)
+        result = readings.load(path)
         if result["machine"]["commit"] == _machine()["commit"]:
             return result
     return {"rows": [], "need_a_gpu": []}

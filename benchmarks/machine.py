@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from mendfast.doctor import cpu_name
+from mendfast.commands.doctor import cpu_name
 
 PACKAGES = ("mendfast", "torch", "triton", "transformers", "numpy", "pytest-benchmark", "liger-kernel")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from .report import OURS, PLOTS, identity, opponents, seconds
+from .readings import OURS, PLOTS, identity, opponents, seconds
 
 
 def draw(result: dict, folder: Path) -> list[Path]:

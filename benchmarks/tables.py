@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mendfast.tasks.eval_report import markdown
+from mendfast.commands.eval_report import markdown
 
 from .report import ROOT, check, replace_block
 

@@ -89,14 +89,16 @@ def _demo(commands: Any) -> None:
 def _run_demo(arguments: argparse.Namespace) -> dict:
     from rich.console import Console
 
-    from .demo import build, run
+    from .commands import demo
+    from .commands.loading import quiet
+    from .demo import build
 
-    _quiet(arguments)
+    quiet(arguments)
     assets = Path(arguments.assets) if arguments.assets else build.ASSETS
     if arguments.retrain:
         build.retrain(assets)
     plot = arguments.plot if arguments.full else None
-    return run.run(full=arguments.full, assets=assets, plot=plot, console=Console())
+    return demo.run(full=arguments.full, assets=assets, plot=plot, console=Console())
 
 
 # -- edit --------------------------------------------------------------------------------------------------
@@ -117,67 +119,17 @@ def _edit(commands: Any) -> None:
     command.add_argument("--ask", action="append", default=[], help="another question to show; may be repeated")
 
 
-def _quiet(arguments: argparse.Namespace) -> None:
-    """No progress bars for what loads in a moment."""
-    from transformers.utils import logging as hf_logging
-
-    if not arguments.verbose:
-        hf_logging.disable_progress_bar()
-
-
-def load_editor(arguments: argparse.Namespace) -> Any:
-    """The editor and model that the options name, the demo's by default."""
-    from .demo import build
-
-    if (arguments.model is None) != (arguments.editor is None):
-        raise ValueError("Pass both --model and --editor, since an editor serves one model; or neither: the demo's.")
-    _quiet(arguments)
-    if arguments.model is None:
-        return build.load()
-    from .editor import MendEditor
-
-    model, tokenizer = load_model(arguments.model, arguments)
-    return MendEditor.from_pretrained(arguments.editor, model, tokenizer)
-
-
-def load_model(name: str, arguments: argparse.Namespace) -> tuple[Any, Any]:
-    """A Hugging Face model of whichever kind its configuration names, and its tokenizer."""
-    import torch
-    import transformers as hf
-
-    try:
-        config = hf.AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise FileNotFoundError(f"{name!r} is no model here, and the Hub did not give it either: {error}") from error
-    names = config.architectures or []
-    kind = hf.AutoModelForCausalLM
-    if any("SequenceClassification" in n for n in names):
-        kind = hf.AutoModelForSequenceClassification
-    elif config.is_encoder_decoder:
-        kind = hf.AutoModelForSeq2SeqLM
-    dtype = arguments.dtype if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
-    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    options: dict[str, Any] = {"device_map": getattr(arguments, "device_map", None)}
-    if quantize := getattr(arguments, "quantize", None):
-        options["quantization_config"] = hf.BitsAndBytesConfig(**{f"load_in_{quantize}": True})
-        options["device_map"] = options["device_map"] or device
-    try:
-        model = kind.from_pretrained(name, dtype=dtype, **options)
-    except ImportError as error:
-        raise RuntimeError(f"{name} can't be loaded so: {error}") from error
-    # A device map has placed the model already.
-    return (model if options["device_map"] else model.to(device)).eval(), hf.AutoTokenizer.from_pretrained(name)
-
-
 def _run_edit(arguments: argparse.Namespace) -> dict | None:
     from rich.console import Console
+
+    from .commands.loading import load_editor
 
     console = Console()
     if (arguments.prompt is None) != (arguments.target is None):
         raise ValueError("Pass both --prompt and --target, or neither to try edits interactively.")
     editor = load_editor(arguments)
     if arguments.prompt is None:
-        from .interactive import interact
+        from .commands.interactive import interact
 
         interact(editor, console)
         return None
@@ -206,7 +158,7 @@ def _run_edit(arguments: argparse.Namespace) -> dict | None:
 def _train(commands: Any) -> None:
     from dataclasses import fields
 
-    from .tasks.task import TASKS
+    from .tasks.load import TASKS
     from .training.loop import TrainConfig
 
     command = _command(
@@ -249,7 +201,7 @@ def _train(commands: Any) -> None:
 
 
 def _run_train(arguments: argparse.Namespace) -> dict:
-    from .tasks.train import train
+    from .commands.train import train
 
     return train(arguments)
 
@@ -260,8 +212,8 @@ def _run_train(arguments: argparse.Namespace) -> dict:
 def _eval(commands: Any) -> None:
     from dataclasses import fields
 
-    from .tasks.evaluate import FITTED_WITH, SIZES, TABLES
-    from .tasks.task import TASKS
+    from .commands.evaluate import FITTED_WITH, SIZES, TABLES
+    from .tasks.load import TASKS
     from .training.loop import TrainConfig
 
     command = _command(
@@ -295,7 +247,8 @@ def _eval(commands: Any) -> None:
 
 
 def _run_eval(arguments: argparse.Namespace) -> dict:
-    from .tasks.evaluate import evaluate
+    from .commands.evaluate import evaluate
+    from .commands.loading import load_editor
 
     return evaluate(load_editor(arguments), arguments)
 
@@ -316,7 +269,7 @@ def _doctor(commands: Any) -> None:
 def _run_doctor(arguments: argparse.Namespace) -> dict:
     from rich.console import Console
 
-    from .doctor import examine
+    from .commands.doctor import examine
 
     return examine(Console())
 

@@ -34,3 +34,20 @@ class Block(NamedTuple):
     b: torch.Tensor  # [D]
     s: torch.Tensor | None = None  # [modes, D]
     o: torch.Tensor | None = None  # [modes, D]
+
+
+class Spectrum(NamedTuple):
+    """A second moment C = Q diag(values) Q^T + rest (I - Q Q^T), [m, m]: its leading k eigenvectors, and one number
+    for all other directions. With k = m it is C, and ``rest`` plays no part; with k = 0 a multiple of I."""
+
+    values: torch.Tensor  # [k] >= 0, float64
+    vectors: torch.Tensor  # [m, k], orthonormal columns, float64 (float32 is taken too)
+    rest: torch.Tensor  # [] >= 0, float64
+
+    def trace(self) -> torch.Tensor:
+        """tr(C), [] float64: E |x|^2."""
+        m, k = self.vectors.shape
+        return self.values.sum() + (m - k) * self.rest
+
+    def to(self, device: torch.device | str) -> Spectrum:
+        return Spectrum(*(part.to(device) for part in self))

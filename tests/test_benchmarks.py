@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import contest, counts, machine, plots, report, shapes, tables
+from benchmarks import contest, counts, machine, plots, readings, report, shapes, tables
 from benchmarks.contest import Contest, Contestant, Work
 from mendfast.objective import target_rows
 
@@ -58,7 +58,7 @@ def test_a_row_holds_what_it_took_and_the_floor(rows):
     assert row["floor_s"] == pytest.approx(5e-3)
     assert row["times_floor"] == pytest.approx(ours["median_s"] / 5e-3)
     assert row["contestants"]["reference"]["median_s"] < 0.02
-    assert report.losses([row])[0][1] == "reference"
+    assert readings.losses([row])[0][1] == "reference"
 
 
 def test_floor_is_the_larger_of_bytes_and_operations(rows):
@@ -92,7 +92,7 @@ def test_an_opponent_without_memory_is_reported_and_we_are_not_excused(rows):
         raise torch.OutOfMemoryError("full")
 
     row = race(rows, {"mendfast": lambda x: x, "naive": full}, reference=None)
-    assert row["contestants"]["naive"] == {"error": "out of memory"} and report.opponents(row) == {}
+    assert row["contestants"]["naive"] == {"error": "out of memory"} and readings.opponents(row) == {}
     with pytest.raises(torch.OutOfMemoryError):
         race(rows, {"mendfast": full, "naive": lambda x: x}, reference=None)
 
@@ -171,7 +171,7 @@ def test_comparison_fails_past_the_tolerance(tmp_path, capsys):
     assert report.compare(old, result(a=0.11, b=0.1, c=0.1), 0.2)[1] == []
     with pytest.raises(ValueError, match="no result"):
         paths[0].write_text("{}")
-        report.load(paths[0])
+        readings.load(paths[0])
 
 
 def test_report_says_where_it_loses_and_what_was_not_measured():
@@ -205,7 +205,7 @@ def test_readme_holds_what_the_results_say(capsys):
 
 
 def test_a_committed_result_describes_itself():
-    results = report.latest()
+    results = readings.latest()
     assert results
     for content in results:
         described = content["machine"]

@@ -12,10 +12,11 @@ from make_qa import write
 from transformers import AutoModelForSequenceClassification
 
 from mendfast import Edit
+from mendfast.base_model import small_bert, train_wordpiece
 from mendfast.cli import main
-from mendfast.demo import build, run
+from mendfast.commands import demo as run
+from mendfast.demo import build
 from mendfast.generation import answer
-from mendfast.training.base import small_bert, train_wordpiece
 
 
 def mendfast(*arguments: str, typed: str | None = None) -> subprocess.CompletedProcess:

@@ -6,7 +6,9 @@ import torch
 from rich.console import Console
 
 from mendfast import MendEditor
-from mendfast.demo import build, run
+from mendfast.commands import demo as run
+from mendfast.demo import build
+from mendfast.tasks import world
 from mendfast.training import TrainConfig
 
 
@@ -22,9 +24,9 @@ def test_shipped_editor():
 
 
 def test_held_out_facts_are_not_trained_on():
-    training, held_out = build.splits()
+    training, held_out = world.splits()
     assert not {fact.entity for fact in training} & {fact.entity for fact in held_out}
-    asked = {wording for item in build.items(training) for wording in item.wordings}
+    asked = {wording for item in world.items(training) for wording in item.wordings}
     for case in run.cases(200, seed=5):
         assert case.question not in asked and case.paraphrase not in asked
         assert case.target != case.fact.answer

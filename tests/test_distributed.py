@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file
 from test_training import facts, make
 
+from mendfast.base_model import small_gpt2, train_tokenizer
 from mendfast.training import FactSampler, Trainer
-from mendfast.training.base import small_gpt2, train_tokenizer
 
 pytest.importorskip("accelerate", reason="needs accelerate (pip install accelerate)")
 pytestmark = pytest.mark.skipif(

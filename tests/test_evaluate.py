@@ -18,12 +18,12 @@ from conftest import make_model
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from mendfast import MendConfig, MendEditor
+from mendfast.base_model import make_base
 from mendfast.baselines import SYSTEMS
 from mendfast.baselines.mend import Mend, NoSharing
 from mendfast.cli import main, parser
-from mendfast.tasks import eval_report
-from mendfast.tasks.evaluate import evaluate
-from mendfast.training.base import make_base
+from mendfast.commands import eval_report
+from mendfast.commands.evaluate import evaluate
 
 ANSWERS = ("Paris", "Rome", "Berlin", "Madrid")
 UNCERTAIN = {"seconds", "peak_bytes"}  # measured by the clock and the allocator
@@ -60,7 +60,7 @@ def model(tokenizer):
 @pytest.fixture(autouse=True)
 def few_answers_are_shown(monkeypatch):
     """A random model's answers never end."""
-    monkeypatch.setattr("mendfast.tasks.evaluate.SHOWN", 2)
+    monkeypatch.setattr("mendfast.commands.evaluate.SHOWN", 2)
 
 
 @pytest.fixture
@@ -260,7 +260,7 @@ def test_a_bad_row_is_kept_and_counted(editor, data, tmp_path, monkeypatch, caps
 
 
 def test_what_must_stay_is_never_what_is_edited(editor, data, monkeypatch):
-    from mendfast.tasks import evaluate as module
+    from mendfast.commands import evaluate as module
 
     seen, measure = [], module.measure
 

@@ -14,7 +14,8 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from mendfast import MendConfig, MendEditor
-from mendfast.metrics import FIGURES, Interval, PeakMemory, Scorer, bootstrap, measure, says, summarise, tell
+from mendfast.baselines.measure import FIGURES, Interval, PeakMemory, bootstrap, measure, says, summarise
+from mendfast.metrics import Scorer, tell
 
 WORDS = ["end", "edit", "other", "near", "far", "paris", "rome", "texas", "then"]
 ID = {word: i for i, word in enumerate(WORDS)}

@@ -11,14 +11,15 @@ from conftest import make_model
 from test_labels import CORPUS, make_tokenizer
 
 from mendfast import MendConfig, MendEditor
-from mendfast.demo import build, world
+from mendfast.base_model import make_base
+from mendfast.demo import build
 from mendfast.metrics import correct
-from mendfast.tasks import claims
+from mendfast.tasks import claims, world
 from mendfast.tasks.generation import CONTINUATION, PREFIX, Generation, cut, shorter
+from mendfast.tasks.load import load_task
 from mendfast.tasks.records import Example
-from mendfast.tasks.task import load_task, usable
+from mendfast.tasks.task import usable
 from mendfast.training import TrainConfig, Trainer
-from mendfast.training.base import make_base
 
 FEVER = {
     "id": 7,

@@ -16,9 +16,9 @@ from make_qa import ANSWERS, WORDINGS
 from safetensors.torch import load_file
 
 from mendfast import MendConfig, MendEditor
+from mendfast.base_model import fit_base_model, small_gpt2, small_t5, train_tokenizer
 from mendfast.files import read_tensors, write_tensors
 from mendfast.training import FactSampler, Item, TrainConfig, Trainer, TrainingError
-from mendfast.training.base import fit_base_model, small_gpt2, small_t5, train_tokenizer
 
 PEOPLE = ("Anna Marsh", "Bela Novak", "Carl Olsen", "Dora Petit", "Emil Quirk", "Fay Rossi")
 
@@ -113,7 +113,7 @@ SCRIPT = """
     torch.set_num_threads(1)
     from test_training import facts, make
     from mendfast.training import FactSampler, Trainer
-    from mendfast.training.base import small_gpt2, train_tokenizer
+    from mendfast.base_model import small_gpt2, train_tokenizer
     torch.manual_seed(0)
     tokenizer = train_tokenizer([w for item in facts() for w in item.wordings], 320)
     model = small_gpt2(len(tokenizer), width=32, depth=3, heads=4).eval()

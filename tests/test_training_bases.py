@@ -12,9 +12,9 @@ from conftest import make_batch, make_model
 from test_meta import batches, gradients
 
 from mendfast import MendConfig, MendEditor
+from mendfast.base_model import small_gpt2
 from mendfast.cli import main
 from mendfast.training import meta_loss
-from mendfast.training.base import small_gpt2
 
 
 def step(model: torch.nn.Module, name: str, **options) -> tuple[MendEditor, dict[str, torch.Tensor]]:

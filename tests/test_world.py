@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from mendfast.demo import world
-from mendfast.demo.world import RELATIONS, Fact
+from mendfast.tasks import world
+from mendfast.tasks.world import RELATIONS, Fact
 
 FACTS = world.load_facts()
 

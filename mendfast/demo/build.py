@@ -8,16 +8,15 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, GPT2LMHeadModel, PreTrainedTokenizerBase
 
+from ..base_model import fit_base_model, small_gpt2, train_tokenizer
 from ..config import MendConfig
 from ..editor import MendEditor
 from ..metrics import correct
-from ..training import FactSampler, Item, TrainConfig, Trainer
-from ..training.base import fit_base_model, small_gpt2, train_tokenizer
-from . import world
+from ..tasks import world
+from ..training import FactSampler, TrainConfig, Trainer
 
 ASSETS = Path(__file__).parent / "assets"
 TEMPLATE = "Q: {prompt} A:"
-HELD_OUT, SEED = 0.2, 0
 
 WIDTH, DEPTH, HEADS, VOCABULARY = 128, 4, 4, 2500
 BASE_STEPS = 1200
@@ -48,20 +47,7 @@ def load(directory: str | Path = ASSETS) -> MendEditor:
     return MendEditor.from_pretrained(directory / "editor", model, tokenizer)
 
 
-def splits() -> tuple[list[world.Fact], list[world.Fact]]:
-    """The facts that the editor trains on, and those of other entities, which it never sees."""
-    return world.split(world.load_facts(), HELD_OUT, SEED)
-
-
-def items(facts: list[world.Fact]) -> list[Item]:
-    """The facts in the wordings that an editor may train on."""
-    return [
-        Item(tuple(w.format(f.entity) for w in world.train_wordings(f.relation)), f.answer, f.relation, f.entity)
-        for f in facts
-    ]
-
-
-def build_base(seed: int = SEED, steps: int = BASE_STEPS) -> tuple[GPT2LMHeadModel, PreTrainedTokenizerBase]:
+def build_base(seed: int = world.SEED, steps: int = BASE_STEPS) -> tuple[GPT2LMHeadModel, PreTrainedTokenizerBase]:
     """A GPT-2-shaped model that answers every question about every fact, in every wording."""
     facts = world.load_facts()
     pairs = [
@@ -80,11 +66,11 @@ def build_editor(
     model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase, output: Path | None, config: TrainConfig = TRAINING
 ) -> MendEditor:
     """An editor trained on the training facts in their training wordings."""
-    training, _ = splits()
+    training, _ = world.splits()
     torch.manual_seed(config.seed)
     editor = MendEditor.from_model(model, tokenizer, EDITOR)
     # One fact in ten validates; it is edited in no training step, and serves as a neighbour in all.
-    facts = items(training)
+    facts = world.items(training)
     sampler = FactSampler([f for i, f in enumerate(facts) if i % 10], neighbours=facts, seed=config.seed)
     validation = FactSampler(facts[::10], neighbours=facts, seed=config.seed + 1)
     trainer = Trainer(editor, sampler, config, output=output, validation=validation)

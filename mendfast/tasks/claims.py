@@ -6,7 +6,7 @@ import random
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ..demo import world
+from . import world
 
 
 @dataclass(frozen=True)

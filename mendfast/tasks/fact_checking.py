@@ -19,7 +19,7 @@ from typing import Any
 from ..labels import class_ids
 from ..training import Item
 from ..training.data import Pair
-from . import claims
+from . import claims, world
 from .records import Bad, Example, Problem, optional, others, read_examples, required, show, texts
 from .task import FactTask
 
@@ -51,9 +51,7 @@ class FactChecking(FactTask):
 
     @classmethod
     def _world(cls, part: str = "", relations: str = "", *, limit: int | None, seed: int) -> FactChecking:
-        from ..demo import build, world
-
-        train, test = build.splits()
+        train, test = world.splits()
         facts = world.load_facts()
         parts = {"": facts, "train": train, "test": test}
         if part not in parts:

@@ -17,12 +17,17 @@ Sources: Levy et al. 2017 (zsRE); Petroni et al. 2021 (KILT); De Cao et al. 2021
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+import random
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from .records import Bad, Problem, flat, optional, others, read_examples, required, show, texts
-from .records import Example as QAExample
+from ..training import Item
+from .records import Bad, Example, Problem, flat, optional, others, read_examples, required, show, texts
+from .task import FactTask
+from .wordings import mine_wordings
+
+QAExample = Example
 
 FORMATS = ("auto", "tsv", "jsonl", "kilt", "zsre", "counterfact")
 
@@ -200,3 +205,54 @@ def _pairs_in(value: Any, field: str) -> Iterator[tuple[str, str | None]]:
 
 _PAIR_PROMPTS = ("prompt", "question", "New Question")
 _PAIR_ANSWERS = ("answer", "target", "ground_truth", "New Answer")
+
+
+# -- the task ---------------------------------------------------------------------------------------------
+
+WORDINGS_PER_FACT = 4
+
+
+class QuestionAnswering(FactTask):
+    """Questions and answers, in every format of :func:`mendfast.tasks.read_qa`."""
+
+    key, bases = "qa", ("gpt2", "t5")
+
+    def __init__(self, examples: list[Example], problems: list[Problem], seed: int = 0):
+        super().__init__(examples, problems)
+        self.seed = seed
+        self._items: list[Item] | None = None
+
+    @property
+    def items(self) -> list[Item]:
+        """The facts, in wordings of the data's own; mined when first asked for, which takes a while."""
+        if self._items is None:
+            self._items = fact_items(self.examples, self.seed)
+        return self._items
+
+    def check(self, model: Any, kind: str) -> None:
+        if kind == "classifier":
+            raise ValueError(
+                f"Question answering needs a model that writes; {type(model).__name__} has a classifier's head. "
+                "Load it as a causal language model or an encoder-decoder, or use the task fact_checking."
+            )
+
+
+def fact_items(examples: Sequence[Example], seed: int = 0) -> list[Item]:
+    """Facts in the data's own rephrasings, or, where it has none, in the wordings of its other questions."""
+    answers = [example.answers[0] if example.answers else example.target for example in examples]
+    wordings = mine_wordings([(example.prompt, answer) for example, answer in zip(examples, answers, strict=True)])
+    items = []
+    for i, (example, answer) in enumerate(zip(examples, answers, strict=True)):
+        rng = random.Random(f"{seed}:{i}")
+        drawn = (wordings.rephrase(example.prompt, rng) for _ in range(2 * WORDINGS_PER_FACT))
+        others = list(example.rephrasings) or [w for w in dict.fromkeys(drawn) if w and w != example.prompt]
+        split = wordings.split(example.prompt)
+        items.append(
+            Item(
+                (example.prompt, *others[:WORDINGS_PER_FACT]),
+                answer,
+                wordings.relation(example.prompt),
+                example.subject or (split[1] if split else None),
+            )
+        )
+    return items

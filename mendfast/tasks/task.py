@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,10 +11,8 @@ from ..editor import MendEditor
 from ..training import FactSampler, Item
 from ..training.data import Draw, Pair
 from .records import Example, Problem
-from .wordings import mine_wordings
 
 VALIDATION_SHARE = 20  # one fact in so many
-WORDINGS_PER_FACT = 4
 
 
 class Sampler(Protocol):
@@ -45,7 +42,7 @@ class Task(ABC):
 
     key: ClassVar[str]
     bases: ClassVar[tuple[str, ...]]
-    """Shapes of small base models that serve it; see :func:`mendfast.training.base.make_base`."""
+    """Shapes of small base models that serve it; see :func:`mendfast.base_model.make_base`."""
     ends: ClassVar[bool] = True
     """Whether targets are whole answers, which a decoder-only base model learns to end with EOS."""
 
@@ -80,86 +77,6 @@ class FactTask(Task):
 
     def base_pairs(self) -> list[Pair]:
         return [(wording, item.answer) for item in self.items for wording in item.wordings]
-
-
-class QuestionAnswering(FactTask):
-    """Questions and answers, in every format of :func:`mendfast.tasks.read_qa`."""
-
-    key, bases = "qa", ("gpt2", "t5")
-
-    def __init__(self, examples: list[Example], problems: list[Problem], seed: int = 0):
-        super().__init__(examples, problems)
-        self.seed = seed
-        self._items: list[Item] | None = None
-
-    @property
-    def items(self) -> list[Item]:
-        """The facts, in wordings of the data's own; mined when first asked for, which takes a while."""
-        if self._items is None:
-            self._items = fact_items(self.examples, self.seed)
-        return self._items
-
-    def check(self, model: Any, kind: str) -> None:
-        if kind == "classifier":
-            raise ValueError(
-                f"Question answering needs a model that writes; {type(model).__name__} has a classifier's head. "
-                "Load it as a causal language model or an encoder-decoder, or use the task fact_checking."
-            )
-
-
-def fact_items(examples: Sequence[Example], seed: int = 0) -> list[Item]:
-    """Facts in the data's own rephrasings, or, where it has none, in the wordings of its other questions."""
-    answers = [example.answers[0] if example.answers else example.target for example in examples]
-    wordings = mine_wordings([(example.prompt, answer) for example, answer in zip(examples, answers, strict=True)])
-    items = []
-    for i, (example, answer) in enumerate(zip(examples, answers, strict=True)):
-        rng = random.Random(f"{seed}:{i}")
-        drawn = (wordings.rephrase(example.prompt, rng) for _ in range(2 * WORDINGS_PER_FACT))
-        others = list(example.rephrasings) or [w for w in dict.fromkeys(drawn) if w and w != example.prompt]
-        split = wordings.split(example.prompt)
-        items.append(
-            Item(
-                (example.prompt, *others[:WORDINGS_PER_FACT]),
-                answer,
-                wordings.relation(example.prompt),
-                example.subject or (split[1] if split else None),
-            )
-        )
-    return items
-
-
-TASKS = ("qa", "fact_checking", "generation")
-
-
-def load_task(
-    name: str, data: str, *, limit: int | None = None, seed: int = 0, tokenizer: Any = None
-) -> Task:
-    """Read a task's data.
-
-    Args:
-        name: one of :data:`TASKS`.
-        data: a local file or the name of a Hub dataset; for fact checking also "world", "world:train" or
-            "world:test", claims made from the facts that come with the package, and "world:test:author,painter".
-        limit: use the first so many examples.
-        seed: of the targets and wordings that are drawn.
-        tokenizer: measures what generation cuts, in tokens; without one words are counted.
-
-    Raises:
-        ValueError: an unknown task, no such data, nothing usable in it.
-    """
-    if name == "qa":
-        from .qa import read_qa
-
-        return QuestionAnswering(*read_qa(data, limit=limit), seed)
-    if name == "fact_checking":
-        from .fact_checking import FactChecking
-
-        return FactChecking.load(data, limit=limit, seed=seed)
-    if name == "generation":
-        from .generation import Generation
-
-        return Generation.load(data, limit=limit, seed=seed, tokenizer=tokenizer)
-    raise ValueError(f"There is no task {name!r}; choose one of {', '.join(TASKS)}.")
 
 
 def usable(editor: MendEditor, examples: Sequence[Example]) -> tuple[list[Example], list[Problem]]:

@@ -16,10 +16,11 @@ from rich.progress import track
 from rich.table import Table
 
 from ..baselines import FineTuning
+from ..demo import build
 from ..editor import MendEditor
 from ..generation import answer
 from ..metrics import Score, Scorer
-from . import build, world
+from ..tasks import world
 
 DOZEN, FULL_EDITS, UNRELATED = 12, 220, 64
 SIMULTANEOUS = (1, 5, 25, 75, 125)
@@ -41,7 +42,7 @@ class Case(NamedTuple):
 def cases(count: int, seed: int = SEED) -> list[Case]:
     """Edits of distinct held-out facts, each to another answer of its relation."""
     rng = random.Random(seed)
-    _, held_out = build.splits()
+    _, held_out = world.splits()
     chosen = rng.sample(held_out, count)
     result = []
     for fact in chosen:

@@ -21,8 +21,8 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from ..labels import class_ids, collate, encode_pair, pad_token_id
-from ..objective import Batch, model_kind, target_rows
+from .labels import class_ids, collate, encode_pair, pad_token_id
+from .objective import Batch, model_kind, target_rows
 
 EOS, PAD = "<eos>", "<pad>"
 CONTEXT = 64  # tokens, if the data has none longer

@@ -21,15 +21,16 @@ from rich.console import Console
 from tqdm import tqdm
 
 from ..baselines import SYSTEMS, System, make_system
+from ..baselines.measure import measure, summarise
 from ..baselines.mend import Identity, Mend
-from ..doctor import device_name
 from ..editor import MendEditor
 from ..files import atomic_write
-from ..metrics import measure, summarise
+from ..tasks.load import load_task
+from ..tasks.records import Example, Problem
+from ..tasks.task import Known, Task, refusal, usable
 from ..training import TrainConfig
+from .doctor import device_name
 from .eval_report import console_table, write_report
-from .records import Example, Problem
-from .task import Known, Task, load_task, refusal, usable
 
 TABLES = {
     "systems": ("mend", "enn", "ke", "ft", "ft_kl", "identity"),
@@ -42,7 +43,6 @@ FITTED_WITH = (
     "steps", "batch_size", "joint", "learning_rate", "alpha_learning_rate", "c_edit", "validate_every", "patience",
 )  # fmt: skip
 """Options of :class:`TrainConfig` that the command takes."""
-_OLD_NAMES = {"fine_tuning": "ft"}
 
 
 def evaluate(editor: MendEditor, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -95,7 +95,7 @@ def evaluate(editor: MendEditor, arguments: argparse.Namespace) -> dict[str, Any
 
 def _systems(table: str, chosen: Sequence[str] | None, with_training: bool) -> tuple[list[str], list[str]]:
     """The systems to measure, and those of the table that there is no training data for."""
-    keys = [_OLD_NAMES.get(key, key) for key in chosen or TABLES[table]]
+    keys = list(chosen or TABLES[table])
     if unknown := [key for key in keys if key not in SYSTEMS]:
         raise ValueError(f"System {unknown[0]!r} is unknown; choose from {', '.join(SYSTEMS)}.")
     missing = [] if with_training else [key for key in keys if is_fitted(key, table)]

@@ -13,9 +13,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from . import backends, ops
-from .build_info import build_info
-from .ops import few_rows
+from .. import backends, ops
+from ..build_info import build_info
+from ..ops import few_rows
 
 PACKAGES = ("mendfast", "torch", "triton", "transformers", "safetensors", "datasets", "accelerate")
 
@@ -79,9 +79,9 @@ def _version(name: str) -> str:
 
 
 def _one_edit(device: torch.device) -> dict[str, Any]:
-    from .config import MendConfig
-    from .editor import MendEditor
-    from .training.base import small_gpt2
+    from ..base_model import small_gpt2
+    from ..config import MendConfig
+    from ..editor import MendEditor
 
     torch.manual_seed(0)
     model = small_gpt2(64, width=64, depth=4, heads=4).to(device).eval()

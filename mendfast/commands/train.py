@@ -14,14 +14,16 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from ..base_model import fit_base_model, make_base
 from ..config import MendConfig
 from ..editor import MendEditor
 from ..metrics import correct
+from ..tasks.load import load_task
+from ..tasks.task import FactTask, Task
 from ..training import TrainConfig, Trainer
-from ..training.base import fit_base_model, make_base
 from ..training.processes import launched
 from .evaluate import tell
-from .task import FactTask, Task, load_task
+from .loading import load_model
 
 PRETRAINED_RATE = 2e-4
 CHECKED = 1000  # known facts that the base model is asked before training
@@ -45,8 +47,6 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
         rephrased = sum(len(item.wordings) > 1 for item in task.items)
         console.print(f"{len(task.items):,} facts, {rephrased:,} of them in several wordings")
     if arguments.model:
-        from ..cli import load_model
-
         model, tokenizer = load_model(arguments.model, arguments)
     else:
         with accelerator.main_process_first() if accelerator else contextlib.nullcontext():

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 from rich.table import Table
 
+from ..baselines.measure import FIGURES
 from ..files import atomic_write
-from ..metrics import FIGURES
 
 
 class Column(NamedTuple):

@@ -21,6 +21,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # the module is not in Python 3.10
     from importlib.resources.abc import Traversable
 
+    from ..training.data import Item
+
+HELD_OUT, SEED = 0.2, 0  # of the shipped facts' entities
+
 
 @dataclass(frozen=True)
 class Fact:
@@ -275,7 +279,7 @@ def answers(relation: str) -> tuple[str, ...]:
 
 @cache
 def _shipped() -> tuple[Fact, ...]:
-    return tuple(_read_all(files("mendfast.demo") / "facts"))
+    return tuple(_read_all(files("mendfast.tasks") / "facts"))
 
 
 def _read_all(directory: Traversable) -> list[Fact]:
@@ -365,3 +369,18 @@ def split(facts: Iterable[Fact], held_out_fraction: float, seed: int) -> tuple[l
 
     training = [fact for fact in facts if fact.entity.casefold() not in held_out]
     return training, [fact for fact in facts if fact.entity.casefold() in held_out]
+
+
+def splits() -> tuple[list[Fact], list[Fact]]:
+    """The shipped facts that editors train on, and those of other entities, which they never see."""
+    return split(load_facts(), HELD_OUT, SEED)
+
+
+def items(facts: Iterable[Fact]) -> list[Item]:
+    """The facts in the wordings that an editor may train on."""
+    from ..training.data import Item  # the facts alone need no torch
+
+    return [
+        Item(tuple(w.format(f.entity) for w in train_wordings(f.relation)), f.answer, f.relation, f.entity)
+        for f in facts
+    ]

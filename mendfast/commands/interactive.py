@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from rich.console import Console
 
-from .edit import Edit
-from .editor import MendEditor
-from .generation import answer
+from ..edit import Edit
+from ..editor import MendEditor
+from ..generation import answer
 
 HELP = """[bold]?[/] question          ask the model
 [bold]edit[/]                make an edit: it asks for question and answer
