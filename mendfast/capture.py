@@ -21,7 +21,7 @@ from . import ops
 from .layers import Layer, unwrapped
 from .ledger import settle
 from .locks import exclusive, holding
-from .ops.few_rows import frozen_forwards
+from .ops.frozen_linear import frozen_forwards
 
 Factors = tuple[torch.Tensor, torch.Tensor, "torch.Tensor | float"]
 """u [T, m], delta [T, n], alpha: one update for all samples; or u [G, T, m], delta [G, T, n]: G groups of
@@ -73,7 +73,7 @@ def undone() -> Iterator[Changes]:
 def frozen(model: nn.Module) -> Iterator[None]:
     """Within the block the model is in eval mode and none of its parameters asks for a gradient.
 
-    On a CPU its linear layers then use :mod:`mendfast.ops.few_rows`.
+    On a CPU its linear layers then use :mod:`mendfast.ops.frozen_linear`.
     """
     with exclusive(model), undone() as changes:
         modules = list(model.modules())

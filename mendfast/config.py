@@ -11,10 +11,10 @@ from typing import Any
 
 from .files import atomic_write, read_json_bytes
 from .schema import check_fields, check_object, check_version, parse_json, shown, some
+from .types import PRECISIONS
 
 FORMAT_VERSION = 1
 SIDES = ("both", "u", "delta", "smaller", "separate")
-PRECISIONS = ("tf32x3", "ieee", "tf32")
 AGGREGATIONS = ("sum", "least_squares")
 REDUCTIONS = ("edit", "batch")
 

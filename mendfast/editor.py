@@ -308,7 +308,8 @@ class MendEditor(EditableModel, nn.Module):
                 deltas.append(delta.flatten(0, 1).index_select(0, index))
                 samples.append(index // keep.shape[1])
             network, sizes = self.networks[key], [len(s) for s in samples]
-            u, delta = (torch.cat([part.to(self.device) for part in side]).float() for side in (us, deltas))
+            u, delta = (torch.cat([part.to(self.device) for part in side]) for side in (us, deltas))
+            u, delta = (rows.to(torch.promote_types(rows.dtype, torch.float32)) for rows in (u, delta))
             mode = torch.repeat_interleave(
                 torch.arange(len(members), device=u.device), torch.tensor(sizes, device=u.device)
             )

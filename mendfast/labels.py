@@ -12,8 +12,7 @@ from typing import Any
 import torch
 
 from .schema import is_text, shown
-
-IGNORE = -100
+from .types import IGNORE
 
 
 def encode_pair(

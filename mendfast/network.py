@@ -121,8 +121,10 @@ class EditorNetwork(nn.Module):
         delta: torch.Tensor,  # [N, n]
         mode: torch.Tensor | None = None,  # [N] int64: each row's layer
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The transformed rows, float32. Rows that are padding must have been left out by the caller."""
-        u, delta = u.float(), delta.float()
+        """The transformed rows, float32 (float64 in an editor of float64). Rows that are padding must have been left
+        out by the caller."""
+        kind = torch.promote_types(self.u_mean.dtype, torch.float32)
+        u, delta = u.to(kind), delta.to(kind)
         if self.both is not None:
             return self._run(u, delta, self.stats(), self.both, mode)
         # One side at a time: the other has width 0; a side without a network is normalised, no more.

@@ -16,8 +16,8 @@ from .capture import replaced_forwards, undone
 from .locks import exclusive
 from .ops import few_rows
 from .ops.linear_nll import Logits, serves
+from .types import IGNORE
 
-IGNORE = -100
 Batch = Mapping[str, torch.Tensor]
 
 
