@@ -151,8 +151,8 @@ class Trainer:
                 self.skipped, in_a_row = self.skipped + 1, in_a_row + 1
                 if in_a_row == MAX_SKIPPED_IN_A_ROW:
                     raise TrainingError(
-                        f"{self.learner.name}: {in_a_row} steps in a row had a loss or gradient that is not finite (the "
-                        f"last loss was {losses['loss']}); stopped at step {self.step}. "
+                        f"{self.learner.name}: {in_a_row} steps in a row had a loss or gradient that is not "
+                        f"finite (the last loss was {losses['loss']}); stopped at step {self.step}. "
                         + (f"The last good checkpoint is {self.output / 'last'}. " if self.output else "")
                         + "Lower the learning rates or step_size, or load the base model in float32."
                     )
