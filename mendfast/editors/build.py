@@ -20,7 +20,7 @@ import torch
 from ..config import MendConfig
 from ..editor import MendEditor
 from ..files import atomic_write
-from ..labels import end_of_turn
+from ..labels import chat_prompt, end_of_turn
 from ..own_words import own_words
 from ..tasks import world
 from ..tasks.load import load_task
@@ -47,6 +47,7 @@ TRAINING = TrainConfig(
     validation_size=24,
     checkpoint_every=20,
 )
+_MARK = "mendfast-was-here"
 WORDS, BEGINNING = 40, 8  # of a piece of running text; how many of them stand for its prompt
 PROTECTED = 200  # texts of each kind
 SAMPLED = 128  # conversations of the model with itself
@@ -66,16 +67,14 @@ def pieces(path: str | Path, count: int, rng: random.Random) -> list[tuple[str, 
 def conversations(model: Any, tokenizer: Any, path: Path, count: int) -> list[tuple[str, str, str]]:
     """The model's own words, as (user's turn, its answer, "chat"), sampled once and kept in ``path``."""
     if not path.is_file():
-        end = end_of_turn(tokenizer)
-        found = []
+        before, _, between = chat_prompt(tokenizer, _MARK).partition(_MARK)
+        end, found = end_of_turn(tokenizer), []
         for batch in own_words(model, tokenizer, samples=count, max_new_tokens=48, batch_size=64, progress=None):
             for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
-                turns = tokenizer.decode(ids[mask != 0]).split(end)
-                if len(turns) >= 3:
-                    user, said = turns[-3].partition("user\n")[2], turns[-2].partition("assistant\n")[2]
-                    said = said or turns[-1].partition("assistant\n")[2]
-                    if user.strip() and said.strip():
-                        found.append((user.strip(), said.strip(), "chat"))
+                asked, _, said = tokenizer.decode(ids[mask != 0]).removeprefix(before).partition(between)
+                said = said.partition(end)[0].strip()
+                if asked.strip() and said:
+                    found.append((asked.strip(), said, "chat"))
         atomic_write(path, json.dumps(found, indent=0).encode())
     return [tuple(turn) for turn in json.loads(path.read_text())]
 
