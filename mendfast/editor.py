@@ -16,6 +16,7 @@ from .capture import Factors
 from .config import MendConfig
 from .edit import Edit, EditRequest
 from .editable import EditableModel
+from .editors import directory as shipped_directory
 from .files import read_shapes, read_tensors, write_tensors
 from .layers import device_of, find_layers
 from .metric import Metric, observe
@@ -80,8 +81,11 @@ class MendEditor(EditableModel, nn.Module):
 
     @classmethod
     def from_pretrained(cls, source: str | Path, model: nn.Module, tokenizer: Any = None) -> MendEditor:
-        """The editor that :meth:`save_pretrained` wrote to a directory, or that a Hub repository holds."""
+        """The editor that :meth:`save_pretrained` wrote to a directory, that ships under a name (see
+        :func:`mendfast.editors.shipped`), or that a Hub repository holds."""
         directory = Path(source)
+        if not directory.is_dir():
+            directory = shipped_directory(str(source)) or directory
         if not directory.is_dir():
             from huggingface_hub import snapshot_download
 
@@ -110,15 +114,24 @@ class MendEditor(EditableModel, nn.Module):
             editor.protect_with(Metric.load(directory / METRIC_FILE))
         return editor
 
-    def save_pretrained(self, directory: str | Path) -> None:
-        """Write the editor (not the model) as safetensors and JSON."""
+    def save_pretrained(self, directory: str | Path, *, dtype: torch.dtype | None = None) -> None:
+        """Write the editor (not the model) as safetensors and JSON.
+
+        Args:
+            dtype: of the networks' large matrices in the file: torch.bfloat16 halves it. They are float32 again when
+                read; statistics and step sizes always are.
+        """
         directory = Path(directory)
         metadata = {
             "format": "mendfast.editor",
             "format_version": "1",
             "model_type": self.model.config.model_type,
         }
-        write_tensors(directory / WEIGHTS_FILE, self.state_dict(), metadata)
+        tensors = {
+            name: tensor.to(dtype) if dtype is not None and tensor.dim() == 2 else tensor
+            for name, tensor in self.state_dict().items()
+        }
+        write_tensors(directory / WEIGHTS_FILE, tensors, metadata)
         if self.metric is not None:
             self.metric.save(directory / METRIC_FILE)
         self.config.save(directory / CONFIG_FILE)
