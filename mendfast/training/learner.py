@@ -12,6 +12,7 @@ from torch import nn
 
 from ..editable import EditableModel
 from ..editor import MendEditor
+from .cache import PrefixCache
 from .config import TrainConfig
 from .data import Draw
 from .memory import predict
@@ -63,6 +64,13 @@ class Learner(ABC):
     def train(self, mode: bool = True) -> None:  # noqa: B027
         """Whether passes move statistics."""
 
+    def open_cache(self, config: TrainConfig) -> None:  # noqa: B027
+        """Called at the start of each run: the base model stays as it is from here to the run's end."""
+
+    def summary(self) -> str:
+        """What there is to say of a run that has ended, in a sentence; may be empty."""
+        return ""
+
     def gather_with(self, gather: Any) -> None:  # noqa: B027
         """Of several processes: how statistics of one become those of all; None when training is over."""
 
@@ -81,6 +89,7 @@ class EditorLearner(Learner):
 
     def __init__(self, editor: MendEditor):
         self.subject = self.editor = editor
+        self.cache: PrefixCache | None = None
 
     def parameter_groups(self, config: TrainConfig) -> list[dict[str, Any]]:
         scales = self.editor.scales()
@@ -100,7 +109,19 @@ class EditorLearner(Learner):
             config.c_loc,
             joint=joint,
             checkpoint_activations=config.checkpoint_activations,
+            # Validations compare all positions. The draw stands for the step, as it depends on that alone.
+            loc_positions=config.loc_positions if self.editor.training else 0,
+            seed=f"{config.seed}:{draw}" if config.loc_positions else 0,
+            cache=self.cache,
         )
+
+    def open_cache(self, config: TrainConfig) -> None:
+        self.cache = None
+        if config.cache_bytes:
+            self.cache = PrefixCache(self.editor.model, self.editor.layers, config.cache_bytes)
+
+    def summary(self) -> str:
+        return self.cache.summary() if self.cache is not None else ""
 
     def state(self) -> dict[str, torch.Tensor]:
         return self.editor.state_dict()

@@ -99,11 +99,16 @@ class Trainer:
         draw = share(self._draw(0, joint), 0, self.config.accumulate * self.processes.count)
         return self.learner.plan(draw, self.config, joint)
 
+    def summary(self) -> str:
+        """What there is to say of the last run beside its metrics: what the cache of the frozen part saved."""
+        return self.learner.summary()
+
     # -- the run -------------------------------------------------------------------------------------------
 
     def run(self) -> dict[str, float]:
         """Train to ``config.steps``, or until validation stops improving; returns the last metrics, and as
         "peak_bytes" the most memory that was taken (of the GPU; on a CPU, by the process)."""
+        self.learner.open_cache(self.config)
         self.learner.gather_with(self.processes.gather)
         self.processes.agree(self.learner.state(), self.step)
         if self.step == 0:
