@@ -65,8 +65,8 @@ def test_left_padding(name):
     ("name", "expected"), [("gpt2", [[0, 3, 3, 3]]), ("bert", [[0, 3, 3, 3]]), ("t5", [[4, 4, 4], [4, 4, 4]])]
 )
 def test_a_warm_step_runs_no_frozen_block(name, expected):
-    """But T5's first, for its position bias; the base's own pass runs none at all, where there is one stack. Of T5's encoder
-    the first of three is frozen, and no more."""
+    """But T5's first, for its position bias; the base's own pass runs none at all, where there is one stack. Of T5's
+    encoder the first of three is frozen, and no more."""
     model = make_model(name)
     editor = trained(model, name)
     cache = PrefixCache(model, editor.layers, 1 << 30)
@@ -119,6 +119,69 @@ def test_memory_is_bounded_and_a_small_cache_gives_the_same_bits():
         PrefixCache(model, editor.layers, -1)
 
 
+@pytest.mark.parametrize("name", ["gpt2", "t5"])
+def test_what_memory_does_not_hold_goes_to_disk(name, tmp_path):
+    model = make_model(name)
+    editor = trained(model, name)
+    whole = PrefixCache(model, editor.layers, 1 << 30)
+    first = loss_and_gradients(editor, batches(name), cache=whole)
+    small = PrefixCache(model, editor.layers, whole.held // 3, directory=tmp_path)
+    for _ in range(2):
+        again = loss_and_gradients(editor, batches(name), cache=small)
+        assert all(again[key].equal(value) for key, value in first.items())
+    assert small.computed == 16 and small.read > 0 and small.held <= small.limit
+    small.flush()
+    later = PrefixCache(model, editor.layers, 1 << 30, directory=tmp_path)
+    again = loss_and_gradients(editor, batches(name), cache=later)
+    assert all(again[key].equal(value) for key, value in first.items())
+    assert later.computed <= 1  # to see what the blocks give
+    assert "on disk" in later.summary()
+
+
+def test_another_model_is_not_served_from_an_old_disk_cache(tmp_path):
+    model = make_model("gpt2")
+    editor = trained(model, "gpt2")
+    data = batches("gpt2")
+
+    def run() -> tuple[PrefixCache, dict[str, torch.Tensor]]:
+        cache = PrefixCache(model, editor.layers, 1 << 30, directory=tmp_path)
+        found = loss_and_gradients(editor, data, cache=cache)
+        cache.flush()
+        return cache, found
+
+    run()
+    with torch.no_grad():
+        model.transformer.h[0].mlp.c_fc.bias[3] += 0.5
+    cache, changed = run()
+    assert cache.computed == 16 and cache.read == 0
+    fresh = loss_and_gradients(editor, data, cache=PrefixCache(model, editor.layers, 1 << 30))
+    assert changed["total"].equal(fresh["total"])
+    cache, again = run()
+    assert cache.computed <= 1 and again["total"].equal(changed["total"])
+
+
+def test_the_disk_is_bounded_and_a_damaged_file_passed_over(tmp_path):
+    model = make_model("gpt2")
+    editor = trained(model, "gpt2")
+    full = PrefixCache(model, editor.layers, 4096, directory=tmp_path / "full", disk_limit=20_000)
+    for seed in range(3):
+        with full.replayed(make_batch("gpt2", 8, 12, seed)):
+            pass
+    full.flush()
+    assert 0 < sum(f.stat().st_size for f in (tmp_path / "full").rglob("*") if f.is_file()) <= 20_000
+    one = PrefixCache(model, editor.layers, 1 << 30, directory=tmp_path / "cut")
+    with one.replayed(make_batch("gpt2", 8, 12)):
+        pass
+    one.flush()
+    (path,) = (tmp_path / "cut").rglob("*.safetensors")
+    path.write_bytes(path.read_bytes()[:-100])
+    two = PrefixCache(model, editor.layers, 1 << 30, directory=tmp_path / "cut")
+    with two.replayed(make_batch("gpt2", 8, 12)):
+        pass
+    assert two.computed == 8 and two.read == 0
+    assert all(a.equal(b) for key, kept in one._states.items() for a, b in zip(kept, two._states[key], strict=True))
+
+
 def test_a_resumed_run_ends_in_the_same_bits(base, tmp_path):  # noqa: F811
     def trainer(output, **config):
         _, settings = make(base, loc_positions=3, **config)
@@ -127,10 +190,11 @@ def test_a_resumed_run_ends_in_the_same_bits(base, tmp_path):  # noqa: F811
         validation = FactSampler(facts(), seed=5)
         return Trainer(editor, FactSampler(facts()), settings, output=output, validation=validation, progress=False)
 
-    whole = trainer(tmp_path / "whole")
+    whole = trainer(tmp_path / "whole", cache_bytes=20_000, cache_disk_bytes=1 << 30)
     whole.run()
+    assert list((tmp_path / "whole/cache").rglob("*.safetensors"))
     assert "texts came from the cache" in whole.summary()
-    stopped = trainer(tmp_path / "stopped")
+    stopped = trainer(tmp_path / "stopped", cache_bytes=20_000)
     step = stopped._gradients
 
     def stop_at_five(joint):
@@ -141,7 +205,7 @@ def test_a_resumed_run_ends_in_the_same_bits(base, tmp_path):  # noqa: F811
     stopped._gradients = stop_at_five
     with pytest.raises(KeyboardInterrupt):
         stopped.run()
-    resumed = trainer(tmp_path / "stopped")
+    resumed = trainer(tmp_path / "stopped", cache_bytes=20_000)
     assert resumed.resume() and resumed.step == 4
     resumed.run()
     left, right = state(whole.editor), state(resumed.editor)

@@ -7,6 +7,7 @@ import hashlib
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from torch import nn
 from ..capture import frozen, replaced_forwards
 from ..layers import Layer, execution_device, stacks
 from ..objective import IGNORE, Batch, kept_rows, model_kind, to_device
+from .kept_states import KeptStates, bytes_of, fingerprint
 from .prefix import FrozenPrefix
 
 log = logging.getLogger("mendfast")
@@ -53,18 +55,28 @@ class PrefixCache:
     Args:
         layers: those that edits may change.
         limit: bytes to keep in memory; beyond it the texts that were longest not asked for are dropped.
+        directory: where dropped ones go, and where those of an earlier run with the same weights are found.
+        disk_limit: bytes to write there.
 
     Attributes:
-        asked, computed: texts that were asked for, and those of them that had to be computed.
+        asked, computed, read: texts that were asked for, and of them those that had to be computed, or came from disk.
         held: bytes in memory.
         why_not: why a model can't be served (then :meth:`replayed` changes nothing), or None.
     """
 
-    def __init__(self, model: nn.Module, layers: Sequence[Layer], limit: int):
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Sequence[Layer],
+        limit: int,
+        *,
+        directory: str | Path | None = None,
+        disk_limit: int = 1 << 40,
+    ):
         if limit < 0:
             raise ValueError(f"limit is {limit}; it must be the bytes to keep in memory, or 0 to keep none.")
         self.model, self.limit = model, limit
-        self.asked = self.computed = self.held = 0
+        self.asked = self.computed = self.read = self.held = 0
         self._states: OrderedDict[bytes, list[torch.Tensor]] = OrderedDict()
         kind, found = model_kind(model), stacks(model)
         self._ends = FrozenPrefix(model, layers).ends
@@ -77,6 +89,10 @@ class PrefixCache:
             self.why_not = "it has no blocks below its edited layers"
         elif len(found) > 1 + self.seq2seq:
             self.why_not = f"it has {len(found)} stacks of blocks"
+        self._kept: KeptStates | None = None
+        if directory is not None and not self.why_not:
+            depths = [len(blocks) for blocks in self._ends]
+            self._kept = KeptStates(directory, fingerprint(model, depths), disk_limit)
 
     @contextlib.contextmanager
     def replayed(self, batch: Batch, *, final: bool = False) -> Iterator[bool]:
@@ -102,9 +118,14 @@ class PrefixCache:
         return self.why_not is None
 
     def clear(self) -> None:
-        """Forget all states, and count anew."""
+        """Forget all states in memory, and count anew."""
         self._states.clear()
-        self.asked = self.computed = self.held = 0
+        self.asked = self.computed = self.read = self.held = 0
+
+    def flush(self) -> None:
+        """Write what is in memory to disk too, where there is a directory: the next run starts with it."""
+        if self._kept is not None:
+            self._kept.put(self._states)
 
     def summary(self) -> str:
         """What the cache saved, in a sentence."""
@@ -113,7 +134,8 @@ class PrefixCache:
         saved = self.asked - self.computed
         return (
             f"The frozen part of {saved:,} of {self.asked:,} texts came from the cache "
-            f"({saved / max(1, self.asked):.0%}), which holds {self.held / 2**20:,.1f} MiB."
+            f"({saved / max(1, self.asked):.0%}), which holds {self.held / 2**20:,.1f} MiB"
+            + (f" in memory and {self._kept.held / 2**20:,.1f} MiB on disk." if self._kept is not None else ".")
         )
 
     # -- states --------------------------------------------------------------------------------------------
@@ -130,11 +152,8 @@ class PrefixCache:
             self._compute(texts[0], final)
         rows = []
         for text in texts:
-            if (found := self._states.get(self._key(text, final))) is not None:
-                self._states.move_to_end(self._key(text, final))
-            elif not self.why_not:
-                found = self._compute(text, final)
-            if self.why_not:
+            found = self._found(self._key(text, final)) or self._compute(text, final)
+            if found is None:
                 return None
             rows.append(found)
         self._shrink()
@@ -160,9 +179,10 @@ class PrefixCache:
             own, digest = {}, hashlib.blake2b(digest_size=16)
             for name, value in sorted(inputs.items()):
                 decoders = name == "labels" or name.startswith("decoder_")
-                stop = value.shape[1] if decoders and decoder_ends is None else int(decoder_ends[i]) if decoders else end
+                stop = end if not decoders else value.shape[1] if decoder_ends is None else int(decoder_ends[i])
                 own[name] = value[i : i + 1, :stop]
-                digest.update(f"{name}:{stop};".encode() + own[name].long().contiguous().numpy().tobytes())
+                digest.update(f"{name}:{stop};".encode())
+                digest.update(own[name].long().contiguous().numpy())
             texts.append(_Text(digest.digest(), own))
         return texts
 
@@ -190,8 +210,9 @@ class PrefixCache:
         finally:
             for handle in handles:
                 handle.remove()
+        lengths = self._lengths(text.inputs)
         for kept, ends in zip((False, True), wanted, strict=False):
-            states = [self._read(*part) for part in zip(ends, [seen] * len(ends), self._lengths(text.inputs), strict=False)]
+            states = [self._read(blocks, seen, length) for blocks, length in zip(ends, lengths, strict=False)]
             if self.why_not:
                 log.info("%s runs whole in training: %s", type(self.model).__name__, self.why_not)
                 return None
@@ -216,17 +237,33 @@ class PrefixCache:
                 return None
         return states[0].detach().cpu().clone()
 
+    def _found(self, key: bytes) -> list[torch.Tensor] | None:
+        if key in self._states:
+            self._states.move_to_end(key)
+        elif self._kept is not None and (found := self._kept.get(key)) is not None:
+            self._keep(key, found)
+            self.read += 1
+        return self._states.get(key)
+
     def _keep(self, key: bytes, states: list[torch.Tensor]) -> None:
         self._drop(key)
         self._states[key] = states
-        self.held += _bytes(states)
+        self.held += bytes_of(states)
 
     def _drop(self, key: bytes) -> None:
-        self.held -= _bytes(self._states.pop(key, ()))
+        self.held -= bytes_of(self._states.pop(key, ()))
 
     def _shrink(self) -> None:
-        while self.held > self.limit:
-            self._drop(next(iter(self._states)))
+        if self.held <= self.limit:
+            return
+        # Where they are written, many in one file.
+        bound, dropped = self.limit if self._kept is None else self.limit // 4 * 3, {}
+        while self.held > bound:
+            key = next(iter(self._states))
+            dropped[key] = self._states[key]
+            self._drop(key)
+        if self._kept is not None:
+            self._kept.put(dropped)
 
     def _replaying(self, blocks: list[nn.Module], states: torch.Tensor) -> dict[nn.Module, Callable]:
         """Forwards that give ``states`` in the form that the blocks give theirs."""
@@ -254,10 +291,6 @@ def _stacked(parts: Sequence[torch.Tensor], length: int) -> torch.Tensor:
 def _ends(kept: torch.Tensor) -> torch.Tensor:
     """One past the last kept position of each row (of an empty row 1): [B, S] bool -> [B]."""
     return (kept * torch.arange(1, kept.shape[1] + 1)).amax(1).clamp(min=1)
-
-
-def _bytes(states: Sequence[torch.Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in states)
 
 
 def _same(a: object, b: object) -> bool:

@@ -25,6 +25,9 @@ class TrainConfig:
         default=1 << 30,
         metadata={"help": "Bytes for what the blocks below the edits give for each text; 0 = run them.", "least": 0},
     )
+    cache_disk_bytes: int = field(
+        default=0, metadata={"help": "Bytes of those to keep on disk, where memory is full; 0 = none.", "least": 0}
+    )
     loc_positions: int = field(
         default=0, metadata={"help": "Positions of a locality text to compare, drawn each step; 0 = all.", "least": 0}
     )

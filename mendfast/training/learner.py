@@ -64,8 +64,14 @@ class Learner(ABC):
     def train(self, mode: bool = True) -> None:  # noqa: B027
         """Whether passes move statistics."""
 
-    def open_cache(self, config: TrainConfig) -> None:  # noqa: B027
-        """Called at the start of each run: the base model stays as it is from here to the run's end."""
+    def open_cache(self, config: TrainConfig, directory: Path | None = None) -> None:  # noqa: B027
+        """Called at the start of each run: the base model stays as it is from here to the run's end.
+
+        ``directory``: where a cache may write; None without ``config.cache_disk_bytes``.
+        """
+
+    def flush_cache(self) -> None:  # noqa: B027
+        """Called when a run has ended: what the next one can use goes to disk."""
 
     def summary(self) -> str:
         """What there is to say of a run that has ended, in a sentence; may be empty."""
@@ -115,10 +121,15 @@ class EditorLearner(Learner):
             cache=self.cache,
         )
 
-    def open_cache(self, config: TrainConfig) -> None:
+    def open_cache(self, config: TrainConfig, directory: Path | None = None) -> None:
         self.cache = None
         if config.cache_bytes:
-            self.cache = PrefixCache(self.editor.model, self.editor.layers, config.cache_bytes)
+            disk = {"directory": directory, "disk_limit": config.cache_disk_bytes}
+            self.cache = PrefixCache(self.editor.model, self.editor.layers, config.cache_bytes, **disk)
+
+    def flush_cache(self) -> None:
+        if self.cache is not None:
+            self.cache.flush()
 
     def summary(self) -> str:
         return self.cache.summary() if self.cache is not None else ""

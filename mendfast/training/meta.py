@@ -122,7 +122,8 @@ def editor_loss(
 def _drawn(keep: torch.Tensor, count: int, seed: int | str) -> tuple[torch.Tensor, torch.Tensor]:
     """At most ``count`` of each sample's kept positions: a mask like ``keep``, and the weights [B] with which the
     mean over all drawn rows is, in expectation, that over all kept ones."""
-    rng = torch.Generator().manual_seed(int.from_bytes(hashlib.blake2b(str(seed).encode(), digest_size=7).digest(), "big"))
+    digest = hashlib.blake2b(str(seed).encode(), digest_size=7).hexdigest()
+    rng = torch.Generator().manual_seed(int(digest, 16))
     kept = keep.cpu()
     # The kept positions first, in random order: their ranks there say which are drawn.
     order = torch.rand(kept.shape, generator=rng).masked_fill(~kept, 2.0).argsort(1)

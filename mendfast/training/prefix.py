@@ -22,7 +22,8 @@ class FrozenPrefix:
     >>> with prefix.replayed(): model(**batch)      # the frozen blocks are not run again
 
     Of an encoder-decoder with edits in its encoder, the decoder sees edited states and none of it is frozen.
-    ``ends`` are the frozen blocks of each stack; it is empty, as is ``blocks``, and both contexts do nothing, where the model has no stack of blocks to split.
+    ``ends`` are the frozen blocks of each stack, ``blocks`` all of them; both are empty, and the contexts do nothing,
+    where the model has no stack of blocks to split.
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[Layer]):
