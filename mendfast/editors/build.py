@@ -21,6 +21,7 @@ from ..config import MendConfig
 from ..editor import MendEditor
 from ..files import atomic_write
 from ..labels import chat_prompt, end_of_turn
+from ..metric import Metric
 from ..own_words import own_words
 from ..tasks import world
 from ..tasks.load import load_task
@@ -45,11 +46,13 @@ TRAINING = TrainConfig(
     warmup=10,
     validate_every=120,
     validation_size=24,
-    checkpoint_every=20,
+    checkpoint_every=10,
+    cache_bytes=3 << 30,
+    loc_positions=12,
 )
 _MARK = "mendfast-was-here"
 WORDS, BEGINNING = 40, 8  # of a piece of running text; how many of them stand for its prompt
-PROTECTED = 200  # texts of each kind
+PROTECTED = 120  # texts of each kind
 SAMPLED = 128  # conversations of the model with itself
 
 
@@ -101,15 +104,19 @@ def build(
     output, rng = Path(output), random.Random(training.seed)
     output.mkdir(parents=True, exist_ok=True)
     own = conversations(model, tokenizer, output / "own_words.json", SAMPLED)
-    running = pieces(text, 20 * PROTECTED, rng) if text else []
+    running = pieces(text, 4 * SAMPLED + PROTECTED, rng) if text else []
     items = facts(data, training.seed)
     rng.shuffle(items)
     torch.manual_seed(training.seed)
     made = MendEditor.from_model(model, tokenizer, editor)
     questions = [(item.wordings[0], item.answer) for item in rng.sample(items, min(len(items), PROTECTED))]
     chosen = [*rng.sample(running, min(len(running), PROTECTED)), *own[:PROTECTED]]
-    made.protect([*questions, *chosen], progress=None)
-    texts = [*running[: 4 * len(own)], *own, *own]
+    kept_metric = output / "metric.safetensors"
+    if kept_metric.is_file():
+        made.protect_with(Metric.load(kept_metric))
+    else:
+        made.protect([*questions, *chosen], progress=None).save(kept_metric)
+    texts = [*running, *own, *own]
     held_out, kept = items[::20], [item for i, item in enumerate(items) if i % 20]
     samplers = [
         FormSampler(FactSampler(part, neighbours=items, include_inner=0.4, seed=seed), forms=FORMS, texts=texts)
