@@ -47,7 +47,7 @@ class MendEditor(nn.Module):
         # A copy: the caller's configuration may make editors of other models, whose layers have other names.
         self.config = replace(config, layers=[layer.name for layer in self.layers])
         if config.layers is None:
-            log.info("mendfast edits %s", ", ".join(self.config.layers))
+            log.info("mendfast edits %s", ", ".join(layer.name for layer in self.layers))
         groups = defaultdict(list)
         for layer in self.layers:
             groups[layer.shape if self.config.shared else layer.name].append(layer)
@@ -150,7 +150,7 @@ class MendEditor(nn.Module):
     # -- what it is ----------------------------------------------------------------------------------------
 
     @property
-    def model(self) -> nn.Module:
+    def model(self) -> Any:
         return self._outside[0]
 
     @property
@@ -308,7 +308,7 @@ class MendEditor(nn.Module):
         Rows whose u or delta is all zero (padding, tokens that the loss does not reach) are left out. The
         layers of one shape go through their network in one batch of rows.
         """
-        rows = {}
+        rows: dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
         for key, members in self._groups.items():
             us, deltas, samples = [], [], []
             for layer in members:
