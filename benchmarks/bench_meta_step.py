@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mendfast.objective import to_device
-from mendfast.training import meta_loss
+from mendfast.training import editor_loss
 
 from .bench_edit import _editor
 from .cases import cases
@@ -30,7 +30,7 @@ def _batches(shape, size: int, seed: int, device) -> tuple[dict, dict, dict]:
 
 def ours(editor, batches: tuple) -> torch.Tensor:
     editor.zero_grad()
-    total, _ = meta_loss(editor, *batches)
+    total, _ = editor_loss(editor, *batches)
     total.backward()
     return total.detach()
 
@@ -97,9 +97,9 @@ def test_phases(contest, case, phase):
         ours(editor, data(0))
         call = Contestant(lambda _: optimiser.step())
     elif phase == "backward":
-        call = Contestant(lambda total: total.backward(), lambda batches: meta_loss(editor, *batches)[0])
+        call = Contestant(lambda total: total.backward(), lambda batches: editor_loss(editor, *batches)[0])
     elif phase == "loss":
-        call = Contestant(lambda batches: meta_loss(editor, *batches))
+        call = Contestant(lambda batches: editor_loss(editor, *batches))
     else:
         call = Contestant(lambda batches: editor.group_factors(batches[0]))
     row = {"shape": case.shape.name, "phase": phase, "edits": case.size, "dtype": str(dtype)[6:]}

@@ -28,15 +28,20 @@ def logits_of(model: nn.Module, batch: Batch, weights: Mapping[str, torch.Tensor
     return functional_call(model, dict(weights or {}), kwargs=inputs).logits
 
 
+def _wide(values: torch.Tensor) -> torch.Tensor:
+    """float32 at least."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
 def nll(model: nn.Module, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Mean negative log-likelihood of the labels of one example."""
     if labels.dim() == 1:
         if logits.shape[-1] == 1:
-            return F.binary_cross_entropy_with_logits(logits[:, 0].float(), labels.float())
-        return F.cross_entropy(logits.float(), labels)
+            return F.binary_cross_entropy_with_logits(_wide(logits[:, 0]), _wide(labels.to(logits.dtype)))
+        return F.cross_entropy(_wide(logits), labels)
     if not model.config.is_encoder_decoder:
         logits, labels = logits[:, :-1], labels[:, 1:]
-    return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100)
+    return F.cross_entropy(_wide(logits.flatten(0, 1)), labels.flatten(), ignore_index=-100)
 
 
 def kl(base: torch.Tensor, edited: torch.Tensor, batch: Batch, model: nn.Module) -> torch.Tensor:
@@ -50,7 +55,7 @@ def kl(base: torch.Tensor, edited: torch.Tensor, batch: Batch, model: nn.Module)
         mask = batch["attention_mask"]
     if base.shape[-1] == 1:
         base, edited = (torch.cat([torch.zeros_like(z), z], -1) for z in (base, edited))
-    log_p, log_q = base.float().log_softmax(-1), edited.float().log_softmax(-1)
+    log_p, log_q = _wide(base).log_softmax(-1), _wide(edited).log_softmax(-1)
     per_token = (log_p.exp() * (log_p - log_q)).sum(-1)
     return (per_token * mask).sum() / mask.sum()
 
@@ -72,7 +77,7 @@ def inner_rows(editor: MendEditor, batch: Batch) -> dict[str, tuple[torch.Tensor
         handle.remove()
     rows = {}
     for name, (u, y) in seen.items():
-        u, delta = u.detach().flatten(0, -2).float(), y.grad.flatten(0, -2).float()
+        u, delta = _wide(u.detach().flatten(0, -2)), _wide(y.grad.flatten(0, -2))
         kept = (u != 0).any(-1) & (delta != 0).any(-1)
         rows[name] = (u[kept], delta[kept])
     model.zero_grad(set_to_none=True)
@@ -104,7 +109,7 @@ def meta_step(
     """
     model, size = editor.model, len(inner["labels"])
     per_outer, per_loc = len(outer["input_ids"]) // size, len(loc["input_ids"]) // size
-    sums = torch.zeros(3, device=editor.device)
+    sums = torch.zeros(3, dtype=torch.promote_types(model.dtype, torch.float32), device=editor.device)
     for i in range(size):
         weights = edited_weights(editor, {k: v[i : i + 1] for k, v in inner.items()})
         l_edit = l_loc = 0.0

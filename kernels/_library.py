@@ -9,20 +9,27 @@ import torch
 
 
 @contextlib.contextmanager
-def _tf32(allowed: bool) -> Iterator[None]:
-    """cuBLAS with or without TF32 within the block."""
-    matmul_settings = torch.backends.cuda.matmul
-    if hasattr(matmul_settings, "fp32_precision"):
+def library_precision(device: torch.device, precision: str = "ieee") -> Iterator[None]:
+    """Within the block the library multiplies float32 in TF32 if ``precision`` is "tf32", else in float32.
+
+    On a CPU always in float32: there ``torch.set_float32_matmul_precision("medium")`` would make it bfloat16.
+    """
+    settings = (torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn).matmul
+    tf32 = precision == "tf32" and device.type == "cuda"
+    if hasattr(settings, "fp32_precision"):
         # since 2.9; the older attribute raises once anyone has used this one
-        name, value = "fp32_precision", "tf32" if allowed else "ieee"
+        name, value = "fp32_precision", "tf32" if tf32 else "ieee"
+    elif device.type == "cuda":
+        name, value = "allow_tf32", tf32
     else:
-        name, value = "allow_tf32", allowed
-    previous = getattr(matmul_settings, name)
-    setattr(matmul_settings, name, value)
+        yield
+        return
+    previous = getattr(settings, name)
+    setattr(settings, name, value)
     try:
         yield
     finally:
-        setattr(matmul_settings, name, previous)
+        setattr(settings, name, previous)
 
 
 def split(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -32,19 +39,19 @@ def split(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def matmul(a: torch.Tensor, b: torch.Tensor, precision: str) -> torch.Tensor:
-    """``a @ b`` of float32 matrices by the library, in "ieee", "tf32" or "tf32x3".
+    """``a @ b`` of matrices by the library; of float32 on a GPU in "ieee", "tf32" or "tf32x3".
 
     tf32x3 is three TF32 products, low b's high, high b's low, high b's high, summed from small to large: what
-    it drops, low times low, is 2^-22 of the product.
+    it drops, low times low, is 2^-20 of the product at the worst.
     """
-    if precision != "tf32x3" or not a.is_cuda:
-        with _tf32(precision == "tf32"):
-            return a @ b
-    return three_products(a, b)
+    if precision == "tf32x3" and a.is_cuda and a.dtype == torch.float32:
+        return three_products(a, b)
+    with library_precision(a.device, precision):
+        return a @ b
 
 
 def three_products(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     a_high, a_low = split(a)
     b_high, b_low = split(b)
-    with _tf32(True):
+    with library_precision(a.device, "tf32"):
         return (a_low @ b_high).addmm_(a_high, b_low).addmm_(a_high, b_high)

@@ -93,7 +93,7 @@ def _project_kernel(
     stride_row = tl.full([], 1, tl.int64) * stride_x0_row
     start = split * chunk0
     stop = tl.minimum(start + chunk0, width0)
-    limit = width0
+    limit = width0 + tl.zeros([], tl.int32)  # a width of 1 is a constant, which can't be given another value
     if TWO:
         if split >= splits0:
             x_ptr = x1_ptr
@@ -103,7 +103,7 @@ def _project_kernel(
             weight_ptr += width0 * tl.full([], 1, tl.int64) * stride_weight_k
             start = (split - splits0) * chunk1
             stop = tl.minimum(start + chunk1, width1)
-            limit = width1
+            limit = width1 + tl.zeros([], tl.int32)
     acc = _contract(
         weight_ptr, x_ptr + batch * stride_x_batch, mean_ptr, std_ptr,
         offs_o, offs_n, mask_o, mask_n, start, stop, limit,
@@ -174,7 +174,7 @@ def _outer_kernel(
     mean_ptr = mean0_ptr
     std_ptr = std0_ptr
     stride_row = tl.full([], 1, tl.int64) * stride_x0_row
-    limit_o = width0
+    limit_o = width0 + tl.zeros([], tl.int32)
     first_out = tl.zeros([], dtype=tl.int64)
     tile = pid_o
     if TWO:
@@ -183,7 +183,7 @@ def _outer_kernel(
             mean_ptr = mean1_ptr
             std_ptr = std1_ptr
             stride_row = tl.full([], 1, tl.int64) * stride_x1_row
-            limit_o = width1
+            limit_o = width1 + tl.zeros([], tl.int32)
             first_out = tl.full([], 1, tl.int64) * width0
             tile = pid_o - tiles0
     offs_o = tile * BLOCK_O + tl.arange(0, BLOCK_O)
@@ -236,6 +236,8 @@ def project(
     x0, x1 = sides[0], sides[-1]
     two = len(sides) == 2
     widths = (x0.shape[-1], x1.shape[-1] if two else 0)
+    if not (batches and n_rows and n_out):
+        return torch.empty((*x0.shape[:-1], n_out), dtype=torch.float32, device=device)
     config = configs.lookup("project", device, n_rows, precision)
     tiles = triton.cdiv(n_out, config.block_o) * triton.cdiv(n_rows, config.block_n)
     # rounded down: one program more than fits at once would double the time
@@ -278,6 +280,8 @@ def expand(
     c = row_major(c)
     batched = c.dim() == 3
     batches, n_rows, n_out = (c.shape[0] if batched else 1), c.shape[-2], out.shape[-1]
+    if out.numel() == 0:
+        return out
     config = configs.lookup("expand", out.device, n_rows, precision)
     tiles = triton.cdiv(n_out, config.block_o) * triton.cdiv(n_rows, config.block_n)
     r = out if residual is None else row_major(residual)
@@ -314,6 +318,8 @@ def outer(
     two = len(sides) == 2
     widths = (x0.shape[-1], x1.shape[-1] if two else 0)
     n_rows, n_rank = c.shape[-2], c.shape[-1]
+    if out.numel() == 0:
+        return out
     config = configs.lookup("outer", out.device, n_rank, precision)
     tiles = [triton.cdiv(width, config.block_o) for width in widths]
     norm = bool(stats)

@@ -20,9 +20,3 @@ def plan(logits: torch.Tensor) -> tuple[configs.SweepConfig, int, int]:
 
 def row_major(logits: torch.Tensor) -> torch.Tensor:
     return logits if logits.stride(-1) == 1 else logits.contiguous()
-
-
-def check(op: str, **tensors: torch.Tensor) -> None:
-    for name, value in tensors.items():
-        if value.dtype == torch.float64:
-            raise TypeError(f"{op}: {name} are float64, which the Triton kernels don't serve; use backend='aten'.")

@@ -124,12 +124,13 @@ def _editor(dtype: torch.dtype, precision: str) -> None:
         *(_meta(*shape, dtype=dtype) for shape in ((width,), (MODES, width), (MODES, width))),
     )
     mode = _meta(ROWS, dtype=torch.int64)
-    _, _, *saved = editor_mlp.forward(u, delta, stats, [block] * 2, mode, precision, True, True)
-    editor_mlp.backward(u, delta, u, delta, stats, [block] * 2, saved, mode, precision, True, False)
+    options = {"precision": precision, "residual": True}
+    _, _, *saved = editor_mlp.forward(u, delta, stats, [block] * 2, mode, keep=True, **options)
+    editor_mlp.backward((u, delta), (u, delta), stats, [block] * 2, saved, mode, needs_rows=False, **options)
     many = editor_mlp.LIBRARY_ROWS[precision] + 1
     u, delta = (_meta(many, side, dtype=dtype) for side in WIDTHS)
     mode = _meta(many, dtype=torch.int64)
-    editor_mlp.forward(u, delta, stats, [block] * 2, mode, precision, True, True)
+    editor_mlp.forward(u, delta, stats, [block] * 2, mode, keep=True, **options)
 
 
 def _lowrank(dtype: torch.dtype) -> None:
@@ -137,8 +138,9 @@ def _lowrank(dtype: torch.dtype) -> None:
 
     y, x = _meta(4, 128, WIDTHS[1], dtype=dtype), _meta(4, 128, WIDTHS[0], dtype=dtype)
     u, delta, alpha = _meta(4, 20, WIDTHS[0]), _meta(4, 20, WIDTHS[1]), _meta(1)
-    _, c = lowrank_linear.forward(y, x, u, delta, alpha, 1.0)
-    lowrank_linear.backward(y, x, u, delta, c, alpha, 1.0, True, True, True, True)
+    _, c = lowrank_linear.forward(y, x, u, delta, alpha=alpha, scale=1.0)
+    needs = lowrank_linear.Needs(True, True, True, True)
+    lowrank_linear.backward(y, x, u, delta, c, alpha=alpha, scale=1.0, needs=needs)
 
 
 def _update(dtype: torch.dtype) -> None:

@@ -90,7 +90,7 @@ def _editor_block_fwd_kernel(
     stride_x_row = tl.full([], 1, tl.int64) * stride_x0_row
     stride_out_row = tl.full([], 1, tl.int64) * stride_out0_row
     first = tl.zeros([], dtype=tl.int64)
-    side_width = width0
+    side_width = width0 + tl.zeros([], tl.int32)  # a width of 1 is a constant, which can't be given another value
     if tile >= tiles0:
         x_ptr = x1_ptr
         mean_ptr = mean1_ptr
@@ -99,7 +99,7 @@ def _editor_block_fwd_kernel(
         stride_x_row = tl.full([], 1, tl.int64) * stride_x1_row
         stride_out_row = tl.full([], 1, tl.int64) * stride_out1_row
         first = tl.full([], 1, tl.int64) * width0
-        side_width = width1
+        side_width = width1 + tl.zeros([], tl.int32)
         tile -= tiles0
     width = width0 + width1
     offs_d = tile * BLOCK_O + tl.arange(0, BLOCK_O)
@@ -129,8 +129,9 @@ def _editor_normalise_kernel(
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """out = (x - mean) / (std + eps)"""
-    offs_d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
-    offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    tiles = tl.cdiv(width, BLOCK_D)
+    offs_d = tl.program_id(0) % tiles * BLOCK_D + tl.arange(0, BLOCK_D)
+    offs_n = tl.program_id(0) // tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_d = offs_d < width
     mask = (offs_n < n_rows)[:, None] & mask_d[None, :]
     row = offs_n.to(tl.int64)[:, None]
@@ -157,12 +158,12 @@ def _editor_gate_bwd_kernel(
     g_in_ptr = g0_ptr
     stride_g_row = tl.full([], 1, tl.int64) * stride_g0_row
     first = tl.zeros([], dtype=tl.int64)
-    side_width = width0
+    side_width = width0 + tl.zeros([], tl.int32)  # a width of 1 is a constant, which can't be given another value
     if tile >= tiles0:
         g_in_ptr = g1_ptr
         stride_g_row = tl.full([], 1, tl.int64) * stride_g1_row
         first = tl.full([], 1, tl.int64) * width0
-        side_width = width1
+        side_width = width1 + tl.zeros([], tl.int32)
         tile -= tiles0
     width = width0 + width1
     offs_d = tile * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -234,7 +235,8 @@ def normalise(u, delta, stats, out) -> None:
         if x.shape[1] == 0:
             continue
         config = configs.lookup("normalise", x.device, x.shape[0])
-        grid = (triton.cdiv(x.shape[1], config.block_d), triton.cdiv(x.shape[0], config.block_n))
+        # on one axis: the second takes 65,535 programs, and rows may be more
+        grid = (triton.cdiv(x.shape[1], config.block_d) * triton.cdiv(x.shape[0], config.block_n),)
         mean, std = pair or (x, x)
         with torch.cuda.device_of(x):
             _editor_normalise_kernel[grid](
@@ -243,7 +245,7 @@ def normalise(u, delta, stats, out) -> None:
             )  # fmt: skip
 
 
-def _block_fwd(t, block, mode, x, stats, out, w, residual, keep, precision, by_library) -> None:
+def _block_fwd(block, *, t, mode, x, stats, out, w, residual, keep, precision, by_library) -> None:
     """One block's second product and epilogue, or the epilogue alone over w = U t."""
     n_rows, m = x[0].shape
     n, rank = x[1].shape[1], block.V.shape[0]
@@ -271,9 +273,8 @@ def _block_fwd(t, block, mode, x, stats, out, w, residual, keep, precision, by_l
         )  # fmt: skip
 
 
-def forward(u, delta, stats, blocks, mode, precision, residual, keep) -> list[torch.Tensor]:
+def forward(u, delta, stats, blocks, mode, *, precision, residual, keep) -> list[torch.Tensor]:
     """[out_u, out_delta], and if ``keep`` what :func:`backward` takes: t, w of block 0, x, t, w of others."""
-    check_dtypes(u, delta, blocks)
     stats = _float_stats(stats)
     n_rows, m = u.shape
     width = m + delta.shape[1]
@@ -304,7 +305,10 @@ def forward(u, delta, stats, blocks, mode, precision, residual, keep) -> list[to
             saved += [t, w] if i == 0 else [x_full, t, w]
         x_next = None if last else torch.empty((n_rows, width), dtype=torch.float32, device=u.device)
         target = out if last else _sides(x_next, m)
-        _block_fwd(t, block, mode, x, stats, target, w, residual, keep, precision, by_library)
+        _block_fwd(
+            block, t=t, mode=mode, x=x, stats=stats, out=target, w=w,
+            residual=residual, keep=keep, precision=precision, by_library=by_library,
+        )  # fmt: skip
         if not last:
             x_full, x, stats = x_next, _sides(x_next, m), []
     return [out[0].to(u.dtype), out[1].to(delta.dtype), *saved]
@@ -317,21 +321,18 @@ def _mode_of(blocks, mode) -> torch.Tensor | None:
     return None if mode is None else mode.contiguous()
 
 
-def check_dtypes(u, delta, blocks) -> None:
-    for name, value in (("u", u), ("delta", delta), *((f"block parameter {i}", p) for b in blocks
-                        for i, p in enumerate(b) if p is not None)):  # fmt: skip
-        if value.dtype == torch.float64:
-            raise TypeError(f"editor_mlp: {name} is float64, which the Triton kernels don't serve; use backend='aten'.")
+def backward(grads_out, inputs, stats, blocks, saved, mode, *, precision, residual, needs_rows):
+    """Gradients of every parameter in the order of ``blocks``, then of u and delta if ``needs_rows``.
 
-
-def backward(grad_u, grad_delta, u, delta, stats, blocks, saved, mode, precision, residual, needs_rows):
-    """Gradients of every parameter in the order of ``blocks``, then of u and delta if ``needs_rows``."""
+    ``grads_out`` and ``inputs`` are pairs, (u's, delta's).
+    """
+    u, delta = inputs
     stats = _float_stats(stats)
     n_rows, m = u.shape
     n = delta.shape[1]
     width, device = m + n, u.device
     rows = _rows(u, delta)
-    g = _rows(grad_u, grad_delta)
+    g = _rows(*grads_out)
     by_library = uses_library(n_rows, precision)
     mode = _mode_of(blocks, mode)
     grads: list[list[torch.Tensor]] = []
@@ -343,12 +344,15 @@ def backward(grad_u, grad_delta, u, delta, stats, blocks, saved, mode, precision
         store = needs_input and residual and full is None
         d_w = torch.empty((n_rows, width), dtype=torch.float32, device=device)
         full = torch.empty_like(d_w) if store else full
-        d_s, d_o = _gate(g, w, block, mode, d_w, full, store)
+        d_s, d_o = _gate(block, g=g, w=w, mode=mode, d_w=d_w, full=full, store=store)
         if block.s is not None:
             d_b = (d_o * block.s.float()).sum(0)  # d_w is s times what d_o sums, mode by mode
         else:
             d_b = d_o.sum(0)
-        own = _weight_grads(i, block, d_w, t, rows, stats, saved, precision, by_library)
+        x = saved[3 * i - 1] if i else None
+        own = _weight_grads(
+            block, d_w=d_w, t=t, x=x, rows=rows, stats=stats, precision=precision, by_library=by_library
+        )
         d_t = own.pop()
         own.append(d_b.to(block.b.dtype))
         own += [] if block.s is None else [d_s.to(block.s.dtype)]
@@ -371,7 +375,7 @@ def backward(grad_u, grad_delta, u, delta, stats, blocks, saved, mode, precision
     return [*flat, d_u.to(u.dtype, copy=True), d_delta.to(delta.dtype, copy=True)]
 
 
-def _gate(g, w, block, mode, d_w, full, store) -> tuple[torch.Tensor, torch.Tensor]:
+def _gate(block, *, g, w, mode, d_w, full, store) -> tuple[torch.Tensor, torch.Tensor]:
     """Fill d_w, and ``full`` with g if ``store``; return (d_s, d_o), each [modes, D] float32."""
     n_rows, m = g[0].shape
     n = g[1].shape[1]
@@ -394,9 +398,8 @@ def _gate(g, w, block, mode, d_w, full, store) -> tuple[torch.Tensor, torch.Tens
     return d_s, d_o
 
 
-def _weight_grads(i, block, d_w, t, rows, stats, saved, precision, by_library) -> list[torch.Tensor]:
-    """[dU, dV, d_t] of block i."""
-    x = None if i == 0 else saved[3 * i - 1]
+def _weight_grads(block, *, d_w, t, x, rows, stats, precision, by_library) -> list[torch.Tensor]:
+    """[dU, dV, d_t] of a block with input x; None: the first, whose input is made from the rows."""
     m = rows[0].shape[1]
     if by_library:
         if x is None:

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from . import configs
-from ._vocabulary import check, plan, row_major
+from ._vocabulary import plan, row_major
 
 
 @triton.jit
@@ -76,9 +76,10 @@ def _kl_divergence_sum_kernel(keep_ptr, parts_ptr, kl_ptr, lse_p_ptr, lse_q_ptr,
     sum_q = tl.load(at + 4, mask=mask, other=0.0)
     max_p = tl.max(top_p, axis=0)
     max_q = tl.max(top_q, axis=0)
-    shrink = tl.where(sum_p > 0, tl.exp(top_p - max_p), 0.0)
+    # a part of impossible tokens adds nothing; a NaN is no 0, and stays
+    shrink = tl.where(sum_p == 0, 0.0, tl.exp(top_p - max_p))
     z_p = tl.sum(sum_p * shrink, axis=0)
-    z_q = tl.sum(tl.where(sum_q > 0, sum_q * tl.exp(top_q - max_q), 0.0), axis=0)
+    z_q = tl.sum(tl.where(sum_q == 0, 0.0, sum_q * tl.exp(top_q - max_q)), axis=0)
     kl = tl.sum(cross * shrink, axis=0) / z_p - (max_p - max_q) + tl.log(z_q / z_p)
     tl.store(kl_ptr + row, tl.where(kept, kl, 0.0))
     tl.store(lse_p_ptr + row, tl.where(kept, max_p + tl.log(z_p), 0.0))
@@ -107,14 +108,13 @@ def _kl_divergence_bwd_kernel(
 
 def forward(base_logits, logits, keep) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # [B, S] x 3
     """(KL, log-sum-exp of the base, log-sum-exp of the edited) of each row, float32."""
-    check("kl_divergence", base_logits=base_logits, logits=logits)
     p, q, keep = row_major(base_logits), row_major(logits), keep.contiguous()
-    config, splits, chunk = plan(q)
     rows = keep.numel()
-    parts = torch.empty((rows, splits, 5), dtype=torch.float32, device=q.device)
     kl, lse_p, lse_q = (torch.empty(keep.shape, dtype=torch.float32, device=q.device) for _ in range(3))
     if rows == 0:
         return kl, lse_p, lse_q
+    config, splits, chunk = plan(q)
+    parts = torch.empty((rows, splits, 5), dtype=torch.float32, device=q.device)
     with torch.cuda.device_of(q):
         _kl_divergence_fwd_kernel[(rows, splits)](
             p, q, keep, parts, q.shape[1], q.shape[2], chunk, splits, *p.stride()[:2], *q.stride()[:2],

@@ -13,6 +13,9 @@ float32.
 
 from __future__ import annotations
 
+import math
+from typing import NamedTuple
+
 import torch
 
 from ._products import expand, outer, project
@@ -21,21 +24,21 @@ PRECISION = "tf32x3"
 """float32 accuracy on matrix units; the op has no argument for it."""
 
 
+class Needs(NamedTuple):
+    """Which gradients are asked for."""
+
+    x: bool
+    u: bool
+    delta: bool
+    alpha: bool
+
+
 def _flat(x: torch.Tensor, batched: bool) -> torch.Tensor:
-    return x if batched else x.reshape(-1, x.shape[-1])
+    return x if batched else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
-def _check(**tensors) -> None:
-    for name, value in tensors.items():
-        if value.dtype == torch.float64:
-            raise TypeError(
-                f"lowrank_linear: {name} is float64, which Triton's kernels don't serve; use backend='aten'."
-            )
-
-
-def forward(y, x, u, delta, alpha, scale) -> tuple[torch.Tensor, torch.Tensor]:
+def forward(y, x, u, delta, *, alpha, scale) -> tuple[torch.Tensor, torch.Tensor]:
     """(out in y's dtype, c [..., T] float32)"""
-    _check(y=y, x=x, u=u, delta=delta)
     batched = u.dim() == 3
     c = project([_flat(x, batched)], u, [], 0.0, PRECISION)
     rows = _flat(y, batched)
@@ -44,24 +47,24 @@ def forward(y, x, u, delta, alpha, scale) -> tuple[torch.Tensor, torch.Tensor]:
     return out.view(y.shape), c.view(*x.shape[:-1], u.shape[-2])
 
 
-def backward(grad, x, u, delta, c, alpha, scale, need_x, need_u, need_delta, need_alpha) -> list[torch.Tensor]:
+def backward(grad, x, u, delta, c, *, alpha, scale, needs: Needs) -> list[torch.Tensor]:
     """The gradients that are needed, in the order x, u, delta, alpha."""
     batched = u.dim() == 3
     g, c, rows = _flat(grad, batched), _flat(c, batched), _flat(x, batched)
     by = {"scale": -scale, "alpha": alpha}
     out = []
-    e = project([g], delta, [], 0.0, PRECISION) if need_x or need_u or need_alpha else None
-    if need_x:
+    e = project([g], delta, [], 0.0, PRECISION) if needs.x or needs.u or needs.alpha else None
+    if needs.x:
         d_x = torch.empty(rows.shape, dtype=x.dtype, device=x.device)
         out.append(expand(e, u.mT, None, d_x, PRECISION, **by).view(x.shape))
-    if need_u:
+    if needs.u:
         d_u = torch.empty(u.shape, dtype=u.dtype, device=x.device)
         outer([rows], e, [], 0.0, d_u.mT, PRECISION, **by)
         out.append(d_u)
-    if need_delta:
+    if needs.delta:
         d_delta = torch.empty(delta.shape, dtype=delta.dtype, device=x.device)
         outer([g], c, [], 0.0, d_delta.mT, PRECISION, **by)
         out.append(d_delta)
-    if need_alpha:
+    if needs.alpha:
         out.append(-(c * e).sum().to(alpha.dtype).reshape(alpha.shape))
     return out

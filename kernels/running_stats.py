@@ -95,12 +95,8 @@ def _running_stats_merge_kernel(
 
 def running_stats_(count, mean, m2, rows, mask) -> None:
     """Merge rows [N, d] (those whose mask is nonzero) into count, mean [d] and m2 [d], in place."""
-    for name, value in (("mean", mean), ("m2", m2), ("rows", rows)):
-        if value.dtype == torch.float64:
-            raise TypeError(
-                f"running_stats_: {name} is float64, which Triton's kernels don't serve; use backend='aten'."
-            )
-        if name != "rows" and not value.is_contiguous():
+    for name, value in (("mean", mean), ("m2", m2)):
+        if not value.is_contiguous():
             raise ValueError(f"running_stats_: {name} must be contiguous, since it is written in place.")
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
     n_rows, width = rows.shape

@@ -12,10 +12,11 @@ import torch
 import triton
 import triton.language as tl
 
+from ..types import IGNORE as _IGNORE
 from . import configs
-from ._vocabulary import check, plan, row_major
+from ._vocabulary import plan, row_major
 
-IGNORE = tl.constexpr(-100)
+IGNORE = tl.constexpr(_IGNORE)
 
 
 @triton.jit
@@ -80,7 +81,8 @@ def _token_nll_sum_kernel(
     label = tl.load(labels_ptr + row)
     kept = label != IGNORE
     highest = tl.max(top, axis=0)
-    log_sum = tl.log(tl.sum(tl.where(total > 0, total * tl.exp(top - highest), 0.0), axis=0))
+    # a part of impossible tokens adds nothing; a NaN is no 0, and stays
+    log_sum = tl.log(tl.sum(tl.where(total == 0, 0.0, total * tl.exp(top - highest)), axis=0))
     x_ptr = logits_ptr + (row // length) * stride_b + (row % length) * stride_s
     x = tl.load(x_ptr + tl.where(kept, label, 0)).to(tl.float32)
     tl.store(nll_ptr + row, tl.where(kept, log_sum + (highest - x), 0.0))
@@ -108,15 +110,14 @@ def _token_nll_bwd_kernel(
 
 def forward(logits, labels) -> tuple[torch.Tensor, torch.Tensor]:  # [B, S, V], [B, S] -> [B, S] x 2
     """(nll, log-sum-exp) of each row, float32."""
-    check("token_nll", logits=logits)
     logits, labels = row_major(logits), labels.contiguous()
-    config, splits, chunk = plan(logits)
     rows = labels.numel()
-    parts = torch.empty((rows, splits, 2), dtype=torch.float32, device=logits.device)
     nll = torch.empty(labels.shape, dtype=torch.float32, device=logits.device)
     lse = torch.empty_like(nll)
     if rows == 0:
         return nll, lse
+    config, splits, chunk = plan(logits)
+    parts = torch.empty((rows, splits, 2), dtype=torch.float32, device=logits.device)
     strides = logits.stride()[:2]
     with torch.cuda.device_of(logits):
         _token_nll_fwd_kernel[(rows, splits)](

@@ -24,12 +24,12 @@ from pathlib import Path
 
 import torch
 
+from ..types import PRECISIONS
 from . import configs
 from .configs import Config, ProductConfig, SweepConfig
 
 PRODUCTS = ("project", "block_fwd", "expand", "outer")
 SWEEPS = ("gate_bwd", "pointwise_fwd", "normalise", "running_stats", "vocabulary_fwd", "vocabulary_bwd")
-PRECISIONS = ("tf32x3", "ieee", "tf32")
 MODES, LOGITS = 3, (1, 200, 50257)
 
 
@@ -74,12 +74,13 @@ def workload(
         out, w = (torch.empty_like(u), torch.empty_like(delta)), torch.empty_like(x)
         by_library = kernel == "pointwise_fwd"
         return lambda: editor_mlp._block_fwd(
-            t, block, mode, (u, delta), stats, out, w, True, True, precision, by_library
-        )
+            block, t=t, mode=mode, x=(u, delta), stats=stats, out=out, w=w,
+            residual=True, keep=True, precision=precision, by_library=by_library,
+        )  # fmt: skip
     if kernel == "gate_bwd":
         block = Block(None, None, None, rand(MODES, width), rand(MODES, width))
         d_w, full = torch.empty_like(x), torch.empty_like(x)
-        return lambda: editor_mlp._gate((u, delta), x, block, mode, d_w, full, True)
+        return lambda: editor_mlp._gate(block, g=(u, delta), w=x, mode=mode, d_w=d_w, full=full, store=True)
     if kernel == "normalise":
         out = (torch.empty_like(u), torch.empty_like(delta))
         return lambda: editor_mlp.normalise(u, delta, stats, out)

@@ -11,6 +11,7 @@ from .backends import backend
 from .config import MendConfig
 from .edit import Edit, EditRequest
 from .editor import MendEditor
+from .ledger import forget_edits, revert_all
 
 __version__ = "0.1.0"
-__all__ = ["Edit", "EditRequest", "MendConfig", "MendEditor", "backend"]
+__all__ = ["Edit", "EditRequest", "MendConfig", "MendEditor", "backend", "forget_edits", "revert_all"]

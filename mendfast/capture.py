@@ -1,69 +1,128 @@
-"""The (u, delta) rows out of a model, and low-rank updates into one, by hooks and replaced forwards."""
+"""The (u, delta) rows out of a model, and low-rank updates into one, by hooks and replaced forwards.
+
+What these blocks change on a model is noted before it is changed and put back however the block ends, an interrupt
+in the midst of putting back included. Those that change how the whole model answers (``frozen``, ``capture``) keep
+the model's lock (:func:`mendfast.locks.exclusive`) to their end; other threads' forward passes aren't held up, and
+see a frozen model meanwhile.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
 
 from . import ops
-from .layers import Layer
-from .ops.few_rows import frozen_forwards
+from .layers import Layer, unwrapped
+from .ledger import settle
+from .locks import exclusive, holding
+from .ops.frozen_linear import frozen_forwards
 
 Factors = tuple[torch.Tensor, torch.Tensor, "torch.Tensor | float"]
 """u [T, m], delta [T, n], alpha: one update for all samples; or u [G, T, m], delta [G, T, n]: G groups of
 consecutive samples, each with its own."""
 
 
+class Changes:
+    """How to put back what was changed; to do it twice does no harm."""
+
+    def __init__(self) -> None:
+        self._steps: list[Callable[[], object]] = []
+
+    def note(self, undo: Callable[[], object]) -> None:
+        """To be called before the change is made."""
+        self._steps.append(undo)
+
+    def undo(self) -> None:
+        while self._steps:
+            self._steps[-1]()
+            self._steps.pop()
+
+    def hook(self, module: nn.Module, hook: Callable, *, before: bool = False) -> None:
+        """Register a forward hook, or one that runs before the forward, until the changes are undone."""
+        self.note(functools.partial(_unhook, module, hook))
+        (module.register_forward_pre_hook if before else module.register_forward_hook)(hook)
+
+
+def _unhook(module: nn.Module, hook: Callable) -> None:
+    # by the hook and not by its handle, which an interrupted registration doesn't give
+    for hooks in (module._forward_hooks, module._forward_pre_hooks):
+        for key in [key for key, other in list(hooks.items()) if other is hook]:
+            hooks.pop(key, None)
+
+
+@contextlib.contextmanager
+def undone() -> Iterator[Changes]:
+    """Within the block changes can be noted; they are put back at its end."""
+    changes = Changes()
+    try:
+        try:
+            yield changes
+        finally:
+            changes.undo()
+    finally:  # again, for what an interrupt of the first left
+        changes.undo()
+
+
 @contextlib.contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
     """Within the block the model is in eval mode and none of its parameters asks for a gradient.
 
-    On a CPU its linear layers then use :mod:`mendfast.ops.few_rows`.
+    On a CPU its linear layers then use :mod:`mendfast.ops.frozen_linear`.
     """
-    modules = list(model.modules())
-    training = [module for module in modules if module.training]
-    wanting = [p for module in modules for p in module._parameters.values() if p is not None and p.requires_grad]
-    try:
+    with exclusive(model), undone() as changes:
+        modules = list(model.modules())
+        training = [module for module in modules if module.training]
+        wanting = [p for module in modules for p in module._parameters.values() if p is not None and p.requires_grad]
+
+        def thaw() -> None:
+            for module in training:
+                module.training = True
+            for parameter in wanting:
+                parameter.requires_grad_(True)
+
+        changes.note(thaw)
         for module in training:
             module.training = False
         for parameter in wanting:
             parameter.requires_grad_(False)
         with replaced_forwards(frozen_forwards(model)):
             yield
-    finally:
-        for module in training:
-            module.training = True
-        for parameter in wanting:
-            parameter.requires_grad_(True)
 
 
 @contextlib.contextmanager
 def replaced_forwards(forwards: Mapping[nn.Module, Callable]) -> Iterator[None]:
     """Within the block the modules run these functions; a forward that accelerate has put there comes back."""
-    before = {module: vars(module).get("forward") for module in forwards}
-    try:
+    with undone() as changes:
         for module, forward in forwards.items():
+            changes.note(functools.partial(_put_back, module, "forward", vars(module).get("forward")))
             module.forward = forward
         yield
-    finally:
-        for module, forward in before.items():
-            del module.forward
-            if forward is not None:
-                module.forward = forward
+
+
+def _put_back(module: nn.Module, name: str, value: object | None) -> None:
+    vars(module).pop(name, None)
+    if value is not None:
+        vars(module)[name] = value
 
 
 class Captured:
-    """What the edited layers saw in one forward pass."""
+    """What the edited layers saw in one forward pass of the thread that captures."""
 
     def __init__(self, layers: Sequence[Layer], batch_size: int):
         self.layers, self.batch_size = layers, batch_size
+        self._thread = threading.get_ident()
         self._calls: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {layer.name: [] for layer in layers}
 
     def _hook(self, name: str) -> Callable:
         def hook(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
+            if threading.get_ident() != self._thread:
+                return output
             if not output.requires_grad:
                 # The graph starts here: nothing below the first edited layer is differentiated.
                 output = output.detach().requires_grad_()
@@ -94,48 +153,140 @@ class Captured:
 
 @contextlib.contextmanager
 def capture(model: nn.Module, layers: Sequence[Layer], batch_size: int) -> Iterator[Captured]:
-    """Within the block a forward pass records the layers' inputs and outputs.
+    """Within the block a forward pass of this thread records the layers' inputs and outputs.
 
-    The graph starts at the first edited layer's output and holds no parameter.
+    The graph starts at the first edited layer's output and holds no parameter. torch.inference_mode is left, and a
+    compiled model runs uncompiled: what the compiler made of it knows no hooks.
+
+    Raises:
+        ValueError: weights that were made within torch.inference_mode, or that an interrupted edit left half written.
     """
+    settle(model)
+    if made := [layer.name for layer in layers if getattr(layer.weight, "is_inference", bool)()]:
+        raise ValueError(
+            f"{made[0]} was made within torch.inference_mode, and no gradient passes such a tensor; "
+            "load the model outside of that block (torch.no_grad is fine)."
+        )
     captured = Captured(layers, batch_size)
-    handles = [layer.module.register_forward_hook(captured._hook(layer.name)) for layer in layers]
-    try:
-        with frozen(model), torch.enable_grad():
+    with exclusive(model), torch.inference_mode(False), undone() as changes:
+        for layer in layers:
+            changes.hook(layer.module, captured._hook(layer.name))
+        changes.note(functools.partial(torch.set_grad_enabled, torch.is_grad_enabled()))
+        _uncompiled(changes)
+        with frozen(model):
+            torch.set_grad_enabled(True)
             yield captured
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextlib.contextmanager
-def lowrank_updates(layers: Sequence[Layer], factors: Mapping[str, Factors]) -> Iterator[None]:
+def lowrank_updates(
+    layers: Sequence[Layer], factors: Mapping[str, Factors], model: nn.Module | None = None
+) -> Iterator[None]:
     """Within the block every layer computes y - alpha (x u^T) delta, its weight untouched.
 
-    Blocks nest: each adds its own update, since all of them see the same x.
+    Blocks nest: each adds its own update, since all of them see the same x. The passes of other threads see the
+    update too; a copy of the model made meanwhile does not have it. With ``model``, its lock is taken for
+    the moments of entering and leaving, and its ``save_pretrained`` refuses within the block.
     """
-
-    def hook_of(layer: Layer, u: torch.Tensor, delta: torch.Tensor, alpha: torch.Tensor | float) -> Callable:
-        def hook(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
-            nonlocal u, delta, alpha
-            if u.device != output.device:  # the editor's; from the second call on they are the layer's
-                u, delta = u.to(output.device), delta.to(output.device)
-                alpha = alpha.to(output.device) if isinstance(alpha, torch.Tensor) else alpha
-            x = args[0].to(output.device)
-            if u.dim() == 2:
-                return ops.lowrank_linear(output, x, u, delta, alpha)
-            groups = u.shape[0]
-            y = ops.lowrank_linear(output.reshape(groups, -1, layer.n), x.reshape(groups, -1, layer.m), u, delta, alpha)
-            return y.view(output.shape)
-
-        return hook
-
-    handles = []
-    try:
-        for layer in layers:
-            if layer.name in factors:
-                handles.append(layer.module.register_forward_hook(hook_of(layer, *factors[layer.name])))
+    with undone() as changes:
+        with exclusive(model) if model is not None else contextlib.nullcontext():
+            for layer in layers:
+                if layer.name in factors:
+                    changes.hook(layer.module, _lowrank_hook(layer, *factors[layer.name]))
+            if model is not None:
+                _refuse_saving(unwrapped(model), changes)
+            _uncompiled(changes)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
+
+
+def _lowrank_hook(layer: Layer, u: torch.Tensor, delta: torch.Tensor, alpha: torch.Tensor | float) -> Callable:
+    placed = {u.device: (u, delta, alpha)}  # the editor's; from the second call on also where the layer is
+
+    def hook(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
+        # deepcopy copies hooks along, DataParallel's replicas need them
+        if module is not layer.module and not getattr(module, "_is_replica", False):
+            return output
+        device = output.device
+        if (found := placed.get(device)) is None:
+            there = alpha.to(device) if isinstance(alpha, torch.Tensor) else alpha
+            found = placed[device] = (u.to(device), delta.to(device), there)
+        us, deltas, step = found
+        x = args[0].to(device)
+        if us.dim() == 2:
+            return ops.lowrank_linear(output, x, us, deltas, step)
+        groups = us.shape[0]
+        y = ops.lowrank_linear(output.reshape(groups, -1, layer.n), x.reshape(groups, -1, layer.m), us, deltas, step)
+        return y.view(output.shape)
+
+    return hook
+
+
+# -- what surrounds a model ----------------------------------------------------------------------------------------
+
+
+class _Refusal:
+    """Stands for ``model.save_pretrained`` while edits are attached."""
+
+    def __init__(self, model: nn.Module):
+        self.model, self.before, self.blocks = model, vars(model).get("save_pretrained"), set()
+
+    def __call__(self, *args: object, **kwargs: object) -> None:
+        raise RuntimeError(
+            "An edit is attached to this model, and save_pretrained would write the weights without it. Write it "
+            "into them first, with edit.apply_(model) or `mendfast apply`, or save the unedited model outside of "
+            "the block."
+        )
+
+    def __deepcopy__(self, memo: dict) -> object:
+        # a copy of the model has no edit attached
+        copied = memo.get(id(self.model))
+        return self if copied is None else functools.partial(type(copied).save_pretrained, copied)
+
+
+def _refuse_saving(model: nn.Module, changes: Changes) -> None:
+    if not hasattr(type(model), "save_pretrained"):
+        return
+    refusal, block = vars(model).get("save_pretrained"), object()
+    if not isinstance(refusal, _Refusal):
+        refusal = _Refusal(model)
+
+    def allow() -> None:
+        with exclusive(model):
+            refusal.blocks.discard(block)
+            if not refusal.blocks and vars(model).get("save_pretrained") is refusal:
+                _put_back(model, "save_pretrained", refusal.before)
+
+    changes.note(allow)
+    refusal.blocks.add(block)
+    vars(model)["save_pretrained"] = refusal
+
+
+_stance_lock = threading.RLock()
+_eager: set[object] = set()
+_stance: list = []  # torch.compiler.set_stance, while there is a block
+
+
+def _uncompiled(changes: Changes) -> None:
+    """Let every compiled function run as it was written: the compiler doesn't look whether hooks have changed.
+
+    What is compiled within the block, by a compiler that was not loaded before, holds the hooks, and is dropped.
+    """
+    if torch.compiler.is_compiling():
+        return
+    if "torch._dynamo" not in sys.modules:
+        changes.note(lambda: sys.modules["torch._dynamo"].reset() if "torch._dynamo" in sys.modules else None)
+        return
+    block = object()
+
+    def leave() -> None:
+        with holding(_stance_lock):
+            _eager.discard(block)
+            if _stance and not _eager:
+                _stance[0].__exit__(None, None, None)
+                _stance.clear()
+
+    changes.note(leave)
+    with holding(_stance_lock):
+        _eager.add(block)
+        if not _stance:
+            _stance.append(torch.compiler.set_stance("force_eager"))

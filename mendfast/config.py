@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections import Counter
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from .files import atomic_write
+from .files import atomic_write, read_json_bytes
+from .schema import check_fields, check_object, check_version, parse_json, shown, some
+from .types import PRECISIONS
 
 FORMAT_VERSION = 1
 SIDES = ("both", "u", "delta", "smaller", "separate")
-PRECISIONS = ("tf32x3", "ieee", "tf32")
+AGGREGATIONS = ("sum", "least_squares")
 REDUCTIONS = ("edit", "batch")
 
 
@@ -24,27 +27,63 @@ class MendConfig:
         default=None,
         metadata={"help": "Names of the weights to edit; None picks the MLP matrices of the last blocks."},
     )
-    rank: int = field(default=1920, metadata={"help": "Rank R of each block; at most D = m + n is used."})
-    blocks: int = field(default=2, metadata={"help": "Number of low-rank blocks that follow each other."})
+    rank: int = field(default=1920, metadata={"help": "Rank R of each block; at most D = m + n is used.", "least": 1})
+    blocks: int = field(
+        default=2, metadata={"help": "Number of low-rank blocks that follow each other.", "least": 1, "most": 128}
+    )
     shared: bool = field(default=True, metadata={"help": "One network per weight shape, not per weight."})
     normalize: bool = field(default=True, metadata={"help": "Normalise u and delta by running statistics."})
     identity_init: bool = field(
         default=True,
         metadata={"help": "Residual blocks that start as the identity; False: Xavier, without the residual."},
     )
-    sides: str = field(default="both", metadata={"help": f"What the network sees: one of {SIDES}."})
+    sides: str = field(default="both", metadata={"help": f"What the network sees: one of {SIDES}.", "choices": SIDES})
     loss_reduction: str = field(
         default="edit",
-        metadata={"help": "'edit': mean over each edit's own tokens; 'batch': over all tokens of the batch."},
+        metadata={
+            "help": "'edit': mean over each edit's own tokens; 'batch': over all tokens of the batch.",
+            "choices": REDUCTIONS,
+        },
     )
-    precision: str = field(default="tf32x3", metadata={"help": f"Arithmetic on matrix units: {PRECISIONS}."})
+    precision: str = field(
+        default="tf32x3", metadata={"help": f"Arithmetic on matrix units: {PRECISIONS}.", "choices": PRECISIONS}
+    )
     step_size: float = field(
         default=1e-4,
-        metadata={"help": "alpha at initialisation; a learned multiplier per layer, starting at 1, scales it."},
+        metadata={
+            "help": "alpha at initialisation; a learned multiplier per layer, starting at 1, scales it.",
+            "least": 0,
+        },
     )
     scale_v: bool = field(
         default=False,
         metadata={"help": "Draw V from N(0, 1/D) and not N(0, 1): wants a larger learning rate, trains sooner."},
+    )
+    chat: bool | str = field(
+        default="auto",
+        metadata={
+            "help": "Prompts go through the tokenizer's chat template, and answers end as it ends them: True, False, "
+            "or 'auto': if it has one.",
+        },
+    )
+    aggregation: str = field(
+        default="sum",
+        metadata={
+            "help": "Simultaneous edits as 'sum' of the separate ones (the paper), or as 'least_squares' under what "
+            "is protected.",
+            "choices": AGGREGATIONS,
+        },
+    )
+    ridge: float = field(
+        default=1e-3, metadata={"help": "lambda at initialisation, in units of tr(C); learned per layer.", "least": 0}
+    )
+    protection: float = field(
+        default=30.0,
+        metadata={"help": "mu at initialisation, in rows of protected text; learned per layer.", "least": 0},
+    )
+    protect_rank: int | None = field(
+        default=None,
+        metadata={"help": "Leading directions of protected text that are kept; None: all of them.", "least": 1},
     )
     prompt_template: str = field(
         default="{prompt}", metadata={"help": "What the model reads; {prompt} stands for the prompt."}
@@ -55,50 +94,57 @@ class MendConfig:
     )
 
     def __post_init__(self) -> None:
-        if isinstance(self.layers, str):
-            raise TypeError(f"layers is the string {self.layers!r}; pass a list of weight names.")
+        check_fields(self)
+        if self.chat not in (True, False, "auto"):
+            raise ValueError(f"chat is {shown(self.chat)}; it must be True, False or 'auto'.")
         if self.layers is not None:
-            self.layers = list(self.layers)
             if not self.layers:
                 raise ValueError("layers is empty; name at least one weight, or pass None to have them chosen.")
-            if repeated := sorted({name for name in self.layers if self.layers.count(name) > 1}):
-                raise ValueError(f"layers names {', '.join(repeated)} more than once; name each weight once.")
-        if self.rank < 1:
-            raise ValueError(f"rank is {self.rank}; it must be at least 1.")
-        if self.blocks < 1:
-            raise ValueError(f"blocks is {self.blocks}; it must be at least 1.")
-        for name, value, allowed in (
-            ("sides", self.sides, SIDES),
-            ("precision", self.precision, PRECISIONS),
-            ("loss_reduction", self.loss_reduction, REDUCTIONS),
-        ):
-            if value not in allowed:
-                raise ValueError(f"{name} is {value!r}; choose one of {', '.join(allowed)}.")
+            counts = Counter(self.layers)
+            if repeated := sorted(name for name, count in counts.items() if count > 1):
+                raise ValueError(f"layers names {some(repeated)} more than once; name each weight once.")
+        if self.aggregation == "least_squares" and not (self.ridge > 0 and self.protection > 0):
+            raise ValueError(
+                f"ridge is {self.ridge} and protection {self.protection}; under least squares both must be above 0."
+            )
         if "{prompt}" not in self.prompt_template:
-            raise ValueError(f"prompt_template is {self.prompt_template!r}; it must contain {{prompt}}.")
+            raise ValueError(f"prompt_template is {shown(self.prompt_template)}; it must contain {{prompt}}.")
 
     def to_dict(self) -> dict[str, Any]:
         return {"format_version": FORMAT_VERSION, **asdict(self)}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> MendConfig:
-        """The inverse of :meth:`to_dict`. Unknown keys, as a later version may write, are warned of."""
+        """The inverse of :meth:`to_dict`. Unknown keys, as a later version may write, are warned of.
+
+        Raises:
+            ValueError, TypeError: a newer ``format_version``; a value of another type or outside its range.
+        """
+        check_version(check_object(values, "The configuration").get("format_version"), FORMAT_VERSION, "It")
         known = {f.name for f in fields(cls)}
         unknown = sorted(set(values) - known - {"format_version"})
         if unknown:
             warnings.warn(
-                f"The configuration holds {', '.join(unknown)}, which this version of mendfast does not know; "
+                f"The configuration holds {some(unknown)}, which this version of mendfast does not know; "
                 "ignored. A newer mendfast may have written it.",
                 stacklevel=2,
             )
-        return cls(**{k: v for k, v in values.items() if k in known})
+        # Editors from before there was a choice were trained on plain prompts.
+        return cls(**{"chat": False, **{k: v for k, v in values.items() if k in known}})
 
     def save(self, path: str | Path) -> None:
         atomic_write(path, json.dumps(self.to_dict(), indent=2).encode() + b"\n")
 
     @classmethod
     def load(cls, path: str | Path) -> MendConfig:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it is no configuration of mendfast, or one that this version does not take.
+        """
+        values = parse_json(read_json_bytes(path), str(path))
         try:
-            return cls.from_dict(json.loads(Path(path).read_text()))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} is not a configuration of mendfast: {error}.") from error
+            return cls.from_dict(values)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path} is no configuration that mendfast takes. {error}") from error

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from . import ops
 from .capture import lowrank_updates
 from .files import read_tensors, write_tensors
-from .layers import Layer, check_untied, check_writable, find_layers
-from .ledger import BACKUPS, Update, ledger_of
+from .layers import Layer, find_layers, unwrapped
+from .ledger import ledger_of, settle
+from .schema import brief, check_real, parse_json, shown, some
+from .updates import measured
 
 
 class Factor(NamedTuple):
@@ -42,7 +45,8 @@ class Edit:
         model_type: the kind of model it was made for (``model.config.model_type``), checked on use.
         requests: the edits it makes, for people to read.
 
-    The same Edit can be applied to a model once at a time. Edits of one model stack and come out in any order.
+    The same Edit is applied to a model once, unless one insists (``apply_(..., again=True)``).
+    Edits of one model stack and come out in any order.
     """
 
     def __init__(
@@ -105,13 +109,28 @@ class Edit:
     def attached(self, model: nn.Module) -> Iterator[nn.Module]:
         """Within the block ``model`` answers as edited; its weights are not touched, nor copied.
 
-        Works on frozen, quantised and sharded weights too. Blocks nest: the updates add up.
+        Works on frozen, quantised and sharded weights too. Blocks nest: the updates add up. Every pass within the
+        block sees the edit, those of other threads included; a copy of the model made within it does not. A compiled
+        model runs uncompiled meanwhile. In training, call ``backward`` within the block, since activation
+        checkpointing runs the forward pass again then. ``model.save_pretrained`` refuses: it would write the
+        unedited weights.
         """
-        with lowrank_updates(self._layers(model), self.factors):
+        settle(model)
+        layers = self._layers(model)
+        factors = dict(zip((layer.name for layer in layers), self.factors.values(), strict=True))
+        with lowrank_updates(layers, factors, model):
             yield model
 
-    def apply_(self, model: nn.Module, *, backup: str = "cpu", rounding: str = "nearest", seed: int = 0) -> Edit:
+    def apply_(
+        self, model: nn.Module, *, backup: str = "cpu", rounding: str = "nearest", seed: int = 0, again: bool = False
+    ) -> Edit:
         """Write the update into the model's weights, all of them or none.
+
+        That holds through interrupts too, with one exception: weights that have no backup can't be brought back
+        when an interrupt strikes between two of them. The model then refuses all further edits, and says why.
+        Threads may edit one model at a time each; a pass that runs while another thread writes sees a mixture, unless
+        it holds the lock: ``with mendfast.ledger.lock_of(model): model(...)``. A process that is forked after PyTorch
+        has used its threads hangs in its first update, as in any other parallel operation: start it by "spawn".
 
         Args:
             backup: where the bits of the unedited weights are kept for :meth:`revert_`: "cpu" (pinned when
@@ -119,52 +138,56 @@ class Edit:
                 of each edited weight, however many edits are stacked. Of weights on the CPU its memory is kept,
                 after the last edit was taken out, for the next.
             rounding: "nearest", or "stochastic", which keeps small updates of 16-bit weights from vanishing.
-            seed: of stochastic rounding.
+            seed: of stochastic rounding, 0 to 2^63 - 1.
+            again: apply it even if this edit, or one with the same factors, is applied already.
 
         Raises:
-            ValueError: before anything is written: the edit is applied already, was made for another model,
-                holds NaN or infinity, or a weight can't be written in place (quantised, sharded, tied, meta).
+            ValueError, TypeError: the edit is applied already, was made for another model, does not fit, holds NaN
+                or infinity or would put infinity into a weight, a weight can't be written in place (quantised,
+                sharded, tied, meta), or something else has written to an edited weight. Nothing is changed then.
         """
-        if backup not in BACKUPS:
-            raise ValueError(f"backup is {backup!r}; choose one of {', '.join(BACKUPS)}.")
-        if rounding not in ("nearest", "stochastic"):
-            raise ValueError(f"rounding is {rounding!r}; choose 'nearest' or 'stochastic'.")
-        layers = self._layers(model)
-        for layer in layers:
-            check_writable(layer)
-        check_untied(model, layers)
-        us, deltas, alphas = zip(*(self.factors[layer.name] for layer in layers), strict=True)
-        ops.check_finite(us, deltas, alphas, [layer.name for layer in layers])
-        updates = [
-            Update(layer, *self.factors[layer.name], rounding=rounding, seed=seed + i) for i, layer in enumerate(layers)
-        ]
-        ledger_of(model).apply(self, updates, backup)
+        self._layers(model)
+        ledger_of(model).apply(self, self.factors, backup=backup, rounding=rounding, seed=seed, again=again)
         return self
 
     def revert_(self, model: nn.Module) -> Edit:
         """Take the update out again: the weights become, bit for bit, what they would be without this edit.
 
-        Other edits may have been applied before or since, and stay.
+        Other edits may have been applied before or since, and stay; they are replayed, so that taking out many is
+        faster by :meth:`revert_many` or :func:`mendfast.revert_all`. An edit with the same factors, loaded from a file
+        perhaps, does as well as the one that was applied. A model that was converted since (``half()``, ``to()``)
+        becomes what it would be, had it been converted without this edit.
 
         Raises:
             ValueError: the edit is not applied to ``model``, was applied without a backup, or something else
-                has written to the weights since (then no order of updates gives what the caller wants).
+                has written to the weights since (then no order of updates gives what the caller wants). What was
+                written stays.
         """
-        ledger_of(model).revert(self)
-        return self
+        return Edit.revert_many([self], model)[0]
+
+    @staticmethod
+    def revert_many(edits: Sequence[Edit], model: nn.Module) -> Sequence[Edit]:
+        """:meth:`revert_` of all of them, or of none, with one replay of the edits that stay."""
+        ledger_of(model).revert(edits, lambda edit: edit._digest(model))
+        return edits
 
     def fidelity(self, model: nn.Module) -> dict[str, float]:
         """Per weight ||applied - intended|| / ||intended||: what rounding cost. The edit must be applied, with
         a backup. 16-bit weights lose the part of an update that is below half a unit in their last place."""
-        return ledger_of(model).fidelity(self)
+        return ledger_of(model).fidelity(self, lambda edit: edit._digest(model))
+
+    @torch.no_grad()
+    def _digest(self, model: nn.Module) -> tuple | None:
+        layers = find_layers(model, list(self.factors))
+        named = zip(layers, self.factors.values(), strict=True)
+        return measured({layer.name: (u, delta.to(u.device), float(alpha)) for layer, (u, delta, alpha) in named})[0]
 
     def _layers(self, model: nn.Module) -> list[Layer]:
-        kind = getattr(getattr(model, "config", None), "model_type", None)
+        kind = getattr(getattr(unwrapped(model), "config", None), "model_type", None)
         if self.model_type is not None and kind is not None and kind != self.model_type:
             raise ValueError(f"This edit was made for a {self.model_type} model; this one is a {kind}.")
         layers = find_layers(model, list(self.factors))
-        for layer in layers:
-            u, delta, _ = self.factors[layer.name]
+        for layer, (u, delta, _) in zip(layers, self.factors.values(), strict=True):
             if (u.shape[1], delta.shape[1]) != layer.shape:
                 raise ValueError(
                     f"This edit was made for another model: it holds {layer.name} with {u.shape[1]} inputs and "
@@ -175,29 +198,80 @@ class Edit:
     # -- on disk -------------------------------------------------------------------------------------------
 
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file: the factors, and in its metadata the requests. Atomic."""
+        """Write a safetensors file: the factors, and in its metadata the requests. Atomic; the same edit gives the
+        same bytes.
+
+        Raises:
+            ValueError, TypeError: what :meth:`load` would refuse.
+        """
         tensors = {}
-        for name, (u, delta, alpha) in self.factors.items():
+        for name, factor in self.factors.items():
+            u, delta, alpha = _checked_factor(name, *factor, where="The edit")
             tensors[f"{name}:u"], tensors[f"{name}:delta"] = u, delta
             tensors[f"{name}:alpha"] = torch.tensor(alpha, dtype=torch.float64)
+        requests = _checked_requests([list(request) for request in self.requests], "The edit")
         metadata = {
             "format": "mendfast.edit",
             "format_version": "1",
             "model_type": self.model_type or "",
-            "requests": json.dumps([list(request) for request in self.requests]),
+            "requests": json.dumps(requests),
             "weights": json.dumps(list(self.factors)),
         }
         write_tensors(path, tensors, metadata)
 
     @classmethod
     def load(cls, path: str | Path) -> Edit:
-        """Read what :meth:`save` wrote."""
+        """Read what :meth:`save` wrote. Factors of 16 or 64 bits become float32.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it is no edit, or holds what an edit does not; before any model sees it.
+        """
         tensors, metadata = read_tensors(path, "edit")
-        try:
-            factors = {
-                name: Factor(tensors[f"{name}:u"], tensors[f"{name}:delta"], tensors[f"{name}:alpha"].item())
-                for name in json.loads(metadata["weights"])
-            }
-            return cls(factors, metadata["model_type"] or None, json.loads(metadata["requests"]))
-        except (KeyError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path} says that it is a mendfast edit but lacks {error}; save it again.") from error
+        if missing := [name for name in ("weights", "model_type", "requests") if name not in metadata]:
+            raise ValueError(f"{path} says that it is a mendfast edit but lacks {', '.join(missing)}; save it again.")
+        names = parse_json(metadata["weights"], f"The list of weights in {path}")
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"{path} names its weights by {shown(names)}; it must be a list of names.")
+        if len(set(names)) < len(names):
+            raise ValueError(f"{path} names a weight twice: {some(n for n, k in Counter(names).items() if k > 1)}.")
+        expected = {f"{name}:{part}" for name in names for part in Factor._fields}
+        if missing := sorted(expected - set(tensors)):
+            raise ValueError(f"{path} says that it is a mendfast edit but lacks {some(missing)}; save it again.")
+        if extra := sorted(set(tensors) - expected):
+            raise ValueError(f"{path} holds {some(extra)}, of weights that it does not name; save it again.")
+        factors = {
+            name: _checked_factor(name, *(tensors[f"{name}:{part}"] for part in Factor._fields), where=str(path))
+            for name in names
+        }
+        requests = _checked_requests(parse_json(metadata["requests"], f"The list of requests in {path}"), str(path))
+        return cls(factors, metadata["model_type"] or None, requests)
+
+
+def _checked_factor(name: str, u: torch.Tensor, delta: torch.Tensor, alpha: torch.Tensor | float, where: str) -> Factor:
+    if not name.endswith(".weight"):
+        raise ValueError(f"{where} names the weight {shown(name)}; the name of a weight ends in .weight.")
+    what = f"{where}: the factor of {brief(name, 60)}"
+    if isinstance(alpha, torch.Tensor):
+        if alpha.dim():
+            raise ValueError(f"{what}, alpha, is {shown(alpha)}; it must be a single number.")
+        alpha = check_real(alpha, f"{what}, alpha,").item()
+    if not math.isfinite(alpha):
+        raise ValueError(f"{what}, alpha, is {alpha}; it must be finite.")
+    sides = []
+    for side, rows in (("u", u), ("delta", delta)):
+        check_real(rows, f"{what}, {side},")
+        if rows.dim() != 2:
+            raise ValueError(f"{what}, {side}, is {shown(rows)}; it must be a matrix.")
+        sides.append(check_real(rows.float(), f"{what}, {side}, in float32"))
+    if len(u) != len(delta):
+        raise ValueError(f"{what} has {len(u)} rows of u and {len(delta)} of delta; they must be as many.")
+    return Factor(*sides, float(alpha))
+
+
+def _checked_requests(requests: Any, where: str) -> list[list[str]]:
+    for request in requests if isinstance(requests, list) else [requests]:
+        pair = isinstance(request, list) and len(request) == 2 and all(isinstance(text, str) for text in request)
+        if not isinstance(requests, list) or not pair:
+            raise ValueError(f"{where} holds the request {shown(request)}; each must be a pair [prompt, target].")
+    return requests

@@ -3,65 +3,62 @@
 from __future__ import annotations
 
 import logging
-from collections import defaultdict
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from .capture import Factors, capture
+from .aggregate import Transformed, Wanted, least_squares, sums, wanted
+from .capture import Factors
 from .config import MendConfig
 from .edit import Edit, EditRequest
-from .files import read_tensors, write_tensors
-from .labels import class_ids, collate, encode_pair, pad_token_id
-from .layers import device_of, execution_device, find_layers
-from .network import EditorNetwork, Gather
-from .objective import IGNORE, Batch, context_length, model_kind, nll, target_rows, to_device
+from .editable import EditableModel
+from .files import read_shapes, read_tensors, write_tensors
+from .layers import device_of, find_layers
+from .metric import Metric, observe
+from .network import Gather, make_networks, planned_networks
+from .objective import Batch
 from .ops import all_finite
+from .own_words import own_words
+from .schema import check_dtypes, differences, shown
+from .types import Spectrum
 
 log = logging.getLogger("mendfast")
 
-ENCODED_AT_MOST = 200_000
-WEIGHTS_FILE, CONFIG_FILE = "editor.safetensors", "mend_config.json"
+WEIGHTS_FILE, CONFIG_FILE, METRIC_FILE = "editor.safetensors", "mend_config.json", "metric.safetensors"
 
 
-class MendEditor(nn.Module):
+class MendEditor(EditableModel, nn.Module):
     """A trained network that turns the gradient of one example into an edit of a model's weights.
 
-    Owns its own parameters and statistics alone; the model is referred to, never registered, and never put
-    into train mode. Make one with :meth:`from_model` (new) or :meth:`from_pretrained` (trained); both are in
+    An :class:`~mendfast.editable.EditableModel` and its networks. Owns its own parameters and statistics alone; the
+    model is referred to, never registered, and never put into train mode.
+
+    Make one with :meth:`from_model` (new) or :meth:`from_pretrained` (trained); both are in
     eval mode. In train mode each pass moves the running statistics.
 
-    Source: Mitchell et al., "Fast Model Editing at Scale", ICLR 2022, section 3 and Algorithms 1 and 2.
+    Attributes:
+        metric: what :meth:`protect` has gathered; needed where ``config.aggregation`` is "least_squares".
+
+    Source: Mitchell et al., "Fast Model Editing at Scale", ICLR 2022, section 3 and Algorithms 1 and 2; docs/ops/
+    least_squares.md for the other aggregation.
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any = None, config: MendConfig | None = None):
-        super().__init__()
-        config = config or MendConfig()
-        self._outside = (model, tokenizer)  # a tuple, so that nn.Module registers neither
-        self.kind = model_kind(model)
-        self.layers = find_layers(model, config.layers)
-        # A copy: the caller's configuration may make editors of other models, whose layers have other names.
-        self.config = replace(config, layers=[layer.name for layer in self.layers])
-        if config.layers is None:
-            log.info("mendfast edits %s", ", ".join(layer.name for layer in self.layers))
-        groups = defaultdict(list)
-        for layer in self.layers:
-            groups[layer.shape if self.config.shared else layer.name].append(layer)
-        self.networks = nn.ModuleDict()
-        self._groups: dict[str, list] = {}
-        for key, members in groups.items():
-            name = str(key).replace(".", "#")
-            modes = len(members) if self.config.shared else None
-            self.networks[name] = EditorNetwork(*members[0].shape, modes, self.config)
-            self._groups[name] = members
+        nn.Module.__init__(self)
+        EditableModel.__init__(self, model, tokenizer, config)
+        self.networks, self._groups = make_networks(self.layers, self.config)
         self.gather: Gather | None = None  # set by a Trainer that is one of several processes
         self._warned = False
-        self._encoded: dict[tuple, dict[str, list[int]]] = {}
-        self.alpha_multiplier = nn.Parameter(torch.ones(len(self.layers)))
+        count = len(self.layers)
+        self.alpha_multiplier = nn.Parameter(torch.ones(count))
+        self.metric: Metric | None = None
+        if self.config.aggregation == "least_squares":
+            self.log_lambda = nn.Parameter(torch.full((count,), math.log(self.config.ridge)))
+            self.log_mu = nn.Parameter(torch.full((count,), math.log(self.config.protection)))
         self.to(device_of(self.layers))
         self.eval()
 
@@ -89,20 +86,28 @@ class MendEditor(nn.Module):
             from huggingface_hub import snapshot_download
 
             try:
-                directory = Path(snapshot_download(str(source), allow_patterns=[WEIGHTS_FILE, CONFIG_FILE]))
+                files = [WEIGHTS_FILE, CONFIG_FILE, METRIC_FILE]
+                directory = Path(snapshot_download(str(source), allow_patterns=files))
             except Exception as error:
                 raise FileNotFoundError(
                     f"{source!r} is no directory here, and the Hub did not give it either: {error}"
                 ) from error
         if not (directory / CONFIG_FILE).is_file():
             raise FileNotFoundError(f"{directory} holds no {CONFIG_FILE}: no editor was saved there.")
-        tensors, metadata = read_tensors(directory / WEIGHTS_FILE, "editor")
+        shapes, metadata = read_shapes(directory / WEIGHTS_FILE, "editor")
         if metadata.get("model_type") not in ("", None, model.config.model_type):
-            raise ValueError(
-                f"{source} is an editor for a {metadata['model_type']} model; this one is a {model.config.model_type}."
-            )
-        editor = cls(model, tokenizer, MendConfig.load(directory / CONFIG_FILE))
+            kind = shown(metadata["model_type"]).strip("'")
+            raise ValueError(f"{source} is an editor for a {kind} model; this one is a {model.config.model_type}.")
+        config = MendConfig.load(directory / CONFIG_FILE)
+        # Before anything is built: a few characters of the configuration may ask for any size.
+        planned = planned_networks(find_layers(model, config.layers), config).state_dict(prefix="networks.")
+        found = {name: shape for name, shape in shapes.items() if name.startswith("networks.")}
+        _check_fits(found, {name: tensor.shape for name, tensor in planned.items()}, str(source))
+        tensors, _ = read_tensors(directory / WEIGHTS_FILE, "editor")
+        editor = cls(model, tokenizer, config)
         editor.load_tensors(tensors, str(source))
+        if (directory / METRIC_FILE).is_file():
+            editor.protect_with(Metric.load(directory / METRIC_FILE))
         return editor
 
     def save_pretrained(self, directory: str | Path) -> None:
@@ -114,6 +119,8 @@ class MendEditor(nn.Module):
             "model_type": self.model.config.model_type,
         }
         write_tensors(directory / WEIGHTS_FILE, self.state_dict(), metadata)
+        if self.metric is not None:
+            self.metric.save(directory / METRIC_FILE)
         self.config.save(directory / CONFIG_FILE)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
@@ -131,13 +138,15 @@ class MendEditor(nn.Module):
     def load_tensors(self, tensors: Mapping[str, torch.Tensor], source: str) -> None:
         """``load_state_dict`` whose errors say that the editor is for another model, and where it differs."""
         own = self.state_dict()
-        wrong = [
-            f"{name} is {tuple(tensors[name].shape) if name in tensors else 'missing'}, here {tuple(own[name].shape)}"
-            for name in own
-            if name not in tensors or tensors[name].shape != own[name].shape
-        ] + [f"{name} is not known here" for name in tensors if name not in own]
-        if wrong:
-            raise ValueError(f"{source} is an editor for another model: {'; '.join(wrong[:3])}.")
+        shapes = ({name: tensor.shape for name, tensor in given.items()} for given in (tensors, own))
+        _check_fits(*shapes, source)
+        check_dtypes(tensors, own, source)
+        statistics = {name for name, _ in self.named_buffers()} if not self.config.normalize else ()
+        for name, tensor in tensors.items():
+            if name not in statistics and not all_finite(tensor):
+                raise ValueError(f"{source}: {name} holds NaN or infinity; the training that made it diverged.")
+            if name.endswith((".count", "_m2", "_std")) and name not in statistics and (tensor < 0).any():
+                raise ValueError(f"{source}: {name} is negative; the file is damaged. Make or fetch it again.")
         self.load_state_dict(dict(tensors))
 
     def untrained(self) -> MendEditor:
@@ -145,17 +154,10 @@ class MendEditor(nn.Module):
         fresh = MendEditor(self.model, self.tokenizer, self.config)
         for name, buffer in self.named_buffers():
             fresh.get_buffer(name).copy_(buffer)
+        fresh.metric = self.metric
         return fresh
 
     # -- what it is ----------------------------------------------------------------------------------------
-
-    @property
-    def model(self) -> Any:
-        return self._outside[0]
-
-    @property
-    def tokenizer(self) -> Any:
-        return self._outside[1]
 
     @property
     def device(self) -> torch.device:
@@ -164,6 +166,61 @@ class MendEditor(nn.Module):
     def alphas(self) -> torch.Tensor:
         """The learned step size of each layer, in the order of ``config.layers``: [layers]."""
         return self.config.step_size * self.alpha_multiplier
+
+    def scales(self) -> list[nn.Parameter]:
+        """The learned numbers per layer, which have a learning rate of their own."""
+        scales = [self.alpha_multiplier]
+        return [*scales, self.log_lambda, self.log_mu] if self.config.aggregation == "least_squares" else scales
+
+    # -- what must stay ------------------------------------------------------------------------------------
+
+    def protect(
+        self,
+        texts: Sequence[str | tuple[str, str] | Batch] | None = None,
+        *,
+        batch_size: int = 16,
+        progress: bool | None = False,
+        **own: Any,
+    ) -> Metric:
+        """Add to what edits must leave alone: the second moments of every edited layer's inputs on ``texts``.
+
+        Args:
+            texts: texts, (prompt, answer) pairs, or token batches ("input_ids", "attention_mask"); None: the model's
+                own words, sampled from it once (options in ``own``: see :func:`mendfast.own_words.own_words`).
+            progress: True shows a bar, None where there is a terminal.
+
+        Returns:
+            The metric of everything protected so far; it is saved with the editor, in a file of its own.
+
+        Raises:
+            ValueError: nothing to protect, or text on which the model's activations are not finite.
+        """
+        if texts is None:
+            options = {"chat": self.chat, "progress": progress, **own}
+            batches: Any = own_words(self.model, self.tokenizer, **options)
+        else:
+            batches = self.text_batches(texts, batch_size)
+        rank = self.config.protect_rank
+        seen = observe(self.model, self.layers, batches, protect_rank=rank, progress=progress)
+        self.metric = seen if self.metric is None else self.metric.merge(seen)
+        return self.metric
+
+    def protect_with(self, metric: Metric) -> None:
+        """Take ``metric`` for what must stay; a ValueError if it is of another model or has seen nothing."""
+        metric.check(self.layers, self.model.config.model_type)
+        self.metric = metric
+
+    def layer_metrics(self) -> dict[str, tuple[Spectrum, torch.Tensor, torch.Tensor]]:
+        """Each layer's spectrum of protected inputs, lambda and mu, as ops.least_squares takes them; differentiable."""
+        if self.metric is None:
+            raise ValueError(
+                "This editor aggregates by least squares and nothing is protected yet, so there is no telling what "
+                "must stay: call editor.protect(texts), or editor.protect() for the model's own words."
+            )
+        scales = zip(self.layers, self.log_lambda.exp(), self.log_mu.exp(), strict=True)
+        return {
+            layer.name: (self.metric.spectrum(layer.name).to(self.device), lam, mu) for layer, lam, mu in scales
+        }
 
     # -- editing (Algorithm 2) -----------------------------------------------------------------------------
 
@@ -192,50 +249,7 @@ class MendEditor(nn.Module):
         edit.requests = tuple(requests)
         return edit
 
-    def tokenize(self, requests: Sequence[EditRequest | tuple[str, str]]) -> dict[str, torch.Tensor]:
-        """The batch (input_ids, attention_mask, labels) that stands for the requests, right-padded."""
-        if self.tokenizer is None:
-            raise TypeError("This editor has no tokenizer; pass one to from_model, or use edit_tokens.")
-        if self.kind == "classifier":
-            prompts = [self.config.prompt_template.replace("{prompt}", prompt) for prompt, _ in requests]
-            batch = dict(self.tokenizer(prompts, padding=True, padding_side="right", return_tensors="pt"))
-            return {**batch, "labels": torch.tensor([self._class(target) for _, target in requests])}
-        return collate(
-            [self.encode(*request) for request in requests],
-            pad_token_id=pad_token_id(self.tokenizer),
-            encoder_decoder=self.kind == "encoder-decoder",
-        )
-
-    def encode(self, prompt: str, target: str) -> dict[str, list[int]]:
-        """One request as token ids and labels, by the template, separator and EOS of the configuration.
-
-        Kept for the next time: training and evaluation ask for the same facts again and again, and on a small
-        model tokenising one costs as much as editing it.
-        """
-        config = self.config
-        key = (prompt, target, config.prompt_template, config.separator, config.append_eos)
-        if (found := self._encoded.get(key)) is None:
-            found = encode_pair(
-                self.tokenizer,
-                config.prompt_template.replace("{prompt}", prompt),
-                target,
-                encoder_decoder=self.kind == "encoder-decoder",
-                separator=config.separator,
-                append_eos=config.append_eos,
-                max_length=context_length(self.model),
-            )
-            if len(self._encoded) >= ENCODED_AT_MOST:
-                self._encoded.clear()
-            self._encoded[key] = found
-        return found
-
-    def _class(self, target: str) -> int:
-        names = class_ids(self.model.config)
-        try:
-            return names[str(target).strip().lower()]
-        except KeyError:
-            raise ValueError(f"The classifier has no label {target!r}; it has {', '.join(names)}.") from None
-
+    @torch.inference_mode(False)
     def edit_tokens(self, batch: Batch) -> Edit:
         """The edit for tokenised examples: the sum of the separate updates. The model is untouched.
 
@@ -247,6 +261,20 @@ class MendEditor(nn.Module):
         Raises:
             ValueError: labels that are all -100, inputs longer than the context, NaN in the model.
         """
+        with torch.no_grad():
+            factors = self._aggregated(self._rows_of(batch), 1 << 62, 1)
+        return Edit({name: (u[0], d[0], float(a)) for name, (u, d, a) in factors.items()}, self.model.config.model_type)
+
+    @torch.inference_mode(False)
+    def wanted(self, batch: Batch) -> dict[str, Wanted]:
+        """What the edits of a batch want of each layer: the rows that :class:`mendfast.EditMemory` keeps.
+
+        They depend on the model's unedited weights and on each edit alone, never on other edits.
+        """
+        with torch.no_grad():
+            return wanted(self._rows_of(batch), self.alphas())
+
+    def _rows_of(self, batch: Batch) -> dict[str, Transformed]:
         captured = self.gradients(batch)
         for name, (_, delta) in captured.items():
             if not all_finite(delta):
@@ -258,57 +286,17 @@ class MendEditor(nn.Module):
             self._warned = True
             log.warning("This editor has seen no training, so its edits are plain gradient steps; train it first.")
         with torch.no_grad():
-            rows = self.transform(captured)
-        alphas = self.alphas().tolist()
-        factors = {name: (u, delta, alpha) for (name, (u, delta, _)), alpha in zip(rows.items(), alphas, strict=True)}
-        return Edit(factors, self.model.config.model_type)
-
-    def gradients(self, batch: Batch) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        """u [B, S, m] and delta [B, S, n] of every layer, for the loss that ``config.loss_reduction`` names.
-
-        One forward and one backward pass; no gradient below the first edited layer, none of a parameter.
-        """
-        self._check(batch)
-        batch = to_device(batch, execution_device(self.model.get_input_embeddings()))
-        size = batch["labels"].shape[0]
-        with capture(self.model, self.layers, size) as captured:
-            rows = target_rows(self.model, batch, for_nll=True)
-            if self.config.loss_reduction == "batch":
-                rows, size = rows._replace(sample=torch.zeros_like(rows.sample)), 1
-            # Samples do not interact, so the gradient of the sum is each edit's own gradient.
-            return captured.rows(nll(rows, size).sum())
-
-    def _check(self, batch: Batch) -> None:
-        missing = [name for name in ("input_ids", "labels") if name not in batch]
-        if missing:
-            raise ValueError(f"The batch lacks {', '.join(missing)}; it has {', '.join(batch)}.")
-        labels = batch["labels"]
-        # A causal model predicts every token but the first.
-        targets = labels[:, 1:] if self.kind == "causal" else labels
-        if self.kind != "classifier":
-            if targets.dim() != 2:
-                raise ValueError(f"labels have the shape {tuple(labels.shape)}; they must be [batch, tokens].")
-            empty = (targets == IGNORE).all(-1).nonzero().flatten().tolist()
-            if empty:
-                raise ValueError(
-                    f"The labels of sample {', '.join(map(str, empty))} are all -100: there is nothing to learn. "
-                    "Set the target tokens' labels to their ids."
-                )
-        limit, length = context_length(self.model), batch["input_ids"].shape[-1]
-        if limit is not None and length > limit:
-            raise ValueError(f"The input has {length} tokens and the model takes {limit}; shorten the prompt.")
+            return self.transform(captured)
 
     # -- the network ---------------------------------------------------------------------------------------
 
-    def transform(
-        self, captured: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
-    ) -> dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """Captured u [B, S, m], delta [B, S, n] -> u~ [N, m], delta~ [N, n], sample [N], for each layer.
+    def transform(self, captured: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> dict[str, Transformed]:
+        """Captured u [B, S, m], delta [B, S, n] -> u [N, m], u~ [N, m], delta~ [N, n], sample [N], for each layer.
 
         Rows whose u or delta is all zero (padding, tokens that the loss does not reach) are left out. The
         layers of one shape go through their network in one batch of rows.
         """
-        rows: dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
+        rows = {}
         for key, members in self._groups.items():
             us, deltas, samples = [], [], []
             for layer in members:
@@ -320,7 +308,8 @@ class MendEditor(nn.Module):
                 deltas.append(delta.flatten(0, 1).index_select(0, index))
                 samples.append(index // keep.shape[1])
             network, sizes = self.networks[key], [len(s) for s in samples]
-            u, delta = (torch.cat([part.to(self.device) for part in side]).float() for side in (us, deltas))
+            u, delta = (torch.cat([part.to(self.device) for part in side]) for side in (us, deltas))
+            u, delta = (rows.to(torch.promote_types(rows.dtype, torch.float32)) for rows in (u, delta))
             mode = torch.repeat_interleave(
                 torch.arange(len(members), device=u.device), torch.tensor(sizes, device=u.device)
             )
@@ -328,30 +317,27 @@ class MendEditor(nn.Module):
                 network.observe(u, delta, self.gather)
             # No row is left where the model is so sure of its target that the gradient is exactly 0.
             new_u, new_delta = network(u, delta, mode if network.modes else None) if len(u) else (u, delta)
-            parts = zip(members, new_u.split(sizes), new_delta.split(sizes), samples, strict=True)
-            rows |= {layer.name: (one, two, sample.to(one.device)) for layer, one, two, sample in parts}
+            parts = zip(members, *(side.split(sizes) for side in (u, new_u, new_delta)), samples, strict=True)
+            rows |= {layer.name: Transformed(*sides, sample.to(u.device)) for layer, *sides, sample in parts}
         return {layer.name: rows[layer.name] for layer in self.layers}
 
     def group_factors(self, batch: Batch, group_size: int = 1) -> dict[str, Factors]:
         """Differentiable factors of B independent edits, for :func:`mendfast.capture.lowrank_updates`.
 
-        Each group of ``group_size`` consecutive samples is one edit, the sum of its samples' updates:
-        u [B / group_size, T, m], delta [B / group_size, T, n] (rows of zeros fill up), alpha a scalar tensor.
+        Each group of ``group_size`` consecutive samples is one edit, of its samples' updates together:
+        u [B / group_size, T, m], delta [B / group_size, T, n] (rows of zeros fill up), alpha a scalar.
         """
         size = batch["labels"].shape[0]
         if size % group_size:
             raise ValueError(f"{size} edits can't be put into groups of {group_size}; pass a multiple.")
-        groups, alphas, factors = size // group_size, self.alphas(), {}
-        for (name, (u, delta, sample)), alpha in zip(
-            self.transform(self.gradients(batch)).items(), alphas, strict=True
-        ):
-            group = sample // group_size
-            counts = torch.bincount(group, minlength=groups)
-            width = int(counts.max()) if len(group) else 0
-            place = torch.arange(len(group), device=group.device) - (counts.cumsum(0) - counts)[group]
-            slot = group * width + place
-            factors[name] = tuple(
-                rows.new_zeros(groups * width, rows.shape[-1]).index_copy(0, slot, rows).view(groups, width, -1)
-                for rows in (u, delta)
-            ) + (alpha,)
-        return factors
+        return self._aggregated(self.transform(self.gradients(batch)), group_size, size // group_size)
+
+    def _aggregated(self, rows: Mapping[str, Transformed], group_size: int, groups: int) -> dict[str, Factors]:
+        if self.config.aggregation == "least_squares":
+            return least_squares(wanted(rows, self.alphas()), self.layer_metrics(), group_size, groups)
+        return sums(rows, self.alphas(), group_size, groups)
+
+
+def _check_fits(found: Mapping[str, Sequence[int]], expected: Mapping[str, Sequence[int]], source: str) -> None:
+    if wrong := differences(found, expected):
+        raise ValueError(f"{source} is an editor for another model: {'; '.join(wrong[:3])}.")

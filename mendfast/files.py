@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
+import struct
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from .schema import brief, check_version, shown
 
-def atomic_write(path: str | Path, content: bytes) -> None:
-    """Write ``content`` so that ``path`` holds either what it held before or all of it, even after a crash."""
+FORMAT_VERSION = 1
+MAX_JSON_BYTES = 16 << 20
+
+
+def atomic_write(path: str | Path, *parts: bytes | memoryview) -> None:
+    """Write ``parts`` so that ``path`` holds either what it held before or all of them, even after a crash."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(content)
+            file.writelines(parts)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())
@@ -27,11 +36,17 @@ def atomic_write(path: str | Path, content: bytes) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+    _sync_directory(path.parent)
+
+
+def _sync_directory(directory: Path) -> None:
+    """Make the renaming last; where directories can't be opened (Windows) or synced, the system sees to it."""
+    with contextlib.suppress(OSError):
+        handle = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def _umask() -> int:
@@ -41,23 +56,61 @@ def _umask() -> int:
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file atomically."""
+    """Write a safetensors file atomically; the same tensors and metadata give the same bytes."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    atomic_write(path, save(tensors, dict(metadata)))
+    content = memoryview(save(tensors, dict(metadata)))
+    # safetensors writes the metadata in the order of a hash table, another one in every process.
+    (length,) = struct.unpack_from("<Q", content)
+    header = json.loads(bytes(content[8 : 8 + length]))
+    header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    atomic_write(path, struct.pack("<Q", len(text)), text, content[8 + length :])
 
 
-def read_tensors(path: str | Path, kind: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors file whose metadata say ``format: mendfast.<kind>``."""
+@contextlib.contextmanager
+def _opened(path: str | Path, kind: str) -> Iterator[tuple[Any, dict[str, str]]]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {path}.")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except SafetensorError as error:
-        raise ValueError(f"{path} is no whole safetensors file ({error}); make or fetch it again.") from error
-    found = metadata.get("format")
-    if found != f"mendfast.{kind}":
-        raise ValueError(f"{path} holds {found or 'tensors of another program'}, not a mendfast {kind}.")
-    return tensors, metadata
+            found = metadata.get("format")
+            if found != f"mendfast.{kind}":
+                holds = shown(found).strip("'\"") if found else "tensors of another program"
+                raise ValueError(f"{path} holds {holds}, not a mendfast {kind}.")
+            check_version(metadata.get("format_version"), FORMAT_VERSION, str(path))
+            yield file, metadata
+    except (SafetensorError, KeyError, AttributeError, RuntimeError, OverflowError) as error:
+        # The last four: dtypes that this PyTorch lacks, and shapes that it can't count.
+        raise ValueError(f"{path} is no whole safetensors file ({brief(error)}); make or fetch it again.") from error
+
+
+def read_tensors(path: str | Path, kind: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file whose metadata say ``format: mendfast.<kind>``.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no whole safetensors file, holds something else, or a newer mendfast wrote it.
+    """
+    with _opened(path, kind) as (file, metadata):
+        return {name: file.get_tensor(name) for name in file.keys()}, metadata
+
+
+def read_shapes(path: str | Path, kind: str) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
+    """As :func:`read_tensors`, of the tensors their shapes alone."""
+    with _opened(path, kind) as (file, metadata):
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}, metadata
+
+
+def read_json_bytes(path: str | Path, most: int = MAX_JSON_BYTES) -> bytes:
+    """The bytes of a settings file, of which none is large."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file {path}.")
+    with path.open("rb") as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise ValueError(f"{path} has more than {most:,} bytes; settings of mendfast are shorter.")
+    return content

@@ -6,28 +6,29 @@ from collections.abc import Sequence
 
 import torch
 
-from .editor import MendEditor
+from .editable import EditableModel
 from .labels import encode_prompt, pad_token_id
 from .objective import context_length
 
 
 @torch.no_grad()
-def answer(editor: MendEditor, prompts: Sequence[str], max_new_tokens: int = 16) -> list[str]:
+def answer(editor: EditableModel, prompts: Sequence[str], max_new_tokens: int = 16) -> list[str]:
     """The model's greedy answers (edits attached or applied included), as text; a classifier's label.
 
     Raises:
         ValueError: a prompt that fills the model's context, so that no token of an answer fits.
     """
     model, tokenizer, config = editor.model, editor.tokenizer, editor.config
-    texts = [config.prompt_template.replace("{prompt}", prompt) for prompt in prompts]
     if editor.kind == "classifier":
+        texts = [config.prompt_template.replace("{prompt}", prompt) for prompt in prompts]
         inputs = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt").to(editor.device)
         logits = model(**inputs).logits
         if logits.shape[-1] == 1:
             return ["true" if z > 0 else "false" for z in logits[:, 0].tolist()]
         return [str(model.config.id2label[i]) for i in logits.argmax(-1).tolist()]
     limit, answers = context_length(model), []
-    for text in texts:  # one at a time: no padding to reason about, and the edits' own positions
+    # One at a time: no padding to reason about, and the edits' own positions.
+    for text in map(editor.prompt_text, prompts):
         ids = encode_prompt(tokenizer, text, encoder_decoder=editor.kind == "encoder-decoder")
         room = max_new_tokens
         if limit is not None and editor.kind == "causal":

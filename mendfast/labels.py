@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-IGNORE = -100
+from .schema import is_text, shown
+from .types import IGNORE
 
 
 def encode_pair(
@@ -36,7 +37,8 @@ def encode_pair(
     Args:
         tokenizer: a Hugging Face tokenizer; its padding and truncation settings play no part.
         separator: text between prompt and target (decoder-only). Left out where the prompt is empty or ends
-            in whitespace, or the target starts with whitespace.
+            in whitespace or in a script without spaces (Chinese, Japanese, Thai ...), or the target starts with
+            whitespace.
         append_eos: end the target with one EOS token, a label like the others.
         max_length: the most tokens that the model takes, on either side of an encoder-decoder; None: any.
 
@@ -50,8 +52,7 @@ def encode_pair(
             one longer than ``max_length``; ``append_eos`` with a tokenizer that has no EOS.
     """
     for name, text in (("prompt", prompt), ("target", target), ("separator", separator)):
-        if not isinstance(text, str):
-            raise TypeError(f"The {name} is {text!r}, of type {type(text).__name__}; it must be a str.")
+        check_text(name, text)
     if not target.strip():
         raise ValueError(f"The target is {target!r}, which says nothing; pass the answer to be learned.")
     if encoder_decoder:
@@ -59,7 +60,7 @@ def encode_pair(
         if not ids:
             raise ValueError(f"The prompt {prompt!r} becomes no tokens with this tokenizer; pass another.")
         if not _target_ids(tokenizer, target, add_special_tokens=False):
-            raise _no_tokens(target)
+            raise _no_tokens(tokenizer, target)
         labels = _target_ids(tokenizer, target)
         if append_eos:
             _end(labels, tokenizer)
@@ -67,14 +68,14 @@ def encode_pair(
         _check_length("The target has", labels, max_length, "Shorten the target.")
         return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
 
-    if not prompt or prompt[-1].isspace() or target[0].isspace():
+    if not prompt or prompt[-1].isspace() or target[0].isspace() or _no_spaces(prompt[-1]):
         separator = ""
     alone = _ids(tokenizer, prompt)
     text = prompt + separator + target
     together = _ids(tokenizer, text)
     start = next((i for i, (a, b) in enumerate(zip(alone, together, strict=False)) if a != b), len(alone))
     if start >= len(together):
-        raise _no_tokens(target)
+        raise _no_tokens(tokenizer, target)
     front = _front(tokenizer, text, together)
     ids, start = front + together, start + len(front)
     if append_eos:
@@ -89,11 +90,71 @@ def encode_pair(
     return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": [IGNORE] * start + ids[start:]}
 
 
+def check_text(name: str, text: Any) -> None:
+    """What a tokenizer would refuse without saying what it is."""
+    if not isinstance(text, str):
+        raise TypeError(f"The {name} is {shown(text)}, of type {type(text).__name__}; it must be a str.")
+    if not is_text(text):
+        raise ValueError(f"The {name} is {shown(text)}: it holds half a surrogate pair, which is no character.")
+
+
+_NO_SPACES = (
+    (0x0E00, 0x0EFF),  # Thai, Lao
+    (0x1000, 0x109F),  # Burmese
+    (0x1780, 0x17FF),  # Khmer
+    (0x2E80, 0x312F),  # CJK radicals and punctuation, Kana, Bopomofo
+    (0x31A0, 0x4DBF),
+    (0x4E00, 0x9FFF),
+    (0xF900, 0xFAFF),
+    (0xFF00, 0xFFEF),  # full-width forms
+    (0x20000, 0x323AF),
+)
+"""Code points of scripts that put no space between words; Korean does."""
+
+
+def _no_spaces(character: str) -> bool:
+    return any(first <= ord(character) <= last for first, last in _NO_SPACES)
+
+
+_MARK = "mendfast-was-here"
+
+
+def has_template(tokenizer: Any) -> bool:
+    return getattr(tokenizer, "chat_template", None) is not None
+
+
+def chat_prompt(tokenizer: Any, prompt: str, system: str | None = None) -> str:
+    """The prompt as the user's turn of the tokenizer's own chat template, up to where the answer begins."""
+    messages = [{"role": "user", "content": prompt}]
+    if system is not None:
+        messages.insert(0, {"role": "system", "content": system})
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+
+def end_of_turn(tokenizer: Any) -> str:
+    """What the chat template ends the assistant's turn with: the first special token after its text.
+
+    It need not be ``eos_token``. A ValueError if the template puts no special token there, nor is there an EOS.
+    """
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _MARK}]
+    after = tokenizer.apply_chat_template(turns, tokenize=False).rpartition(_MARK)[2]
+    special = set(tokenizer.all_special_ids) | {
+        i for i, token in getattr(tokenizer, "added_tokens_decoder", {}).items() if token.special
+    }
+    for index in _ids(tokenizer, after):
+        if index in special:
+            return tokenizer.convert_ids_to_tokens(index)
+    if tokenizer.eos_token is None:
+        raise ValueError("The chat template ends an answer with no special token, and the tokenizer has no EOS.")
+    return tokenizer.eos_token
+
+
 def encode_prompt(tokenizer: Any, prompt: str, *, encoder_decoder: bool = False) -> list[int]:
     """The ids that a model goes on from: those that :func:`encode_pair` puts before a target.
 
     Decoder-only: with the BOS that the tokenizer adds, without an EOS after the prompt.
     """
+    check_text("prompt", prompt)
     if encoder_decoder:
         return list(tokenizer(prompt, padding=False, truncation=False)["input_ids"])
     ids = _ids(tokenizer, prompt)
@@ -207,7 +268,13 @@ def _check_length(what: str, ids: list[int], limit: int | None, advice: str) -> 
         raise ValueError(f"{what} {len(ids)} tokens and the limit is {limit}. {advice}")
 
 
-def _no_tokens(target: str) -> ValueError:
+def _no_tokens(tokenizer: Any, target: str) -> ValueError:
+    if not _ids(tokenizer, "The answer is 42."):
+        where = shown(getattr(tokenizer, "name_or_path", ""))
+        return ValueError(
+            f"The tokenizer (a {type(tokenizer).__name__} from {where}) makes no tokens of any text: its files, such "
+            "as tokenizer.json or vocab.json, are missing or empty. Save the tokenizer beside the model."
+        )
     return ValueError(
         f"The target {target!r} becomes no tokens with this tokenizer; pass one that it can spell."
     )

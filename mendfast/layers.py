@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from .schema import shown, some
+
 LAST_BLOCKS = 3
 LAST_BLOCKS_PER_STACK = 2  # encoder-decoders
 _ATTENTION = ("attn", "attention")
@@ -51,21 +53,43 @@ def is_matrix(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or is_conv1d(module) or all(isinstance(width, int) for width in widths)
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside torch.compile's, DataParallel's and DistributedDataParallel's wrappers."""
+    while True:
+        if "_orig_mod" in model._modules:
+            model = model._modules["_orig_mod"]
+        elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        else:
+            return model
+
+
+def _submodule(model: nn.Module, path: str) -> tuple[nn.Module, str]:
+    """The module at ``path``, and its path without the names of wrappers; AttributeError if there is none."""
+    module, plain = unwrapped(model), []
+    for part in path.split(".") if path else ():
+        if part == "_orig_mod" or part == "module" and part not in module._modules:
+            continue
+        module = unwrapped(module.get_submodule(part))
+        plain.append(part)
+    return module, ".".join(plain)
+
+
 def _find(model: nn.Module, name: str) -> Layer:
     path = name.removesuffix(".weight")
     try:
-        module = model.get_submodule(path)
+        module, path = _submodule(model, path)
     except AttributeError:
         matrices = [f"{p}.weight" for p, m in model.named_modules() if is_matrix(m)]
-        near = difflib.get_close_matches(name, matrices, n=3, cutoff=0.5) or matrices[-3:]
-        raise ValueError(f"The model has no layer {name!r}. Near matches: {', '.join(near)}.") from None
+        near = difflib.get_close_matches(name[:200], matrices, n=3, cutoff=0.5) or matrices[-3:]
+        raise ValueError(f"The model has no layer {shown(name)}. Near matches: {some(near)}.") from None
     if is_conv1d(module):
         m, n = module.weight.shape
         return Layer(f"{path}.weight", module, m, n, "in_out")
     if is_matrix(module):
         return Layer(f"{path}.weight", module, module.in_features, module.out_features, "out_in")
     raise ValueError(
-        f"Layer {name!r} is a {type(module).__name__}, not a matrix that can be edited; "
+        f"Layer {shown(name)} is a {type(module).__name__}, not a matrix that can be edited; "
         "name the weight of an nn.Linear or of a Hugging Face Conv1D."
     )
 
@@ -122,6 +146,11 @@ def check_writable(layer: Layer) -> None:
         )
     if kind.__name__ == "DTensor" or hasattr(weight, "device_mesh"):
         raise ValueError(f"{layer.name} is sharded over devices and can't be edited in place; {instead}")
+    if weight.is_inference():
+        raise ValueError(
+            f"{layer.name} was made within torch.inference_mode and can't be written outside of it; load the model "
+            "outside of that block (torch.no_grad is fine)."
+        )
     if kind is not torch.Tensor:
         raise ValueError(f"{layer.name} is quantised (a {kind.__name__}) and can't be edited in place; {instead}")
     expected = (layer.n, layer.m) if layer.layout == "out_in" else (layer.m, layer.n)
@@ -132,10 +161,11 @@ def check_writable(layer: Layer) -> None:
 def check_untied(model: nn.Module, layers: Sequence[Layer]) -> None:
     """Writing a weight that another module reads too would edit both: refuse."""
     names: dict[int, list[str]] = {id(layer.weight): [] for layer in layers}
-    for path, module in model.named_modules(remove_duplicate=False):
+    for path, module in unwrapped(model).named_modules(remove_duplicate=False):
         for name, parameter in module._parameters.items():
             if id(parameter) in names:
-                names[id(parameter)].append(f"{path}.{name}" if path else name)
+                parts = [part for part in path.split(".") if part not in ("", "_orig_mod")]
+                names[id(parameter)].append(".".join([*parts, name]))
     for layer in layers:
         others = [name for name in names[id(layer.weight)] if name != layer.name]
         if others:

@@ -9,11 +9,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch import nn
 
 from . import ops
-from .editor import MendEditor
-from .objective import Batch, Rows, target_rows, to_device
+from .editable import EditableModel
+from .objective import all_correct, target_rows, to_device
 
 if TYPE_CHECKING:
     pass
@@ -21,23 +20,13 @@ if TYPE_CHECKING:
 Pair = tuple[str, str]
 
 
-def all_correct(model: nn.Module, batch: Batch) -> torch.Tensor:
-    """Teacher-forced exact match of each sample's labels: [B] bool, on the CPU."""
-    return _all_right(target_rows(model, batch), len(batch["input_ids"])).cpu()
-
-
-def _all_right(rows: Rows, size: int) -> torch.Tensor:
-    wrong = (rows.logits.argmax(-1) != rows.labels).long()
-    return wrong.new_zeros(size).index_add(0, rows.sample, wrong) == 0
-
-
 @torch.no_grad()
-def correct(editor: MendEditor, pairs: Sequence[Pair], batch_size: int = 256) -> torch.Tensor:
+def correct(editor: EditableModel, pairs: Sequence[Pair], batch_size: int = 256) -> torch.Tensor:
     """Whether the model (as it is now, edits attached included) answers each prompt with its target: [N] bool."""
     found = []
     for start in range(0, len(pairs), batch_size):
         batch = to_device(editor.tokenize(pairs[start : start + batch_size]), editor.device)
-        found.append(all_correct(editor.model, batch))
+        found.append(all_correct(target_rows(editor.model, batch), len(batch["input_ids"])).cpu())
     return torch.cat(found) if found else torch.zeros(0, dtype=torch.bool)
 
 
@@ -73,7 +62,7 @@ class Scorer:
     @torch.no_grad()
     def add(
         self,
-        editor: MendEditor,
+        editor: EditableModel,
         edited: contextlib.AbstractContextManager,
         edits: Sequence[Pair],
         rephrased: Sequence[Pair],
@@ -122,12 +111,12 @@ class Told(NamedTuple):
 
 
 @torch.no_grad()
-def tell(editor: MendEditor, pairs: Sequence[Pair], batch_size: int = 64) -> Told:
+def tell(editor: EditableModel, pairs: Sequence[Pair], batch_size: int = 64) -> Told:
     """Ask the model, as it is now, for each target; everything is on the model's device."""
     found: list[Told] = []
     for start in range(0, len(pairs), batch_size):
         batch = to_device(editor.tokenize(pairs[start : start + batch_size]), editor.device)
         rows, size = target_rows(editor.model, batch), len(batch["input_ids"])
         losses = ops.token_nll_rows(rows.logits, rows.labels)
-        found.append(Told(_all_right(rows, size), rows.logits, losses, rows.sample + start))
+        found.append(Told(all_correct(rows, size), rows.logits, losses, rows.sample + start))
     return Told(*(torch.cat(parts) for parts in zip(*found, strict=True)))

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
 
 from . import ops
 from .config import MendConfig
+from .layers import Layer
 from .types import EPS, Block, Stats
 
 Gather = Callable[[torch.Tensor], torch.Tensor]
@@ -119,8 +121,10 @@ class EditorNetwork(nn.Module):
         delta: torch.Tensor,  # [N, n]
         mode: torch.Tensor | None = None,  # [N] int64: each row's layer
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The transformed rows, float32. Rows that are padding must have been left out by the caller."""
-        u, delta = u.float(), delta.float()
+        """The transformed rows, float32 (float64 in an editor of float64). Rows that are padding must have been left
+        out by the caller."""
+        kind = torch.promote_types(self.u_mean.dtype, torch.float32)
+        u, delta = u.to(kind), delta.to(kind)
         if self.both is not None:
             return self._run(u, delta, self.stats(), self.both, mode)
         # One side at a time: the other has width 0; a side without a network is normalised, no more.
@@ -144,3 +148,23 @@ class EditorNetwork(nn.Module):
     def extra_repr(self) -> str:
         rows = int(self.count)
         return f"m={self.m}, n={self.n}, modes={self.modes}, sides={self.sides!r}, rows seen={rows}"
+
+
+def make_networks(layers: Sequence[Layer], config: MendConfig) -> tuple[nn.ModuleDict, dict[str, list[Layer]]]:
+    """The networks of an editor of ``layers``, and which layers each serves."""
+    groups = defaultdict(list)
+    for layer in layers:
+        groups[str(layer.shape if config.shared else layer.name).replace(".", "#")].append(layer)
+    networks = nn.ModuleDict(
+        {
+            name: EditorNetwork(*members[0].shape, len(members) if config.shared else None, config)
+            for name, members in groups.items()
+        }
+    )
+    return networks, dict(groups)
+
+
+def planned_networks(layers: Sequence[Layer], config: MendConfig) -> nn.ModuleDict:
+    """The same without numbers: what a file must hold, known before anything is built."""
+    with torch.device("meta"):
+        return make_networks(layers, config)[0]

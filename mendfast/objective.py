@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import threading
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
@@ -11,10 +12,12 @@ import torch
 from torch import nn
 
 from . import ops
-from .capture import replaced_forwards
+from .capture import replaced_forwards, undone
+from .locks import exclusive
+from .ops import few_rows
 from .ops.linear_nll import Logits, serves
+from .types import IGNORE
 
-IGNORE = -100
 Batch = Mapping[str, torch.Tensor]
 
 
@@ -106,6 +109,12 @@ def nll(rows: Rows, batch_size: int) -> torch.Tensor:
     return per_sample_mean(ops.token_nll_rows(rows.logits, rows.labels), rows.sample, batch_size)
 
 
+def all_correct(rows: Rows, batch_size: int) -> torch.Tensor:
+    """Whether each sample's labels are all the model's first choice (teacher-forced exact match): [B] bool."""
+    wrong = (rows.logits.argmax(-1) != rows.labels).long()
+    return wrong.new_zeros(batch_size).index_add(0, rows.sample, wrong) == 0
+
+
 def _classes(logits: torch.Tensor) -> torch.Tensor:
     """One logit z stands for the two classes (0, z), so that every head is a softmax."""
     return torch.cat([torch.zeros_like(logits), logits], dim=-1) if logits.shape[-1] == 1 else logits
@@ -141,14 +150,17 @@ def _head_rows(model: nn.Module, keep: torch.Tensor, for_nll: bool) -> Iterator[
     if head is None or head._forward_hooks:  # an edited head needs its rows as samples
         yield False
         return
+    thread = threading.get_ident()
 
     def select(module: nn.Module, args: tuple) -> tuple:
+        if threading.get_ident() != thread:
+            return args
         return args[0][keep.to(args[0].device)].unsqueeze(0), *args[1:]
 
-    handle = head.register_forward_pre_hook(select)
-    puts_off = for_nll and serves(head, keep)
-    try:
-        with replaced_forwards({head: lambda x: Logits.of(x, head)} if puts_off else {}):
+    def put_off(x: torch.Tensor) -> torch.Tensor:
+        return Logits.of(x, head) if threading.get_ident() == thread else few_rows.forward(head, x)
+
+    with exclusive(model), undone() as changes:
+        changes.hook(head, select, before=True)
+        with replaced_forwards({head: put_off} if for_nll and serves(head, keep) else {}):
             yield True
-    finally:
-        handle.remove()

@@ -1,4 +1,4 @@
-"""The tuples that ops, kernels and the reference pass around."""
+"""The tuples and constants that ops, kernels and the reference share."""
 
 from __future__ import annotations
 
@@ -8,6 +8,13 @@ import torch
 
 EPS = 1e-7
 """Added to every standard deviation before dividing by it."""
+IGNORE = -100
+"""The label of what is not a target, as Hugging Face has it."""
+PRECISIONS = ("tf32x3", "ieee", "tf32")
+"""How matrix units may multiply float32: as three TF32 products, as plain multiply-adds, as one TF32 product."""
+
+C_EDIT = 1.0
+"""Weight of the edit's loss beside the locality loss by default (Mitchell et al. 2022: 0.1)."""
 
 
 class Stats(NamedTuple):

@@ -117,3 +117,17 @@ def test_tuning_without_a_gpu_says_so(capsys):
 
     assert tune.main([]) == 2
     assert "PyTorch sees none" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("widths", [(1, 40), (40, 1)])
+def test_a_side_of_one_number_compiles(widths, monkeypatch):
+    """Triton makes a constant of an argument that is 1, and a constant can't be given another value."""
+    monkeypatch.setattr(aot, "WIDTHS", widths)
+    monkeypatch.setattr(aot, "RANK", 1)
+    monkeypatch.setattr(aot, "ROWS", 1)
+    with configs.pretend("sm_80"), aot.recording() as recorded:
+        aot._editor(torch.float32, "tf32")
+    names = {launch.name for launch in recorded}
+    assert {"project", "editor_block_fwd", "editor_gate_bwd", "outer", "expand", "editor_normalise"} <= names
+    for launch in {launch.identity(): launch for launch in recorded}.values():
+        aot.compile_launch("float32/tf32", launch, "sm_80")

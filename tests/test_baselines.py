@@ -127,8 +127,7 @@ class Interrupted(FactSampler):
 
 @pytest.mark.parametrize("key", ["enn", "ke", "mend"])
 def test_a_run_that_was_cut_off_ends_in_the_same_bits(key, tokenizer, tmp_path, monkeypatch):
-    for module in ("baselines.fitting", "training.loop"):  # figures take long to draw
-        monkeypatch.setattr(f"mendfast.{module}.write_report", lambda directory: None)
+    monkeypatch.setattr("mendfast.training.loop.write_report", lambda directory: None)  # figures take long to draw
     config = training(steps=7, joint=[1, 2], validate_every=3, validation_size=2)
     facts, validation = sampler("gpt2"), sampler("gpt2", seed=1)
     whole = make(key, "gpt2", tokenizer)
@@ -400,10 +399,10 @@ def test_gates_have_their_shapes_and_bounds_and_make_the_update_of_the_equation(
     with torch.no_grad():
         gates = system.network(system.condition(batch))
     edit = system.edit_tokens(batch)
-    before = [layer.weight.detach().clone() for layer in system.layers]
-    gradients = [gradient(model, layer, batch) for layer in system.layers]
+    before = [layer.weight.detach().clone() for layer in system.subject.layers]
+    gradients = [gradient(model, layer, batch) for layer in system.subject.layers]
     edit.apply_(model)
-    for layer, gate, old, grad in zip(system.layers, gates, before, gradients, strict=True):
+    for layer, gate, old, grad in zip(system.subject.layers, gates, before, gradients, strict=True):
         assert gate.alpha.shape == gate.beta.shape == (1, layer.n)
         assert gate.gamma.shape == gate.delta.shape == (1, layer.m)
         assert 0 < gate.scale.item() < 0.7
@@ -434,7 +433,7 @@ def test_the_condition_is_input_old_answer_and_new_answer(name, tokenizer):
             assert [old, new] == [[words + 2 + int(label[-1])] for label in (old_label, target)]
         else:
             assert new == tokenizer(f" {target}" if name == "gpt2" else target)["input_ids"]
-            with frozen(system.model):
+            with frozen(system.subject.model):
                 (expected,) = answer(system.subject, [prompt], max_new_tokens=8)
             assert old and tokenizer.decode(old, skip_special_tokens=True).strip() == expected
     with torch.no_grad():

@@ -194,7 +194,7 @@ def test_wheel(tmp_path):
         names = set(wheel.namelist())
         wheel.extractall(tmp_path / "site")
     assert {"mendfast/kernels/__init__.py", "mendfast/kernels/rank1_update.py", "mendfast/ops/rank1_update.py"} <= names
-    assert any(name.startswith("mendfast/demo/facts/") for name in names)
+    assert any(name.startswith("mendfast/tasks/facts/") for name in names)
     assert not any(name.startswith("kernels/") or name.endswith(".so") for name in names)
     record = json.loads((tmp_path / "site" / "mendfast" / "_build_info.json").read_text())
     for name, module in (("cuda", "CUDA"), ("cpu", "CPU")):

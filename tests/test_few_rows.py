@@ -13,11 +13,11 @@ from test_cuda_build import ROOT, load_setup
 from transformers.pytorch_utils import Conv1D
 
 import mendfast
-from mendfast import MendConfig, MendEditor, ops
+from mendfast import MendConfig, MendEditor, backends, ops
 from mendfast.build_info import build_info
 from mendfast.capture import frozen
 from mendfast.ops import few_rows
-from mendfast.training import meta_loss
+from mendfast.training import editor_loss as meta_loss
 
 needs_extension = pytest.mark.skipif(few_rows.problem() is not None, reason=f"{few_rows.problem()}")
 
@@ -75,6 +75,14 @@ class TestKernel:
         x, w = torch.randn(30, 7).T, torch.randn(30, 50)
         assert error(few_rows.kernel_mm(x, w), x.double() @ w.double()) <= tolerance(torch.float32, 30)
 
+    @pytest.mark.parametrize("transposed", [False, True], ids=["rows", "columns"])
+    def test_a_row_without_a_stride(self, transposed):
+        """PyTorch gives a single row any stride, and calls it contiguous."""
+        row, w = torch.randn(300), matrix(300, 300, transposed, 0)
+        x = row.as_strided((1, 300), (0, 1))
+        assert x.is_contiguous() and x.stride(0) == 0
+        assert torch.equal(few_rows.mm(x, w), few_rows.mm(row[None].clone(), w))
+
     def test_not_a_number_stays(self):
         x, w = torch.randn(3, 40), torch.randn(40, 20)
         x[1, 7], w[5, 3] = float("nan"), float("inf")
@@ -126,13 +134,14 @@ class TestChoice:
             (x, w, torch.randn(600)[::2]),
             (x, w, torch.randn(300).double()),
             (x, w, torch.randn(1)),
+            (x, w, torch.empty(300, device="meta")),
         ],
         ids=["many rows", "no rows", "small", "float64", "bfloat16", "strided", "strided bias", "float64 bias",
-             "broadcast bias"],
+             "broadcast bias", "bias elsewhere"],
     )
     def test_left_to_pytorch(self, x, w, bias):
         assert not few_rows.served(x, w, bias)
-        if bias is None or bias.dtype == x.dtype:
+        if bias is None or bias.dtype == x.dtype and bias.device == x.device:
             assert torch.equal(few_rows.mm(x, w, bias), x @ w + (0 if bias is None else bias))
 
     @pytest.mark.parametrize("name", ["aten", "reference"])
@@ -153,8 +162,9 @@ class TestChoice:
 
     def test_without_the_extension(self, monkeypatch):
         monkeypatch.setattr(few_rows, "problem", lambda: "why")
-        assert few_rows.probe(torch.device("cpu")) == "why"
-        assert "runs on CPUs" in few_rows.probe(torch.device("cuda"))
+        monkeypatch.setitem(backends.MISSING, "cpu", lambda: "why")
+        assert backends.probe("frozen_linear", "cpu", torch.device("cpu")) == "why"
+        assert "runs on CPUs" in backends.probe("frozen_linear", "cpu", torch.device("cuda"))
         assert torch.equal(few_rows.mm(self.x, self.w), self.x @ self.w)
 
 

@@ -114,3 +114,23 @@ def test_rows():
 def test_bad_input(base, logits, mask, kind, words):
     with pytest.raises(kind, match=words):
         ops.kl_divergence(base, logits, mask)
+
+
+@pytest.mark.parametrize("backend", ["aten", "reference"])
+def test_a_base_wider_than_the_logits(backend):
+    """1e30 in float64 is 1e22 away from the nearest float32."""
+    base = torch.tensor([[[1e30, 0.0, -1e30]]], dtype=torch.float64)
+    logits = torch.tensor([[[1.0, 1.0, 0.0]]], requires_grad=True)
+    out = ops.kl_divergence(base, logits, torch.ones(1, 1), backend=backend)
+    (grad,) = torch.autograd.grad(out, logits)
+    q = logits.detach().softmax(-1)
+    assert torch.allclose(grad, q - torch.tensor([1.0, 0.0, 0.0]), atol=1e-6)
+    assert torch.allclose(out.detach(), -q[..., 0].log().squeeze(1), rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 7), (2, 0, 7)])
+def test_without_rows(shape):
+    base, logits = torch.randn(shape), torch.randn(shape, requires_grad=True)
+    out = ops.kl_divergence(base, logits, torch.ones(shape[:2]))
+    out.sum().backward()
+    assert out.shape == shape[:1] and (out == 0).all() and logits.grad.shape == shape

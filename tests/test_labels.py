@@ -353,3 +353,20 @@ def test_a_prompt_alone_is_what_comes_before_its_target(prompt, target):
     ids, labels = (encode_pair(tokenizer, prompt, target)[key] for key in ("input_ids", "labels"))
     assert encode_prompt(tokenizer, prompt) == ids[: labels.count(-100)]
     assert encode_prompt(tokenizer, prompt, encoder_decoder=True) == tokenizer(prompt)["input_ids"]
+
+
+def test_an_empty_tokenizer_is_named_and_not_the_target():
+    """What AutoTokenizer makes of a folder whose tokenizer files are missing."""
+    empty = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()), eos_token="</s>")
+    with pytest.raises(ValueError, match="makes no tokens of any text: its files.*are missing or empty"):
+        encode_pair(empty, *PAIRS[0])
+
+
+@pytest.mark.parametrize("encoder_decoder", [False, True])
+def test_half_a_surrogate_pair_is_named(encoder_decoder):
+    tokenizer = make_tokenizer("byte_bpe")
+    for pair in (("Who?", "a \ud800"), ("\udfff?", "Paris")):
+        with pytest.raises(ValueError, match="half a surrogate pair"):
+            encode_pair(tokenizer, *pair, encoder_decoder=encoder_decoder)
+    with pytest.raises(ValueError, match="half a surrogate pair"):
+        encode_prompt(tokenizer, "\ud800", encoder_decoder=encoder_decoder)

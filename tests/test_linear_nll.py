@@ -79,6 +79,14 @@ class TestKernel:
             alone, nothing = kernel_nll(x, weight, bias, labels, gradient=False)
             assert nothing is None and error(alone, nll) <= bound
 
+    def test_a_row_without_a_stride(self):
+        """PyTorch gives a single row any stride, and calls it contiguous."""
+        row, weight, labels = torch.randn(30), torch.randn(50, 30), torch.tensor([7])
+        x = row.as_strided((1, 30), (0, 1))
+        made = [kernel_nll(r, weight, None, labels, gradient=True) for r in (x, row[None])]
+        for out, plain in zip(*made, strict=True):
+            assert torch.equal(out, plain)
+
     @pytest.mark.parametrize("rows", [3, 20])
     def test_the_bits_do_not_depend_on_the_threads(self, rows):
         x, weight, labels = torch.randn(rows, 100), torch.randn(5000, 100), torch.randint(5000, (rows,))

@@ -146,3 +146,16 @@ def test_bad_input(changes, kind, words):
         arguments[i] = value
     with pytest.raises(kind, match=words):
         ops.lowrank_linear(*arguments)
+
+
+@pytest.mark.parametrize("batched", [True, False])
+@pytest.mark.parametrize("backend", ["aten", "reference"])
+@pytest.mark.parametrize("shape", [(3, 7, 0, 13, 9), (3, 0, 4, 13, 9), (0, 7, 4, 13, 9)])
+def test_without_terms_or_rows(batched, backend, shape):
+    """An edit has no rows where the model is sure of its target: the layer stays as it is, and passes gradients."""
+    arguments = case(batched, shape)
+    out = ops.lowrank_linear(*arguments, backend=backend)
+    assert torch.equal(out, arguments[0])
+    grads = torch.autograd.grad(out, arguments, torch.ones_like(out))
+    assert (grads[0] == 1).all() and all((g == 0).all() for g in grads[1:])
+    assert [g.shape for g in grads] == [a.shape for a in arguments]

@@ -13,7 +13,8 @@ from test_training import facts, make
 
 from mendfast import MendConfig, MendEditor
 from mendfast.base_model import small_gpt2, train_tokenizer
-from mendfast.training import FactSampler, Trainer, meta_loss
+from mendfast.training import FactSampler, Trainer
+from mendfast.training import editor_loss as meta_loss
 from mendfast.training.memory import LivePeak, peak_bytes, predict
 
 

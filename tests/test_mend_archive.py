@@ -417,6 +417,34 @@ class TestBadInput:
         archive["model"]["gtn.(1, 2).k"] = torch.ones(1)
         self.refused(tmp_path, theirs, archive, "it holds gtn, mend")
 
+    def test_nothing_is_built_before_the_shapes_are_known(self, theirs, tmp_path, monkeypatch):
+        """A hundred blocks of rank 100,000 fit into a file of some kilobytes."""
+        archive = theirs[1].archive()
+        for i in range(2, 100):
+            archive["model"][f"mend.(128, 32).mlp.layers.{i}.v"] = torch.ones(1).expand(1)
+            archive["model"][f"mend.(32, 128).mlp.layers.{i}.v"] = torch.ones(1).expand(1)
+        monkeypatch.setattr(MendEditor, "__init__", lambda *_: pytest.fail("it was built"))
+        self.refused(tmp_path, theirs, archive, "does not fit the weights that inner_params names")
+
+    @pytest.mark.parametrize(
+        ("key", "value", "match"),
+        [
+            ("k", torch.tensor([float("inf")]), "k is inf"),
+            ("k", torch.tensor([1e300], dtype=torch.float64), "k is 1e"),
+            ("mlp.layers.0.bias", torch.full((160,), 1e300, dtype=torch.float64), "bias holds NaN or infinity"),
+            ("u_std", torch.full((128,), -1.0), "u_std is negative"),
+            ("mlp.layers.0.bias", [[[1]]] * 10_000, "bias is"),
+            ("x" * 10_000, torch.ones(1), "is not known"),
+        ],
+    )
+    def test_values(self, theirs, tmp_path, key, value, match):
+        archive = theirs[1].archive()
+        archive["model"][f"mend.(128, 32).{key}"] = value
+        path = put(tmp_path / "archive", archive)
+        with pytest.raises(ValueError, match=match) as caught:
+            load_mend_archive(path, theirs[0], inner_params=INNER["gpt2"])
+        assert len(str(caught.value)) <= 300 + len(str(path))
+
     def test_a_failed_save_leaves_the_old_file(self, theirs, tmp_path, monkeypatch):
         editor = trained(theirs[0], "gpt2", loss_reduction="batch")
         save_mend_archive(editor, tmp_path / "archive")

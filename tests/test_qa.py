@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+import time
 
 import pytest
 
+from mendfast.tasks import records
 from mendfast.tasks.qa import Problem, QAExample, read_qa
 
 KILT = {
@@ -309,3 +312,45 @@ def test_importing_the_tasks_does_not_import_datasets():
 
 def test_a_problem_reads_as_a_sentence():
     assert str(Problem("a.tsv", 3, "", "has 1 field")) == "a.tsv:3: has 1 field"
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+def test_other_encodings_are_refused(tmp_path, encoding):
+    (tmp_path / "facts.tsv").write_bytes("Who wrote Hamlet?\tShakespeare\n".encode(encoding))
+    with pytest.raises(ValueError, match=r"facts.tsv is in UTF-\d\d.*save it as UTF-8"):
+        read_qa(tmp_path / "facts.tsv")
+
+
+def test_records_that_are_no_text_or_cost_too_much_are_named(tmp_path):
+    good = '{"prompt": "Who?", "target": "Me"}'
+    bad = {
+        '{"prompt": "Who?", "target": ' + "9" * 5000 + "}": "an integer of 5,000 digits",
+        '{"prompt": "Who?", "target": "\\ud800"}': "half a surrogate pair",
+        '{"prompt": "Who?", "target": "a\\u0000b"}': "a NUL character",
+        '{"prompt": "Wh\0o?", "target": "a"}': "a NUL character",
+        '{"prompt": "' + "Who " * 750_000 + '", "target": "a"}': "2,999,999 characters; at most 100,000",
+        '{"prompt": "Who?", "target": ' + "[" * 900 + "]" * 900 + "}": "nested too deeply|is empty|no JSON",
+        "[" * 100_000: "no JSON",
+        '{"prompt": "Who?", "target": {"' + "a" * 10**6 + '": 1}}': "it must be text",
+        '{"' + "a" * 10**6 + '": 1}': "no known format",
+    }
+    path = write(tmp_path / "facts.jsonl", "\n".join([good, *bad, good]))
+    begun = time.process_time()
+    examples, problems = read_qa(path)
+    assert time.process_time() - begun < 2
+    assert [example.source.rpartition(":")[2] for example in examples] == ["1", str(len(bad) + 2)]
+    assert [problem.line for problem in problems] == list(range(2, len(bad) + 2))
+    for problem, match in zip(problems, bad.values(), strict=True):
+        assert re.search(match, problem.message), problem.message[:300]
+        assert len(problem.message) <= 300
+        problem.message.encode()
+
+
+def test_a_line_longer_than_any_record(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "MAX_LINE", 1000)
+    path = write(tmp_path / "facts.tsv", "Who?\tMe\n" + "x" * 5000 + "\nWhere?\tHere\n")
+    examples, problems = read_qa(path)
+    assert [example.target for example in examples] == ["Me", "Here"]
+    assert [(problem.line, problem.message) for problem in problems] == [
+        (2, "has more than 1,000 bytes, which is no record")
+    ]

@@ -16,6 +16,9 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TERMS = (0, 1, 2, 5, 17, 64, 65, 300)
 SHAPES = ((1, 1), (1, 7), (5, 1), (33, 20), (128, 96), (301, 257))
 GPU_SHAPES = ((1, 1), (129, 255), (4096, 16384), (20480, 5120))
+TF32X3 = 3 * 2.0**-20
+"""What three TF32 products leave out of one at the worst: low times low, and what a matrix unit cuts off either low
+half, each below 2^-10 of 2^-10."""
 GPU_BACKENDS = ("cuda", "triton", "aten")
 
 
@@ -37,11 +40,13 @@ def exact(weight, u, delta, alpha, layout="out_in"):
 
 def assert_close(weight, before, u, delta, alpha, layout="out_in", units=0.5):
     """Within ``units`` of the weight's last place and the error of float32 sums over T terms: 2^-24 for each of them
-    at the worst; 2^-15 of a product where bfloat16 halves make it (a 16-bit weight on tensor cores)."""
+    at the worst, beside that of each product: three TF32 ones make it on a GPU, or bfloat16 halves (2^-15) for a
+    16-bit weight."""
     left, right = (delta, u) if layout == "out_in" else (u, delta)
     size = abs(alpha) * (left.double().abs().T @ right.double().abs())
     want = exact(before, u, delta, alpha, layout)
-    per_product = 2.0**-15 if weight.is_cuda and weight.dtype != torch.float32 else (2 + len(u)) * 2.0**-24
+    split = 0.0 if not weight.is_cuda else TF32X3 if weight.dtype == torch.float32 else 2.0**-15
+    per_product = split + (2 + len(u)) * 2.0**-24
     # the last place of small float16 numbers doesn't shrink with them
     last_place = units * torch.finfo(weight.dtype).eps * want.abs().clamp(min=2.0**-14)
     tolerance = last_place * 1.001 + per_product * size + 2.0**-23 * before.double().abs()
@@ -228,6 +233,28 @@ class TestStochastic:
             results.append(ops.rank1_update_(weight, u, delta, 2.0**-8, **args))
         assert torch.equal(*results)
 
+    @pytest.mark.parametrize("backend", ["aten", "reference"])
+    @pytest.mark.parametrize("dtype", DTYPES[1:])
+    def test_the_draw_does_not_depend_on_the_memory_layout(self, dtype, backend):
+        _, weight, u, delta = make(30, 21, 2, dtype, torch.float32)
+        u, delta = u.round(), delta.round()  # exact sums
+        turned = weight.T.contiguous().T
+        for target in (weight, turned):
+            ops.rank1_update_(target, u, delta, 2.0**-8, rounding="stochastic", seed=5, backend=backend)
+        assert turned.stride(0) == 1 and torch.equal(turned, weight)
+
+    def test_kernels_that_draw_along_memory_are_not_taken_for_a_column_major_weight(self, monkeypatch):
+        monkeypatch.setattr(mendfast.backends, "place_of", lambda device: mendfast.backends.Place("cuda", (9, 0)))
+        monkeypatch.setattr(mendfast.backends, "MISSING", {})
+        row_major = torch.zeros(4, 6, dtype=torch.bfloat16)
+        turned = row_major.T.contiguous().T
+        assert op._choose(row_major, "stochastic", None) == op._choose(turned, "nearest", None) == "cuda"
+        assert op._choose(turned.float(), "stochastic", None) == "cuda"  # which isn't rounded
+        assert op._choose(turned, "stochastic", None) == "aten"
+        for name in ("cuda", "triton"):
+            with pytest.raises(RuntimeError, match="column-major torch.bfloat16.*backend='aten'"):
+                op._choose(turned, "stochastic", name)
+
     def test_float32_weights_are_not_rounded(self):
         _, weight, u, delta = make(6, 7, 2)
         other = weight.clone()
@@ -299,6 +326,18 @@ class TestRefused:
             ops.check_finite([fine] * 3, [fine, bad, fine], [1.0, 1.0, math.nan], names)
 
 
+@pytest.mark.parametrize("backend", ["aten", "reference"])
+@pytest.mark.parametrize("rounding", op.ROUNDINGS)
+def test_a_sum_that_leaves_the_dtype_is_found(backend, rounding):
+    """Finite factors, a finite sum in float32, infinity in float16: seen after the write, by which weight."""
+    made = [make(5, 6, 2, torch.float16, torch.float32, seed=i) for i in range(3)]
+    weights, us, deltas = (list(column) for column in list(zip(*made, strict=True))[1:])
+    us[1][:, 2], deltas[1][:, 3] = 300.0, 300.0
+    ops.rank1_update_group_(weights, us, deltas, [1.0] * 3, rounding=rounding, backend=backend)
+    assert weights[1][3, 2] == -torch.inf
+    assert ops.non_finite(weights) == [1] and ops.non_finite(weights[::2]) == ops.non_finite([]) == []
+
+
 def test_alpha_tensor():
     """A tensor is not read on the host: it goes into delta."""
     _, weight, u, delta = make(5, 6, 2)
@@ -357,11 +396,11 @@ def test_compiled():
 def test_backend_choice():
     _, weight, u, delta = make(5, 6, 2)
     with mendfast.backend("reference"):
-        assert op._choose(weight, None) == "reference"
-    assert op._choose(weight, None) == "aten"
-    assert op._choose(weight.double(), None) == "aten"
-    probe = op._cuda_probe(torch.device("cuda", 0)) if not torch.cuda.is_available() else None
-    assert torch.cuda.is_available() or isinstance(probe, str)
+        assert op._choose(weight, "nearest", None) == "reference"
+    assert op._choose(weight, "nearest", None) == "aten"
+    assert op._choose(weight.double(), "nearest", None) == "aten"
+    if not torch.cuda.is_available():
+        assert isinstance(mendfast.backends.probe("rank1_update_", "cuda", torch.device("cuda", 0)), str)
 
 
 # -- on a GPU ------------------------------------------------------------------------------------------------

@@ -102,3 +102,19 @@ def test_rows():
 def test_bad_input(logits, labels, kind, words):
     with pytest.raises(kind, match=words):
         ops.token_nll(logits, labels)
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 7), (2, 0, 7)])
+def test_without_rows(shape):
+    logits = torch.randn(shape, requires_grad=True)
+    out = ops.token_nll(logits, torch.zeros(shape[:2], dtype=torch.int64))
+    out.sum().backward()
+    assert out.shape == shape[:1] and (out == 0).all() and logits.grad.shape == shape
+
+
+@pytest.mark.parametrize("at", [0, 3, 6])
+def test_not_a_number_is_not_a_loss(at):
+    logits = torch.randn(1, 2, 7)
+    logits[0, 1, at] = torch.nan
+    assert ops.token_nll(logits, torch.tensor([[2, 3]])).isnan().all()
+    assert ops.token_nll_rows(logits[0], torch.tensor([2, 3])).isnan().tolist() == [False, True]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import pickle
 import struct
+import time
+import tracemalloc
 import zipfile
 
 import pytest
@@ -142,6 +144,14 @@ def test_damaged(tmp_path):
         read(tmp_path / "file")
 
 
+def test_a_damaged_name(tmp_path):
+    """In a member's own header, which is not looked at before its numbers are."""
+    content = save(tmp_path / "file", {"a": torch.randn(500)}).read_bytes()
+    (tmp_path / "file").write_bytes(content.replace(b"file/data/0", b"\x80ile/data/0", 1))
+    with pytest.raises(ValueError, match="is damaged.*Fetch it again"):
+        read(tmp_path / "file")
+
+
 @pytest.mark.parametrize(
     "content",
     [
@@ -164,3 +174,61 @@ def test_foreign_files(tmp_path, content):
 def test_no_file(tmp_path):
     with pytest.raises(FileNotFoundError, match="no file"):
         TorchFile(tmp_path / "missing")
+
+
+def legacy_with(pickled: bytes, storages: bytes = b"") -> bytes:
+    """A file in the older layout whose content is ``pickled``."""
+    parts = (torch_file.LEGACY_MAGIC, torch_file.LEGACY_PROTOCOL, {"little_endian": True})
+    return b"".join(pickle.dumps(part, 2) for part in parts) + pickled + (storages or pickle.dumps([], 2))
+
+
+STORED = "ctorch._utils\n_rebuild_tensor_v2\n((S'storage'\nctorch\nFloatStorage\nS'0'\nS'cpu'\nI%d\ntQI0\n(I4\nt(I1\ntt"
+HOSTILE = {
+    "a place of the memo that takes gigabytes": (b"\x80\x02]r\xff\xff\xff\x07.", "place 134217727 of the memo"),
+    "an integer of 2 GiB": (b"\x80\x02\x8b\xff\xff\xff\x7f\x00.", "an integer of 2,147,483,647 bytes"),
+    "an integer of 5,000 digits": (b"I" + b"9" * 5000 + b"\n.", "a line that does not end"),
+    "an integer of 1,000 digits": (b"I" + b"9" * 1000 + b"\n.", "an integer of 1,000 digits"),
+    "a text of 4 GiB": (b"\x80\x02X\xff\xff\xff\xff.", "past the end of the file"),
+    "a text of 2^63": (b"\x80\x04\x8d" + b"\xff" * 8 + b".", "past the end of the file"),
+    "a key whose hash takes for ever": (b"\x80\x02}K\x01\x85" + b"2\x86" * 100 + b"K\x02s.", "as a key"),
+    "a key that is nested deeply": (b"\x80\x02}N" + b"\x85" * 200_000 + b"K\x02s.", "as a key"),
+    "a storage of 4 TB": ((STORED % 10**12).encode() + b"R.", "more than the file has"),
+    "more instructions than any file has": (b"]" + b"0]" * 400_000 + b".", "more than 500,000 instructions"),
+    "another protocol": (b"\x80\x09N.", "protocol 9"),
+    "nothing to take": (b"0.", "nothing to work on"),
+    "an end without a start": (b"t.", "an end without a start"),
+}
+
+
+@LAYOUTS
+@pytest.mark.parametrize("what", HOSTILE)
+def test_hostile_pickles_cost_nothing(what, zipped, tmp_path):
+    pickled, match = HOSTILE[what]
+    (tmp_path / "file").write_bytes(zip_with(pickled) if zipped else legacy_with(pickled))
+    tracemalloc.start()
+    begun = time.process_time()
+    try:
+        with pytest.raises(ValueError, match=match) as caught:
+            TorchFile(tmp_path / "file")
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert time.process_time() - begun < 5 and peak < 100 << 20  # tracing makes it several times slower
+    assert len(str(caught.value)) <= 300 + len(str(tmp_path))
+
+
+@LAYOUTS
+def test_nested_and_circular_content_is_read(zipped, tmp_path):
+    for pickled in (b"\x80\x02]q\x00(h\x00h\x00e.", b"\x80\x02N" + b"\x85" * 100_000 + b"."):
+        (tmp_path / "file").write_bytes(zip_with(pickled) if zipped else legacy_with(pickled))
+        with TorchFile(tmp_path / "file") as file:
+            assert len(file.content) in (1, 2)
+
+
+def test_a_member_that_announces_more_than_the_file_has(tmp_path):
+    content = bytearray(zip_with(b"N."))
+    directory = content.rindex(b"PK\x01\x02")
+    content[directory + 20 : directory + 28] = struct.pack("<II", 2**31 - 1, 2**31 - 1)
+    (tmp_path / "file").write_bytes(content)
+    with pytest.raises(ValueError, match="past the end of the file"):
+        TorchFile(tmp_path / "file")

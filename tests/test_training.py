@@ -162,7 +162,8 @@ def test_nonsense_stops_the_run(base, tmp_path):
     editor, config = make(base, steps=40)
     trainer = Trainer(editor, FactSampler(facts()), config, output=tmp_path, progress=False)
     before = [p.detach().clone() for p in editor.parameters()]
-    trainer._loss = lambda *_: (editor.alpha_multiplier.sum() * float("nan"), {"edit_success": torch.zeros(())})
+    nonsense = lambda *_: [(editor.alpha_multiplier.sum() * float("nan"), {"edit_success": torch.zeros(())})]  # noqa: E731
+    trainer.learner.losses = nonsense
     with pytest.raises(TrainingError, match="10 steps in a row"):
         trainer.run()
     assert all(torch.equal(a, b) for a, b in zip(before, editor.parameters(), strict=True))
@@ -271,3 +272,9 @@ def test_threads_are_the_users(base):
     editor, config = make(base, steps=1, validate_every=0)
     Trainer(editor, FactSampler(facts()), config, progress=False).run()
     assert torch.get_num_threads() == before
+
+
+def test_facts_of_one_answer_are_refused_at_once():
+    items = [Item((f"Who is {name}?",), "X") for name in PEOPLE]
+    with pytest.raises(ValueError, match="All 6 facts have the answer 'X'.*add facts with other answers"):
+        FactSampler(items)

@@ -14,7 +14,7 @@ from test_meta import batches, gradients
 from mendfast import MendConfig, MendEditor
 from mendfast.base_model import small_gpt2
 from mendfast.cli import main
-from mendfast.training import meta_loss
+from mendfast.training import editor_loss as meta_loss
 
 
 def step(model: torch.nn.Module, name: str, **options) -> tuple[MendEditor, dict[str, torch.Tensor]]:

@@ -301,6 +301,6 @@ def test_unknown_and_missing_tables(tmp_path):
 
 def test_no_table_is_left_unread():
     read = {relation.table for relation in RELATIONS.values()}
-    assert {path.name for path in (world.files("mendfast.demo") / "facts").iterdir()} == {
+    assert {path.name for path in (world.files("mendfast.tasks") / "facts").iterdir()} == {
         f"{table}.tsv" for table in read
     }

@@ -15,13 +15,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from .. import ops
 from ..capture import frozen
 from ..edit import EditRequest
-from ..editor import MendEditor
-from ..objective import Batch, kept_rows, nll, per_sample_mean, target_rows, to_device
+from ..editable import EditableModel
+from ..objective import Batch, all_correct, kept_rows, nll, per_sample_mean, target_rows, to_device
 from ..reference.token_nll import token_nll_rows
 from ..training import TrainConfig
 from ..training.data import Draw
-from ..training.meta import all_correct
-from .fitting import Fitted, LossPart, best_gradient_step
+from ..training.learner import LossPart
+from .fitting import Fitted, best_gradient_step
 from .system import call, restored
 
 
@@ -63,7 +63,7 @@ class EditableNetwork(Fitted):
 
     def __init__(
         self,
-        subject: MendEditor,
+        subject: EditableModel,
         *,
         steps: int = 1,
         rate: float | None = None,
@@ -77,7 +77,7 @@ class EditableNetwork(Fitted):
         model = copy.deepcopy(subject.model).eval()
         for parameter in model.parameters():
             parameter.requires_grad_(parameter.dtype.is_floating_point)
-        super().__init__(MendEditor.from_model(model, subject.tokenizer, subject.config))
+        super().__init__(EditableModel(model, subject.tokenizer, subject.config))
         self.rate = rate
         self.network = _Editable(model, steps, len(self.subject.layers), rate or 1e-2, self.subject.device)
         self.learning_rate, self.first_order, self.c_base = learning_rate, first_order, c_base

@@ -14,10 +14,11 @@ from torch import nn
 from .. import ops
 from ..capture import frozen
 from ..edit import EditRequest
-from ..editor import MendEditor
-from ..files import atomic_write
+from ..editable import EditableModel
+from ..files import atomic_write, read_json_bytes
 from ..objective import kept_rows, nll, per_sample_mean, target_rows, to_device
-from ..training import FactSampler, TrainConfig
+from ..schema import parse_json, shown
+from ..training import Sampler, TrainConfig
 from .system import System, call, restored
 
 MAX_STEPS = 100
@@ -34,18 +35,18 @@ class FineTuning(System):
 
     key, name = "ft", "FT"
 
-    def __init__(self, subject: MendEditor, learning_rate: float = 1e-3, max_steps: int = MAX_STEPS):
+    def __init__(self, subject: EditableModel, learning_rate: float = 1e-3, max_steps: int = MAX_STEPS):
         super().__init__(subject)
         self.learning_rate, self.max_steps = learning_rate, max_steps
         self.steps = 0  # of the last edit
 
     def fit(
         self,
-        sampler: FactSampler,
+        sampler: Sampler,
         config: TrainConfig,
         *,
         output: str | Path | None = None,
-        validation: FactSampler | None = None,
+        validation: Sampler | None = None,
         progress: bool = True,
     ) -> dict[str, float]:
         """There is nothing to train."""
@@ -111,7 +112,7 @@ class FineTuningKL(FineTuning):
 
     def __init__(
         self,
-        subject: MendEditor,
+        subject: EditableModel,
         learning_rate: float = 1e-3,
         max_steps: int = MAX_STEPS,
         *,
@@ -125,11 +126,11 @@ class FineTuningKL(FineTuning):
 
     def fit(
         self,
-        sampler: FactSampler,
+        sampler: Sampler,
         config: TrainConfig,
         *,
         output: str | Path | None = None,
-        validation: FactSampler | None = None,
+        validation: Sampler | None = None,
         progress: bool = True,
     ) -> dict[str, float]:
         """Draw the sample of locality inputs; nothing is trained."""
@@ -146,7 +147,12 @@ class FineTuningKL(FineTuning):
         path = Path(directory) / self.FILE
         if not path.is_file():
             raise FileNotFoundError(f"{directory} holds no {self.FILE}: no {self.name} was saved there.")
-        self.sample = [tuple(pair) for pair in json.loads(path.read_text())]
+        pairs = parse_json(read_json_bytes(path), str(path))
+        if not isinstance(pairs, list) or not all(
+            isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair) for pair in pairs
+        ):
+            raise ValueError(f"{path} holds {shown(pairs)}; it must be a list of pairs [prompt, answer].")
+        self.sample = [tuple(pair) for pair in pairs]
 
     def _penalty(self, step: int, before: list[torch.Tensor]) -> torch.Tensor:
         if not self.sample:

@@ -13,15 +13,15 @@ from torch.nn.utils.parametrizations import weight_norm
 from torch.nn.utils.rnn import pack_sequence, pad_sequence
 
 from ..capture import Factors, frozen
-from ..config import MendConfig
 from ..edit import Edit, EditRequest
-from ..editor import MendEditor
+from ..editable import EditableModel
 from ..labels import pad_token_id
 from ..layers import Layer
 from ..objective import IGNORE, Batch, context_length, target_rows, to_device
 from ..training import TrainConfig, meta_loss
 from ..training.data import Draw
-from .fitting import Fitted, LossPart, best_gradient_step
+from ..training.learner import LossPart
+from .fitting import Fitted, best_gradient_step
 
 OLD_ANSWER_TOKENS = 8
 """The old answer is read so far: at most as many of the model's own greedy tokens."""
@@ -116,7 +116,7 @@ class KnowledgeEditor(Fitted):
 
     key, name = "ke", "KE"
 
-    def __init__(self, subject: MendEditor, *, hidden: int = 128, condition: int = 1024, rate: float | None = None):
+    def __init__(self, subject: EditableModel, *, hidden: int = 128, condition: int = 1024, rate: float | None = None):
         super().__init__(subject)
         embedding = subject.model.get_input_embeddings().weight.detach()
         self._words = len(embedding)
@@ -144,22 +144,9 @@ class KnowledgeEditor(Fitted):
             {"params": scales, "lr": config.alpha_learning_rate},
         ]
 
-    # What meta_loss asks an editor for: these three, and group_factors.
-    @property
-    def model(self) -> nn.Module:
-        return self.subject.model
-
-    @property
-    def layers(self) -> list[Layer]:
-        return self.subject.layers
-
-    @property
-    def config(self) -> MendConfig:
-        return self.subject.config
-
     def losses(self, draw: Draw, config: TrainConfig, joint: int) -> Iterator[LossPart]:
-        batches = [self.subject.tokenize(pairs) for pairs in draw]
-        yield meta_loss(self, *batches, config.c_edit, config.c_loc, joint=joint)
+        inner, outer, loc = (self.subject.tokenize(pairs) for pairs in draw)
+        yield meta_loss(self.subject, self.group_factors(inner, joint), outer, loc, config.c_edit, config.c_loc)
 
     def group_factors(self, batch: Batch, group_size: int = 1) -> dict[str, Factors]:
         """Differentiable factors of the edits; see :meth:`mendfast.MendEditor.group_factors`."""
@@ -178,10 +165,10 @@ class KnowledgeEditor(Fitted):
         with torch.no_grad():
             factors = self.group_factors(batch, len(batch["input_ids"]))
         factors = {name: (u[0], delta[0], alpha) for name, (u, delta, alpha) in factors.items()}
-        return Edit(factors, self.model.config.model_type)
+        return Edit(factors, self.subject.model.config.model_type)
 
     def _edited(self, requests: Sequence[EditRequest]) -> contextlib.AbstractContextManager:
-        return self.edit_tokens(self.subject.tokenize(requests)).attached(self.model)
+        return self.edit_tokens(self.subject.tokenize(requests)).attached(self.subject.model)
 
     # -- the condition -------------------------------------------------------------------------------------
 
@@ -207,7 +194,7 @@ class KnowledgeEditor(Fitted):
 
     @torch.no_grad()
     def _old_answers(self, batch: Batch, prompts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        model = self.model
+        model = self.subject.model
         with frozen(model):
             if self.subject.kind == "classifier":
                 return list(self._class_symbols(target_rows(model, batch).logits.argmax(-1)))

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from .. import ops
-from ..editor import MendEditor
+from ..editable import EditableModel
 from ..generation import answer
 from ..labels import IGNORE
 from ..metrics import Pair, tell
@@ -106,7 +106,7 @@ def measure(
     return Outcome(figures, list(zip(show, said, now, strict=True)))
 
 
-def says(editor: MendEditor, pairs: Sequence[Pair]) -> list[bool]:
+def says(editor: EditableModel, pairs: Sequence[Pair]) -> list[bool]:
     """Whether greedy generation gives each target, as text.
 
     Where the model's answers end (an encoder-decoder's, a decoder-only model's with ``append_eos``) the answer

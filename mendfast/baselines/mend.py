@@ -14,8 +14,7 @@ from torch import nn
 from ..config import MendConfig
 from ..edit import EditRequest
 from ..editor import MendEditor
-from ..training import FactSampler, TrainConfig, Trainer
-from ..training.report import read_metrics
+from ..training import Sampler, TrainConfig, Trainer
 from .system import System
 
 
@@ -32,18 +31,16 @@ class Mend(System):
 
     def fit(
         self,
-        sampler: FactSampler,
+        sampler: Sampler,
         config: TrainConfig,
         *,
         output: str | Path | None = None,
-        validation: FactSampler | None = None,
+        validation: Sampler | None = None,
         progress: bool = True,
     ) -> dict[str, float]:
         trainer = Trainer(self.subject, sampler, config, output=output, validation=validation, progress=progress)
         trainer.resume()
-        metrics = trainer.run()
-        # A run that had ended before has no step left to tell of.
-        return metrics if "loss" in metrics else {**read_metrics(output)[-1], **metrics}
+        return trainer.run()
 
     def parameter_count(self) -> int:
         return sum(parameter.numel() for parameter in self.subject.parameters())
@@ -102,11 +99,11 @@ class Identity(Mend):
     @torch.no_grad()
     def fit(
         self,
-        sampler: FactSampler,
+        sampler: Sampler,
         config: TrainConfig,
         *,
         output: str | Path | None = None,
-        validation: FactSampler | None = None,
+        validation: Sampler | None = None,
         progress: bool = True,
     ) -> dict[str, float]:
         self.subject = MendEditor.from_model(self.subject.model, self.subject.tokenizer, self.subject.config).train()

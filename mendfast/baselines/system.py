@@ -6,7 +6,6 @@ import contextlib
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,18 +14,18 @@ from torch import nn
 
 from ..config import MendConfig
 from ..edit import EditRequest
-from ..editor import MendEditor
+from ..editable import EditableModel
 from ..generation import answer
 from ..objective import Batch, Rows
-from ..training import FactSampler, TrainConfig
+from ..training import Sampler, TrainConfig
 
 
 class System(ABC):
     """A way to make a model answer a prompt with a target.
 
     Args:
-        subject: names the model that is edited and asked, its tokenisation and the matrices that an edit may
-            change. Only MEND and its variants use its networks.
+        subject: the model that is edited and asked, its tokenisation and the matrices that an edit may
+            change. MEND and its variants take an editor.
     """
 
     key: ClassVar[str]
@@ -34,25 +33,25 @@ class System(ABC):
     name: ClassVar[str]
     """What tables print."""
 
-    def __init__(self, subject: MendEditor):
+    def __init__(self, subject: EditableModel):
         self.subject = subject
         self.seconds = 0.0  # of the last edit
 
     @classmethod
     def make(cls, model: nn.Module, tokenizer: Any, config: MendConfig, **options: Any) -> System:
-        """A new system for ``model``. Its editor networks are as small as can be where it has no use for them."""
-        return cls(MendEditor.from_model(model, tokenizer, replace(config, rank=1, blocks=1)), **options)
+        """A new system for ``model``."""
+        return cls(EditableModel(model, tokenizer, config), **options)
 
     # -- once ----------------------------------------------------------------------------------------------
 
     @abstractmethod
     def fit(
         self,
-        sampler: FactSampler,
+        sampler: Sampler,
         config: TrainConfig,
         *,
         output: str | Path | None = None,
-        validation: FactSampler | None = None,
+        validation: Sampler | None = None,
         progress: bool = True,
     ) -> dict[str, float]:
         """Train what there is to train on what ``sampler`` draws; returns the last metrics.
@@ -79,7 +78,7 @@ class System(ABC):
         """Within the block ``subject.model`` is edited, by all ``requests`` at once; afterwards it has its old bits.
 
         Raises:
-            ValueError: no requests, or one that cannot be tokenised; see :meth:`MendEditor.edit`.
+            ValueError: no requests, or one that cannot be tokenised; see :meth:`mendfast.MendEditor.edit`.
         """
         requests = [EditRequest(*request) for request in requests]
         if not requests:

@@ -76,7 +76,12 @@ def evaluate(editor: MendEditor, arguments: argparse.Namespace) -> dict[str, Any
         _evaluate_system(key, editor, fitting, journal, examples, known, sizes, arguments)
     rows = [_row(journal, key, size, arguments.seed) for size in sizes for key in keys]
     if not any(row["figures"] for row in rows):
-        raise ValueError(f"No edit worked with any system; the first error: {rows[0]['first_error']}")
+        error = next((row["first_error"] for row in rows if row["first_error"]), None)
+        raise ValueError(
+            f"No edit worked with any system; the first error: {error}"
+            if error
+            else "No system has a figure to show, though none failed: the data asks nothing that they measure."
+        )
     result = {
         **journal.settings,
         "edits": len(examples),

@@ -35,7 +35,10 @@ from torch import nn
 from ..config import MendConfig
 from ..editor import MendEditor
 from ..files import atomic_write
-from ..network import EditorNetwork
+from ..layers import find_layers
+from ..network import EditorNetwork, planned_networks
+from ..schema import brief, differences, shown
+from ..schema import some as _some
 from .torch_file import Inert, StoredTensor, TorchFile
 
 PREFIXES = ("mend", "gtn")
@@ -110,13 +113,17 @@ def load_mend_archive(
             step_size=1.0,
             **_architecture(networks, path),
         )
+        # Shapes first: what an archive of some hundred bytes announces may be of any size.
+        planned = planned_networks(find_layers(model, config.layers), config)
+        _check_names(planned, config.shared, networks, path)
+        for name, network in planned.items():
+            _check_shapes(network, networks[name], f"{path}: {prefix}.{name}")
         editor = MendEditor(model, tokenizer, config)
-        _check_names(editor, networks, path)
         _check_finite(edit_lrs, f"{path}: edit_lrs")
         with torch.no_grad():
             editor.alpha_multiplier.copy_(-edit_lrs)
             for name, network in editor.networks.items():
-                values = _values(file, state, f"{prefix}.{name}", network, networks[name])
+                values = _values(file, state, f"{prefix}.{name}", network)
                 _fill(network, values, f"{path}: {prefix}.{name}")
     editor._mend_archive = _Style(prefix, "model_config" in state)
     return editor
@@ -207,7 +214,7 @@ def _architecture(networks: Mapping[str, Mapping[str, tuple[int, ...]]], path: s
         )
         if side is None:
             raise ValueError(
-                f"{path}: network {name} holds {_some(sorted(parts) or shapes)}; "
+                f"{path}: network {brief(name, 48)} holds {_some(sorted(parts) or shapes)}; "
                 "it should hold mlp, or mlp1, mlp2 or both."
             )
         sides.add(side)
@@ -216,8 +223,9 @@ def _architecture(networks: Mapping[str, Mapping[str, tuple[int, ...]]], path: s
         for part in parts:
             indices = {match[1] for s in shapes if (match := re.match(rf"{part}\.layers\.(\d+)\.", s))}
             if indices != {str(i) for i in range(len(indices))} or not indices:
+                found = _some(s for s in shapes if s.startswith(part + "."))
                 raise ValueError(
-                    f"{path}: {name}.{part} holds {_some(s for s in shapes if s.startswith(part + '.'))}, not "
+                    f"{path}: {brief(name, 48)}.{part} holds {found}, not "
                     "layers.0, layers.1, ...: only the released code's mlp_class IDMLP is known."
                 )
             blocks.add(len(indices))
@@ -235,10 +243,12 @@ def _architecture(networks: Mapping[str, Mapping[str, tuple[int, ...]]], path: s
     }
 
 
-def _check_names(editor: MendEditor, networks: Mapping[str, Any], path: str | Path) -> None:
-    here, there = list(editor.networks), list(networks)
+def _check_names(
+    planned: Mapping[str, EditorNetwork], shared: bool, networks: Mapping[str, Any], path: str | Path
+) -> None:
+    here, there = list(planned), list(networks)
     if set(here) != set(there):
-        kind = "shapes (inputs, outputs)" if editor.config.shared else "weights"
+        kind = "shapes (inputs, outputs)" if shared else "weights"
         raise ValueError(
             f"{path} holds networks for the {kind} {_some(n.replace('#', '.') for n in there)}, and inner_params "
             f"needs {_some(n.replace('#', '.') for n in here)}: another model, or other weights of it."
@@ -252,36 +262,35 @@ def _check_names(editor: MendEditor, networks: Mapping[str, Any], path: str | Pa
         )
 
 
-def _values(
-    file: TorchFile, state: Mapping[str, Any], prefix: str, network: EditorNetwork, shapes: Mapping[str, Any]
-) -> dict[str, torch.Tensor]:
-    """The tensors of one network, by name; all of them there, in the shapes of ``network``, and no others."""
+def _expected(network: EditorNetwork) -> dict[str, tuple[int, ...]]:
+    """The names and shapes of one network's tensors in the archive."""
     expected = {"k": (1,)}
     expected |= {name: tuple(network.get_buffer(ours).shape) for name, ours in _STATISTICS.items()}
-    expected |= {name: tuple(parameter.shape) for name, parameter in _parameters(network)}
-    wrong = [
-        f"{name} is {shapes[name] if name in shapes else 'missing'}, here {shape}"
-        for name, shape in expected.items()
-        if shapes.get(name) != shape
-    ] + [f"{name} is not known here" for name in shapes if name not in expected]
-    if wrong:
-        raise ValueError(
-            f"{file.path}: {prefix} does not fit the weights that inner_params names: {'; '.join(wrong[:3])}."
-        )
-    return {name: _read(file, state, f"{prefix}.{name}") for name in expected}
+    return expected | {name: tuple(parameter.shape) for name, parameter in _parameters(network)}
+
+
+def _check_shapes(network: EditorNetwork, shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
+    if wrong := differences(shapes, _expected(network)):
+        raise ValueError(f"{where} does not fit the weights that inner_params names: {'; '.join(wrong[:3])}.")
+
+
+def _values(file: TorchFile, state: Mapping[str, Any], prefix: str, network: EditorNetwork) -> dict[str, torch.Tensor]:
+    """The tensors of one network, by name."""
+    return {name: _read(file, state, f"{prefix}.{name}") for name in _expected(network)}
 
 
 def _read(file: TorchFile, state: Mapping[str, Any], key: str) -> torch.Tensor:
     if key not in state:
         raise ValueError(f"{file.path} holds no {key}; it is no whole archive of a released MEND editor.")
     if not isinstance(state[key], StoredTensor):
-        raise ValueError(f"{file.path}: {key} is {state[key]!r}, not a tensor.")
+        found = repr(state[key]) if isinstance(state[key], Inert) else shown(state[key])
+        raise ValueError(f"{file.path}: {brief(key, 60)} is {found}, not a tensor.")
     return file.tensor(state[key])
 
 
 def _fill(network: EditorNetwork, values: Mapping[str, torch.Tensor], where: str) -> None:
     k = values["k"].item()
-    if k == k and not (k >= 0 and k == int(k)):
+    if k == k and not (0 <= k <= 2**53 and k == int(k)):
         raise ValueError(
             f"{where}.k is {k}; the number of rows seen should be a whole number, or NaN for none."
         )
@@ -290,6 +299,8 @@ def _fill(network: EditorNetwork, values: Mapping[str, torch.Tensor], where: str
         # Before two rows were seen the released code has NaN where we have 0, and 1 for the deviations.
         if not (values[name].isnan().all() and network.count < 2):
             _check_finite(values[name], f"{where}.{name}", unless=not network.normalize)
+            if network.normalize and name not in _MEANS and (values[name] < 0).any():
+                raise ValueError(f"{where}.{name} is negative; the archive is damaged. Fetch it again.")
             network.get_buffer(ours).copy_(values[name])
     for name, parameter in _parameters(network):
         _check_finite(values[name], f"{where}.{name}")
@@ -297,7 +308,7 @@ def _fill(network: EditorNetwork, values: Mapping[str, torch.Tensor], where: str
 
 
 def _check_finite(tensor: torch.Tensor, name: str, unless: bool = False) -> None:
-    if not unless and not tensor.isfinite().all():
+    if not unless and not tensor.float().isfinite().all():
         raise ValueError(
             f"{name} holds NaN or infinity; the archive was saved from a training run that diverged."
         )
@@ -313,10 +324,10 @@ def _check_model(found: Any, model: nn.Module, path: str | Path) -> None:
         name = found.origin.rsplit(".", 1)[-1]
         if name.endswith("Config") and name not in (cls.__name__ for cls in type(model.config).__mro__):
             raise ValueError(
-                f"{path} was trained for a model of {name}; this one has {type(model.config).__name__}."
+                f"{path} was trained for a model of {brief(name, 60)}; this one has {type(model.config).__name__}."
             )
     elif isinstance(kind, str) and kind != here:
-        raise ValueError(f"{path} was trained for a {kind} model; this one is a {here}.")
+        raise ValueError(f"{path} was trained for a {brief(kind, 60)} model; this one is a {here}.")
     differing = [
         f"{name} {values[name]} (here {getattr(model.config, name)})"
         for name in _SIZES
@@ -349,8 +360,3 @@ def _written_statistics(network: EditorNetwork) -> Iterator[tuple[str, torch.Ten
     k = torch.tensor([float("nan") if count == 0 else count], dtype=torch.float32)
     # Beyond 2^24 a float32 may round the count.
     yield "k", k if count == 0 or int(k) == count else torch.tensor([count], dtype=torch.float64)
-
-
-def _some(names: Any, most: int = 4) -> str:
-    names = list(names)
-    return ", ".join(map(str, names[:most])) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -1,6 +1,6 @@
 """The ops: each has the name and arguments of its twin in :mod:`mendfast.reference`, and a ``backend``."""
 
-from ._common import all_finite, checking
+from ._common import all_finite, checking, non_finite
 from .editor_mlp import editor_mlp
 from .kl_divergence import kl_divergence, kl_divergence_rows
 from .least_squares import least_squares, least_squares_statistics, wanted_changes
@@ -19,6 +19,7 @@ __all__ = [
     "least_squares",
     "least_squares_statistics",
     "lowrank_linear",
+    "non_finite",
     "rank1_update_",
     "rank1_update_group_",
     "running_stats_",

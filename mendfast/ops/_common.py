@@ -1,18 +1,16 @@
-"""What every op needs: the library it is registered in, probes, and guards against ambient state."""
+"""What every op needs: the library it is registered in, checks, and guards against ambient state."""
 
 from __future__ import annotations
 
 import contextlib
-import functools
-import importlib.util
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
+from ..kernels._library import library_precision
+
 LIBRARY = torch.library.Library("mendfast", "FRAGMENT")
 ROW_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-PRECISIONS = ("tf32x3", "ieee", "tf32")
 
 _check_on_device = False
 
@@ -44,36 +42,16 @@ def checks_values(tensor: torch.Tensor) -> bool:
 
 
 @contextlib.contextmanager
-def _no_autocast(device_type: str) -> Iterator[None]:
-    with torch.autocast(device_type, enabled=False):
-        yield
+def full_precision(device: torch.device, precision: str = "ieee") -> Iterator[None]:
+    """Products inside the block are float32's, whatever autocast and the process's TF32 switches say.
 
-
-_NOTHING = contextlib.nullcontext()
-
-
-def full_precision(device: torch.device):
-    """A context without autocast, which would make the products inside an op bfloat16."""
-    return _no_autocast(device.type) if torch.is_autocast_enabled(device.type) else _NOTHING
-
-
-@functools.cache
-def triton_reason() -> str | None:
-    """Why no Triton kernel can run here at all, or None."""
-    if importlib.util.find_spec("triton") is None:
-        return "Triton isn't installed (pip install triton)"
-    return None
-
-
-def triton_probe(device: torch.device) -> str | None:
-    """Why the Triton kernels can't serve ``device``, or None."""
-    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        return f"Triton kernels run on CUDA devices, and this is {device.type!r} (TRITON_INTERPRET=1 emulates)"
-    return triton_reason()
-
-
-def aten_probe(device: torch.device) -> str | None:
-    return None
+    ``precision="tf32"`` lets a GPU's library round factors to TF32; "tf32x3" is made of such products by
+    :func:`mendfast.kernels._library.matmul`, and is "ieee" for every other.
+    """
+    autocast = torch.is_autocast_enabled(device.type)
+    with torch.autocast(device.type, enabled=False) if autocast else contextlib.nullcontext():
+        with library_precision(device, precision):
+            yield
 
 
 def all_finite(values: torch.Tensor) -> torch.Tensor:
@@ -82,6 +60,22 @@ def all_finite(values: torch.Tensor) -> torch.Tensor:
         return torch.ones((), dtype=torch.bool, device=values.device)
     low, high = torch.aminmax(values.detach())
     return torch.maximum(-low, high) < torch.inf
+
+
+def non_finite(tensors: Sequence[torch.Tensor]) -> list[int]:
+    """Which of the tensors hold NaN or infinity, by index: one pass over each, one synchronisation per device.
+
+    After :func:`rank1_update_group_` over its weights this finds a sum that left the weight's dtype: finite factors
+    can have an infinite result, above 65,504 in float16.
+    """
+    verdicts: dict[torch.device, list[tuple[int, torch.Tensor]]] = {}
+    for i, tensor in enumerate(tensors):
+        verdicts.setdefault(tensor.device, []).append((i, all_finite(tensor)))
+    bad = []
+    for found in verdicts.values():
+        finite = torch.stack([verdict for _, verdict in found]).tolist()
+        bad += [i for (i, _), fine in zip(found, finite, strict=True) if not fine]
+    return sorted(bad)
 
 
 def same_device(op: str, **tensors: torch.Tensor | None) -> None:

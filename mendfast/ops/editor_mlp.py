@@ -7,6 +7,7 @@ D, which is less whenever N < R. The first block's input is made anew from the r
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -14,8 +15,9 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from .. import backends
+from ..kernels._library import matmul
 from ..reference.editor_mlp import editor_mlp as _reference
-from ..types import EPS, Block, Stats
+from ..types import EPS, PRECISIONS, Block, Stats
 from . import _common, few_rows
 
 
@@ -46,13 +48,13 @@ def editor_mlp(
     """
     blocks = [block if isinstance(block, Block) else Block(*block) for block in blocks]
     _check(u, delta, stats, blocks, mode, precision)
-    chosen = backends.choose("editor_mlp", u.device, backend)
+    flat = [p for block in blocks for p in block if p is not None]
+    chosen = backends.choose("editor_mlp", u.device, backend, [x.dtype for x in (u, delta, *flat)])
     if chosen == "reference":
         _check_values(u, stats or (), [block.s for block in blocks if block.s is not None], mode)
         return _reference(u, delta, stats, blocks, mode, precision=precision, residual=residual)
     scaled = bool(blocks) and blocks[0].s is not None
     shifted = bool(blocks) and blocks[0].o is not None
-    flat = [p for block in blocks for p in block if p is not None]
     config = (len(blocks), scaled, shifted, len(stats or ()), precision, residual, chosen)
     if torch.is_grad_enabled() and (
         u.requires_grad or delta.requires_grad or any(p.requires_grad for p in flat)
@@ -111,9 +113,9 @@ class _EditorMLP(torch.autograd.Function):
 
 def _check(u, delta, stats, blocks, mode, precision) -> None:
     """Everything that shapes and dtypes can tell."""
-    if precision not in _common.PRECISIONS:
+    if precision not in PRECISIONS:
         raise ValueError(
-            f"editor_mlp: precision {precision!r} is unknown; use {', '.join(_common.PRECISIONS)}."
+            f"editor_mlp: precision {precision!r} is unknown; use {', '.join(PRECISIONS)}."
         )
     if u.dim() != 2 or delta.dim() != 2 or u.shape[0] != delta.shape[0]:
         raise ValueError(
@@ -216,9 +218,14 @@ def _kind(u, params) -> torch.dtype:
 def _normalise(u, delta, stats, kind) -> torch.Tensor:
     z = torch.cat([u.to(kind), delta.to(kind)], dim=1)
     if stats:
-        u_mean, u_std, delta_mean, delta_std = stats
-        z.sub_(torch.cat([u_mean, delta_mean])).div_(torch.cat([u_std, delta_std]).add_(EPS))
+        u_mean, _, delta_mean, _ = stats
+        z.sub_(torch.cat([u_mean, delta_mean])).div_(_deviations(stats, kind))
     return z
+
+
+def _deviations(stats, kind) -> torch.Tensor:
+    """sigma + 1e-7 of both sides, the sum in the type that divides by it."""
+    return torch.cat([stats[1], stats[3]]).to(kind, copy=True).add_(EPS)
 
 
 def _parts(mode, n_rows) -> list[tuple]:
@@ -256,12 +263,12 @@ def _affine(w, s, o, parts) -> torch.Tensor:
     return out
 
 
-def _sum_by_mode(rows, parts, modes) -> torch.Tensor:
+def _sum_by_mode(rows, parts, modes, product) -> torch.Tensor:
     """[N, D] -> [modes, D]; mixed modes by a product with a one-hot matrix, fast and deterministic."""
     if torch.is_tensor(parts[0][0]):
         mode = parts[0][0]
         one_hot = mode == torch.arange(modes, device=mode.device, dtype=mode.dtype).unsqueeze(1)
-        return one_hot.to(rows.dtype) @ rows
+        return product(one_hot.to(rows.dtype), rows)
     out = rows.new_zeros(modes, rows.shape[1])
     for index, start, end in parts:
         out[index].add_(rows[start:end].sum(0))
@@ -272,7 +279,7 @@ def _widened(block, kind) -> Block:
     return Block(*(None if p is None else p.to(kind) for p in block))
 
 
-def _library_fwd(u, delta, stats, blocks, mode, residual, keep, mm) -> list[torch.Tensor]:
+def _library_fwd(u, delta, stats, blocks, mode, *, residual, keep, mm) -> list[torch.Tensor]:
     kind = _kind(u, blocks[0] if blocks else ())
     x = _normalise(u, delta, stats, kind)
     parts = _parts(mode, u.shape[0])
@@ -290,7 +297,7 @@ def _library_fwd(u, delta, stats, blocks, mode, residual, keep, mm) -> list[torc
     return [x[:, :m].to(u.dtype, copy=True), x[:, m:].to(delta.dtype, copy=True), *saved]
 
 
-def _library_bwd(grad_u, grad_delta, u, delta, stats, blocks, saved, mode, residual, needs_rows, mm):
+def _library_bwd(grad_u, grad_delta, u, delta, stats, blocks, saved, mode, *, residual, needs_rows, mm, product):
     kind = _kind(u, blocks[0] if blocks else ())
     grad = torch.cat([grad_u.to(kind), grad_delta.to(kind)], dim=1)
     parts = _parts(mode, u.shape[0])
@@ -302,11 +309,11 @@ def _library_bwd(grad_u, grad_delta, u, delta, stats, blocks, saved, mode, resid
         gated = torch.ge(pre, 0, out=torch.empty_like(w)).mul_(grad)
         d_w = gated if s is None else _affine(gated, s, None, parts)
         d_t = mm(d_w, U)
-        own = [d_w.T @ t, d_t.T @ x, d_w.sum(0)]
+        own = [product(d_w.T, t), product(d_t.T, x), d_w.sum(0)]  # equations 10, 11
         if s is not None:
-            own.append(_sum_by_mode(gated * w, parts, s.shape[0]))
+            own.append(_sum_by_mode(gated * w, parts, s.shape[0], product))
         if o is not None:
-            own.append(_sum_by_mode(gated, parts, o.shape[0]))
+            own.append(_sum_by_mode(gated, parts, o.shape[0], product))
         grads.insert(0, own)
         if i or needs_rows:
             d_x = mm(d_t, V)
@@ -316,13 +323,16 @@ def _library_bwd(grad_u, grad_delta, u, delta, stats, blocks, saved, mode, resid
         out += [g.to(p.dtype) for g, p in zip(own, (p for p in block if p is not None), strict=True)]
     if needs_rows:
         if stats:
-            grad = grad / torch.cat([stats[1], stats[3]]).add_(EPS)
+            grad = grad / _deviations(stats, kind)
         m = u.shape[1]
         out += [grad[:, :m].to(u.dtype, copy=True), grad[:, m:].to(delta.dtype, copy=True)]
     return out
 
 
-_PRODUCTS = {"aten": few_rows.library_mm, "cpu": few_rows.mm}
+def _products(backend: str, precision: str) -> tuple:
+    """(x @ w + bias, a @ b): by the CPU extension where it is faster, or by the library."""
+    product = functools.partial(matmul, precision=precision)
+    return few_rows.mm if backend == "cpu" else functools.partial(few_rows.library_mm, product=product), product
 
 
 def _fwd(u, delta, stats, params, mode, count, scaled, shifted, precision, residual, keep, backend):
@@ -332,8 +342,11 @@ def _fwd(u, delta, stats, params, mode, count, scaled, shifted, precision, resid
         if backend == "triton":
             from ..kernels import editor_mlp as kernel
 
-            return kernel.forward(u, delta, stats, blocks, mode, precision, residual, keep)
-        return _library_fwd(u, delta, stats, blocks, mode, residual, keep, _PRODUCTS[backend])
+            return kernel.forward(
+                u, delta, stats, blocks, mode, precision=precision, residual=residual, keep=keep
+            )
+        mm, _ = _products(backend, precision)
+        return _library_fwd(u, delta, stats, blocks, mode, residual=residual, keep=keep, mm=mm)
 
 
 def _bwd(grad_u, grad_delta, u, delta, stats, params, saved, mode, count, scaled, shifted, precision,
@@ -344,10 +357,14 @@ def _bwd(grad_u, grad_delta, u, delta, stats, params, saved, mode, count, scaled
             from ..kernels import editor_mlp as kernel
 
             return kernel.backward(
-                grad_u, grad_delta, u, delta, stats, blocks, saved, mode, precision, residual, needs_rows
-            )
-        mm = _PRODUCTS[backend]
-        return _library_bwd(grad_u, grad_delta, u, delta, stats, blocks, saved, mode, residual, needs_rows, mm)
+                (grad_u, grad_delta), (u, delta), stats, blocks, saved, mode,
+                precision=precision, residual=residual, needs_rows=needs_rows,
+            )  # fmt: skip
+        mm, product = _products(backend, precision)
+        return _library_bwd(
+            grad_u, grad_delta, u, delta, stats, blocks, saved, mode,
+            residual=residual, needs_rows=needs_rows, mm=mm, product=product,
+        )  # fmt: skip
 
 
 def _fwd_fake(u, delta, stats, params, mode, count, scaled, shifted, precision, residual, keep, backend):
@@ -379,7 +396,4 @@ _common.define(
     "str precision, bool residual, bool needs_rows, str backend) -> Tensor[]",
     _bwd,
     _bwd_fake,
-)
-backends.register(
-    "editor_mlp", {"triton": _common.triton_probe, "cpu": few_rows.probe, "aten": _common.aten_probe}
 )

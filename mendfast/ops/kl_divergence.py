@@ -51,7 +51,7 @@ def kl_divergence(
 
 def _kl(base_logits, logits, keep, backend):  # [B, S, V], [B, S, V], [B, S] -> [B, S]
     _check(base_logits, logits, keep)
-    chosen = backends.choose("kl_divergence", logits.device, backend)
+    chosen = backends.choose("kl_divergence", logits.device, backend, (base_logits.dtype, logits.dtype))
     if chosen == "reference":
         rows = _reference_rows(base_logits.flatten(0, 1), logits.flatten(0, 1)).view(logits.shape[:2])
         return rows if keep is None else rows.where(keep, 0)
@@ -124,7 +124,8 @@ def _aten_bwd(grad, base_logits, logits, keep, lse_base, lse):
         base_logits, logits, whole = (x.flatten(0, 1) for x in (base_logits, logits, out))
         lse_base, lse, grad = lse_base.flatten(), lse.flatten(), grad.flatten()
     for at in row_chunks(keep.view(shape), logits.shape[-1], flat):
-        p = (base_logits[at] - lse_base[at].unsqueeze(1)).exp_()
+        # a wider base is rounded as it was forwards: at 1e30 the rest would be a gap of 1e22
+        p = (base_logits[at].to(lse.dtype) - lse_base[at].unsqueeze(1)).exp_()
         q = (logits[at] - lse[at].unsqueeze(1)).exp_()
         whole[at] = q.sub_(p).mul_(grad[at].unsqueeze(1)).to(out.dtype)
     return out
@@ -162,4 +163,3 @@ _common.define(
     _bwd,
     lambda grad, base_logits, logits, keep, lse_base, lse, backend: logits.new_empty(logits.shape),
 )
-backends.register("kl_divergence", {"triton": _common.triton_probe, "aten": _common.aten_probe})

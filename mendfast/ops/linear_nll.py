@@ -12,7 +12,8 @@ from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_map_only
 
 from .. import backends
-from . import few_rows
+from . import few_rows, frozen_linear
+from ._cpu_extension import row_major, row_stride
 
 
 class Logits(torch.Tensor):
@@ -38,7 +39,7 @@ class Logits(torch.Tensor):
 
     def computed(self) -> torch.Tensor:
         if self._computed is None:
-            self._computed = few_rows.forward(self.head, self.x)
+            self._computed = frozen_linear.forward(self.head, self.x)
         return self._computed
 
     def first(self) -> Logits:
@@ -83,14 +84,14 @@ def kernel_nll(
     from .. import _cpu
 
     rows, depth = x.shape
-    x = x if x.stride(1) == 1 and x.stride(0) >= depth else x.contiguous()
+    x = row_major(x)
     labels = labels.to(torch.int64).contiguous()
     nll, dx = x.new_empty(rows), x.new_empty(rows, depth) if gradient else None
     _cpu.linear_nll(
         x.data_ptr(),
-        x.stride(0),
+        row_stride(x),
         weight.data_ptr(),
-        weight.stride(0),
+        row_stride(weight),
         0 if bias is None else bias.data_ptr(),
         labels.data_ptr(),
         nll.data_ptr(),
@@ -105,11 +106,11 @@ def kernel_nll(
 
 def serves(head: nn.Module, keep: torch.Tensor) -> bool:
     """Whether the kernel can make the losses of the rows that ``keep`` marks under this head, and is the faster way."""
-    if type(head) is not nn.Linear or not few_rows.untouched(head) or torch.is_autocast_enabled("cpu"):
+    if type(head) is not nn.Linear or not frozen_linear.untouched(head) or torch.is_autocast_enabled("cpu"):
         return False
     weight = head.weight
     return (
-        few_rows.plain(*head.parameters())
+        frozen_linear.plain(*head.parameters())
         and not any(p.requires_grad for p in head.parameters())
         and weight.device.type == "cpu"  # before the rows are counted: on a GPU that is a wait
         and backends.preferred("frozen_linear", weight.device) == "cpu"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch.autograd.function import once_differentiable
 
@@ -26,7 +28,7 @@ def lowrank_linear(
     only if asked; once differentiable. Raises ValueError for shapes that don't fit, TypeError for dtypes.
     """
     _check(y, x, u, delta, alpha)
-    chosen = backends.choose("lowrank_linear", y.device, backend)
+    chosen = backends.choose("lowrank_linear", y.device, backend, [t.dtype for t in (y, x, u, delta)])
     if chosen == "reference":
         return _reference(y, x, u, delta, alpha)
     factor, scale = (alpha, 1.0) if isinstance(alpha, torch.Tensor) else (None, float(alpha))
@@ -88,7 +90,7 @@ def _kind(*tensors) -> torch.dtype:
 
 def _flat(tensor, batched):
     """Rows as [B, S, .] for factors per sample, as [rows, .] for shared ones."""
-    return tensor if batched else tensor.reshape(-1, tensor.shape[-1])
+    return tensor if batched else tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
 
 
 def _aten_fwd(y, x, u, delta, alpha, scale):
@@ -126,7 +128,7 @@ def _fwd(y, x, u, delta, alpha, scale, backend):
         if backend == "triton":
             from ..kernels import lowrank_linear as kernel
 
-            return kernel.forward(y, x, u, delta, alpha, scale)
+            return kernel.forward(y, x, u, delta, alpha=alpha, scale=scale)
         return _aten_fwd(y, x, u, delta, alpha, scale)
 
 
@@ -135,7 +137,8 @@ def _bwd(grad, x, u, delta, c, alpha, scale, need_x, need_u, need_delta, need_al
         if backend == "triton":
             from ..kernels import lowrank_linear as kernel
 
-            return kernel.backward(grad, x, u, delta, c, alpha, scale, need_x, need_u, need_delta, need_alpha)
+            needs = kernel.Needs(need_x, need_u, need_delta, need_alpha)
+            return kernel.backward(grad, x, u, delta, c, alpha=alpha, scale=scale, needs=needs)
         return _aten_bwd(grad, x, u, delta, c, alpha, scale, need_x, need_u, need_delta, need_alpha)
 
 
@@ -160,4 +163,3 @@ _common.define(
     _bwd,
     _bwd_fake,
 )
-backends.register("lowrank_linear", {"triton": _common.triton_probe, "aten": _common.aten_probe})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 from collections.abc import Iterator, Sequence
@@ -57,7 +56,7 @@ def rank1_update_(
         rounding: "nearest", or "stochastic": a 16-bit weight is rounded up or down with the probability that
             makes the mean right, so that updates below half a unit in the last place don't vanish.
         seed: of stochastic rounding, 0 to 2^63 - 1; with the row and the column it fixes the draw, the same one on
-            every backend.
+            every backend and in every memory layout (a column-major 16-bit weight by "aten" and "reference").
         backend: "cuda", "triton", "aten", "reference" or "auto" (default: the first of these that can serve).
 
     Raises:
@@ -88,6 +87,9 @@ def rank1_update_group_(
 
     The matrices may differ in shape, layout, dtype, number of terms and device. The CUDA extension serves all that
     agree in dtype and device with one launch for every 32; the i-th draws its rounding from ``seed + i``.
+
+    A sum of finite terms may leave the weight's dtype: it is written as infinity, and
+    :func:`mendfast.ops.non_finite` of the weights finds it afterwards. Who holds a backup takes all of them back then.
     """
     weights, us, deltas, alphas = list(weights), list(us), list(deltas), list(alphas)
     layouts = ["out_in"] * len(weights) if layouts is None else list(layouts)
@@ -104,7 +106,7 @@ def rank1_update_group_(
         _check(f"rank1_update_{f' (matrix {i})' if len(weights) > 1 else ''}", *arguments)
     if not weights:
         return
-    chosen = [_choose(weight, backend) for weight in weights]
+    chosen = [_choose(weight, rounding, backend) for weight in weights]
     for i, alpha in enumerate(alphas):
         if isinstance(alpha, torch.Tensor):
             deltas[i], alphas[i] = deltas[i].to(torch.promote_types(deltas[i].dtype, torch.float32)) * alpha, 1.0
@@ -132,29 +134,32 @@ def check_finite(
 
     One synchronisation per device for all of them; a hot path that knows its factors needs none.
     """
-    verdicts: dict[torch.device, list[tuple[int, torch.Tensor]]] = {}
-    bad = set()
-    for values in (us, deltas, alphas):
-        for i, value in enumerate(values):
-            if isinstance(value, torch.Tensor):
-                verdicts.setdefault(value.device, []).append((i, _common.all_finite(value)))
-            elif not math.isfinite(value):
-                bad.add(i)
-    for found in verdicts.values():
-        finite = torch.stack([verdict for _, verdict in found]).tolist()
-        bad |= {i for (i, _), fine in zip(found, finite, strict=True) if not fine}
+    given = [(i, value) for values in (us, deltas, alphas) for i, value in enumerate(values)]
+    tensors = [(i, value) for i, value in given if isinstance(value, torch.Tensor)]
+    bad = {i for i, value in given if not isinstance(value, torch.Tensor) and not math.isfinite(value)}
+    bad |= {tensors[at][0] for at in _common.non_finite([value for _, value in tensors])}
     if bad:
         which = ", ".join(names[i] if names else f"matrix {i}" for i in sorted(bad))
         raise ValueError(f"The update of {which} holds NaN or infinity; nothing was written.")
 
 
-def _choose(weight: torch.Tensor, backend: str | None) -> str:
-    name = backends.choose("rank1_update_", weight.device, backend)
-    if weight.dtype != torch.float64 or name in ("aten", "reference"):
+def _choose(weight: torch.Tensor, rounding: str, backend: str | None) -> str:
+    name = backends.choose("rank1_update_", weight.device, backend, (weight.dtype,))
+    if name in ("aten", "reference") or not (rounding == "stochastic" and _column_major(weight)):
         return name
-    if backend in (None, "auto"):
+    if weight.dtype not in _SIXTEEN:
+        return name
+    # the kernels count rows along memory, and would draw for the transposed element
+    if (backend or backends.ambient("rank1_update_")) == "auto":
         return "aten"
-    raise TypeError(f"rank1_update_: backend {name!r} has no float64; use 'aten', or a float32 weight.")
+    raise RuntimeError(
+        f"rank1_update_: backend {name!r} can't round a column-major {weight.dtype} weight stochastically; use "
+        "backend='aten', or weight.contiguous()."
+    )
+
+
+def _column_major(weight: torch.Tensor) -> bool:
+    return weight.stride(1) != 1 and weight.shape[1] > 1
 
 
 def _check(op, weight, u, delta, alpha, layout) -> None:
@@ -258,9 +263,9 @@ def _check_memory(weights, us, deltas) -> None:
                     )
 
 
-def _prepare(weight, u, delta, alpha, in_out, seed) -> _Matrix:
+def _prepare(weight, u, delta, alpha, in_out, seed, turn: bool) -> _Matrix:
     left, right = (u, delta) if in_out else (delta, u)
-    if weight.stride(1) != 1 and weight.shape[1] > 1:  # a transposed view: the same memory, the other layout
+    if turn and _column_major(weight):  # a transposed view: the same memory, the other layout
         weight, left, right = weight.T, right, left
     if left.dtype != right.dtype or left.dtype not in (torch.float32, weight.dtype):
         kind = torch.promote_types(weight.dtype, torch.float32)
@@ -276,6 +281,11 @@ def _impl(weights, us, deltas, alphas, in_out, seeds, stochastic, backend) -> No
         check_finite(us, deltas, alphas)
     elif not all(map(math.isfinite, alphas)):
         check_finite((), (), alphas)
+    unchecked_group_(weights, us, deltas, alphas, in_out, seeds, stochastic, backend)
+
+
+def unchecked_group_(weights, us, deltas, alphas, in_out, seeds, stochastic, backend) -> None:
+    """What :func:`rank1_update_group_` does once all is found to be right: for arguments that it has taken before."""
     everything = zip(weights, us, deltas, alphas, in_out, seeds, strict=True)
     arguments = [a for a in everything if a[0].numel() and a[1].shape[0]]
     if not arguments:
@@ -288,7 +298,9 @@ def _impl(weights, us, deltas, alphas, in_out, seeds, stochastic, backend) -> No
                 weight, u, delta, alpha, layout=LAYOUTS[conv1d], rounding=ROUNDINGS[stochastic], seed=seed
             )
     else:
-        _BACKENDS[backend]([_prepare(*a) for a in arguments], stochastic)
+        # stochastic rounding draws by row and column: those of the weight as it was handed in
+        turn = not (backend == "aten" and stochastic)
+        _BACKENDS[backend]([_prepare(*a, turn) for a in arguments], stochastic)
     # Autograd and the ledger of edits must learn of a write that PyTorch didn't make.
     unseen = [w for w, version in zip(written, versions, strict=True) if w._version == version]
     if unseen:
@@ -342,7 +354,7 @@ def _triton(matrices: Sequence[_Matrix], stochastic: bool) -> None:
 
 def _aten(matrices: Sequence[_Matrix], stochastic: bool) -> None:
     for m in matrices:
-        with _common.full_precision(m.weight.device), _no_tf32(m.weight.device):
+        with _common.full_precision(m.weight.device):
             if m.weight.dtype in _SIXTEEN:
                 _aten_chunks(m, stochastic)
             else:
@@ -363,22 +375,6 @@ def _aten_chunks(m: _Matrix, stochastic: bool) -> None:
         part.copy_(exact)
 
 
-@contextlib.contextmanager
-def _without_tf32() -> Iterator[None]:
-    settings = torch.backends.cuda.matmul
-    name, exact = ("fp32_precision", "ieee") if hasattr(settings, "fp32_precision") else ("allow_tf32", False)
-    previous = getattr(settings, name)
-    setattr(settings, name, exact)
-    try:
-        yield
-    finally:
-        setattr(settings, name, previous)
-
-
-def _no_tf32(device: torch.device):
-    return _without_tf32() if device.type == "cuda" else contextlib.nullcontext()
-
-
 @functools.cache
 def extension_problem() -> str | None:
     """Why the CUDA extension can't run anywhere on this machine, or None."""
@@ -391,24 +387,11 @@ def extension_problem() -> str | None:
     return _C.device_problem() or None
 
 
-def _cuda_probe(device: torch.device) -> str | None:
-    if device.type != "cuda":
-        return f"the CUDA extension runs on CUDA devices, and this is {device.type!r}"
-    if torch.version.hip is not None:
-        return "this PyTorch is built for ROCm"
-    problem = extension_problem()
-    if problem is None and torch.cuda.get_device_capability(device) < (8, 0):
-        return "the CUDA extension needs compute capability 8.0 or newer"
-    return problem
-
-
+backends.MISSING["cuda"] = lambda: extension_problem()
 _BACKENDS = {"cuda": _cuda, "triton": _triton, "aten": _aten}
 _common.define(
     "rank1_update_group_(Tensor(a!)[] weights, Tensor[] us, Tensor[] deltas, float[] alphas, bool[] in_out, "
     "int[] seeds, bool stochastic, str backend) -> ()",
     _impl,
     lambda weights, us, deltas, alphas, in_out, seeds, stochastic, backend: None,
-)
-backends.register(
-    "rank1_update_", {"cuda": _cuda_probe, "triton": _common.triton_probe, "aten": _common.aten_probe}
 )

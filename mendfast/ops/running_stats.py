@@ -29,7 +29,7 @@ def running_stats_(
     ``with checking():``; elsewhere nothing changes then), TypeError for a dtype that isn't served.
     """
     _check(count, mean, m2, rows, mask)
-    chosen = backends.choose("running_stats_", rows.device, backend)
+    chosen = backends.choose("running_stats_", rows.device, backend, (rows.dtype, mean.dtype, m2.dtype))
     if chosen == "reference":
         _check_values(rows, mask)
         return _reference(count, mean, m2, rows, mask)
@@ -103,4 +103,3 @@ _common.define(
     _impl,
     lambda count, mean, m2, rows, mask, backend: None,
 )
-backends.register("running_stats_", {"triton": _common.triton_probe, "aten": _common.aten_probe})

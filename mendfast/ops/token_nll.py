@@ -8,8 +8,8 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from .. import backends
-from ..reference.token_nll import IGNORE
 from ..reference.token_nll import token_nll_rows as _reference_rows
+from ..types import IGNORE
 from . import _common
 from .linear_nll import Logits
 
@@ -58,7 +58,7 @@ def token_nll(
 
 def _nll(logits, labels, backend):  # [B, S, V], [B, S] -> [B, S]
     _check(logits, labels)
-    chosen = backends.choose("token_nll", logits.device, backend)
+    chosen = backends.choose("token_nll", logits.device, backend, (logits.dtype,))
     if chosen == "reference":
         return _reference_rows(logits.flatten(0, 1), labels.flatten()).view(labels.shape)
     return _TokenNLL.apply(logits, labels, chosen)
@@ -183,4 +183,3 @@ _common.define(
     _bwd,
     lambda grad, logits, labels, lse, backend: logits.new_empty(logits.shape),
 )
-backends.register("token_nll", {"triton": _common.triton_probe, "aten": _common.aten_probe})

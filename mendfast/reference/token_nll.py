@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-IGNORE = -100
+from ..types import IGNORE
 
 
 def token_nll_rows(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:  # [N, V], [N] -> [N]

@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..schema import some
 from ..training import Item
 from .records import Bad, Example, Problem, flat, optional, others, read_examples, required, show, texts
 from .task import FactTask
@@ -59,7 +60,7 @@ def _parse(record: Any, format: str) -> tuple[QAExample, str]:
     if format in ("auto", "tsv"):
         format = next((name for name, keys in _SIGNS if any(key in record for key in keys)), "")
         if not format:
-            fields = ", ".join(map(str, record)) or "(none)"
+            fields = some(name.encode(errors="backslashreplace").decode() for name in record) or "(none)"
             raise Bad("", f"has the fields {fields}, which are those of no known format")
     return _PARSERS[format](record)
 
@@ -142,7 +143,7 @@ def _counterfact(record: dict[str, Any]) -> tuple[QAExample, str]:
     subject = required(rewrite, "subject", prefix=prefix)
     prompt = required(rewrite, "prompt", prefix=prefix)
     if "{}" not in prompt and subject not in prompt:
-        raise Bad(prefix + "prompt", f"is {prompt!r}; it must have {{}} where the subject goes")
+        raise Bad(prefix + "prompt", f"is {show(prompt)}; it must have {{}} where the subject goes")
     prompt = prompt.replace("{}", subject)
     target = _object(rewrite, "target_new", prefix)
     true = _object(rewrite, "target_true", prefix) if rewrite.get("target_true") is not None else None
@@ -196,7 +197,8 @@ def _pairs_in(value: Any, field: str) -> Iterator[tuple[str, str | None]]:
     elif isinstance(value, (list, tuple)):
         for item in value:
             if isinstance(item, (list, tuple)) and item and isinstance(item[0], str) and len(item) <= 2:
-                yield item[0].strip(), next(iter(flat(list(item[1:]), field)), None) if item[-1] else None
+                prompt, *answer = flat(list(item) if item[-1] else item[0], field)
+                yield prompt, answer[0] if answer else None
             else:
                 yield from _pairs_in(item, field)
     else:

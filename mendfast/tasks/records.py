@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -9,6 +10,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..schema import DECODER, brief, not_text
+
+MAX_LINE = 16 << 20
+"""Bytes; a longer line is no record."""
+MAX_TEXT = 100_000
+"""Characters of one text; no context takes more, and what looks for wordings compares texts with each other."""
 _FILE_ENDINGS = (".tsv", ".txt", ".csv", ".json", ".jsonl")
 
 
@@ -94,12 +101,15 @@ def read_examples(
             if isinstance(record, Bad):
                 raise record
             example, flagged = parse(record)
+        except RecursionError:
+            problems.append(Problem(str(source), line, "", "is nested too deeply"))
+            continue
         except Bad as bad:
             problems.append(Problem(str(source), line, bad.field, bad.message))
             continue
         examples.append(replace(example, source=f"{source}:{line}"))
         if flagged:
-            message = f"{example.target!r} is already the answer, so there is nothing to change"
+            message = f"{brief(repr(example.target), 60)} is already the answer, so there is nothing to change"
             problems.append(Problem(str(source), line, flagged, message, kept=True))
     if not examples:
         why = f"{len(problems)} skipped, the first: {problems[0]}" if problems else "it is empty"
@@ -128,23 +138,53 @@ def open_records(
 
 def _file_records(path: Path, columns: tuple[str, str], tabs: bool | None) -> Records:
     with path.open("rb") as file:
-        start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
+        start = file.read(4096)
+    _refuse_other_encodings(path, start)
+    start = start.removeprefix(b"\xef\xbb\xbf").lstrip()
     if tabs or (tabs is None and start[:1] not in (b"[", b"{")):
         return _tsv_records(path, columns)
     return _array_records(path) if start[:1] == b"[" else _jsonl_records(path)
 
 
 def lines(path: Path) -> Iterator[tuple[int, str | Bad]]:
-    """The numbered lines of a UTF-8 file that are not blank."""
+    """The numbered lines of a UTF-8 file that are not blank.
+
+    Raises:
+        ValueError: all of the file is in another encoding.
+    """
     with path.open("rb") as file:
-        for number, raw in enumerate(file, 1):
+        _refuse_other_encodings(path, file.read(4096))
+        file.seek(0)
+        for number in itertools.count(1):
+            raw = file.readline(MAX_LINE)
+            if not raw:
+                return
+            if len(raw) == MAX_LINE and not raw.endswith(b"\n"):
+                while raw and not raw.endswith(b"\n"):
+                    raw = file.readline(MAX_LINE)
+                yield number, Bad("", f"has more than {MAX_LINE:,} bytes, which is no record")
+                continue
             try:
                 line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
                 yield number, _not_utf8(error)
                 continue
-            if line.strip():
+            if "\0" in line:
+                yield number, Bad("", "holds a NUL character, as text of another encoding does; save it as UTF-8")
+            elif line.strip():
                 yield number, line
+
+
+_MARKS = {b"\xff\xfe\0\0": "UTF-32", b"\0\0\xfe\xff": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
+
+
+def _refuse_other_encodings(path: Path, start: bytes) -> None:
+    """By the mark at the start and NULs behind it, or by NULs alone, which every other byte of such a file is."""
+    found = next((name for mark, name in _MARKS.items() if start.startswith(mark) and 0 in start), None)
+    if found is None and start.count(0) * 3 > len(start):
+        found = "UTF-16 or another wide encoding"
+    if found:
+        raise ValueError(f"{path} is in {found}; save it as UTF-8 (iconv -f UTF-16 -t UTF-8 FILE).")
 
 
 def _not_utf8(error: UnicodeDecodeError) -> Bad:
@@ -173,9 +213,9 @@ def _jsonl_records(path: Path) -> Records:
     for number, line in lines(path):
         if not isinstance(line, Bad):
             try:
-                line = json.loads(line)
-            except (json.JSONDecodeError, RecursionError) as error:
-                line = Bad("", f"is no JSON: {error}")
+                line = DECODER.decode(line)
+            except (ValueError, RecursionError) as error:
+                line = Bad("", f"is no JSON: {brief(error)}")
         yield number, line
 
 
@@ -185,7 +225,7 @@ def _array_records(path: Path) -> Records:
     except UnicodeDecodeError as error:
         yield 1, _not_utf8(error)
         return
-    decoder, at, line = json.JSONDecoder(), text.index("[") + 1, 1
+    at, line = text.index("[") + 1, 1
     counted = 0
     while True:
         at = _GAP.match(text, at).end()
@@ -193,10 +233,10 @@ def _array_records(path: Path) -> Records:
         if text[at : at + 1] == "]":
             return
         try:
-            record, at = decoder.raw_decode(text, at)
-        except (json.JSONDecodeError, RecursionError) as error:
+            record, at = DECODER.raw_decode(text, at)
+        except (ValueError, RecursionError) as error:
             # Inside an array nothing says where the next record starts.
-            yield line, Bad("", f"is no JSON, and the rest of the array is lost with it: {error}")
+            yield line, Bad("", f"is no JSON, and the rest of the array is lost with it: {brief(error)}")
             return
         yield line, record
 
@@ -237,8 +277,24 @@ def show(value: Any) -> str:
     """A value as a sentence names it."""
     if value is None:
         return "missing"
-    text = json.dumps(value, ensure_ascii=False, default=str)
+    if isinstance(value, str):  # only as much as is shown: a value may be of any size
+        value = value[:60]
+    elif isinstance(value, (list, dict, tuple)):
+        value = _few(value)
+    text = json.dumps(value, ensure_ascii=bool(isinstance(value, str) and not_text(value)), default=str)
     return f"{text[:37]}..." if len(text) > 40 else text
+
+
+def _few(value: Any, depth: int = 3) -> Any:
+    """A list or object cut to what 40 characters can show."""
+    if isinstance(value, str):
+        return value[:60].encode(errors="backslashreplace").decode()
+    if isinstance(value, (list, tuple)):
+        return [_few(item, depth - 1) for item in value[:20]] if depth else "..."
+    if isinstance(value, dict):
+        items = itertools.islice(value.items(), 20)
+        return {str(_few(str(key))): _few(item, depth - 1) for key, item in items} if depth else "..."
+    return value
 
 
 def required(record: dict[str, Any], *names: str, prefix: str = "") -> str:
@@ -266,7 +322,12 @@ def texts(record: dict[str, Any], *names: str, prefix: str = "") -> tuple[str, .
 def flat(value: Any, field: str) -> Iterator[str]:
     """The texts in a text or in lists of them."""
     if isinstance(value, str):
-        yield value.strip()
+        value = value.strip()
+        if len(value) > MAX_TEXT:
+            raise Bad(field, f"has {len(value):,} characters; at most {MAX_TEXT:,} are read")
+        if why := not_text(value):
+            raise Bad(field, why)
+        yield value
     elif isinstance(value, (list, tuple)):
         for item in value:
             yield from flat(item, field)

@@ -5,23 +5,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple
 
-from ..editor import MendEditor
+from ..editable import EditableModel
 from ..training import FactSampler, Item
-from ..training.data import Draw, Pair
+from ..training.data import Pair, Sampler
 from .records import Example, Problem
 
 VALIDATION_SHARE = 20  # one fact in so many
-
-
-class Sampler(Protocol):
-    """Draws the edits of a training step; a draw depends on the sampler's seed and ``step`` alone."""
-
-    outer: int
-    loc: int
-
-    def draw(self, step: int, size: int) -> Draw: ...
 
 
 class Known(NamedTuple):
@@ -79,7 +70,7 @@ class FactTask(Task):
         return [(wording, item.answer) for item in self.items for wording in item.wordings]
 
 
-def usable(editor: MendEditor, examples: Sequence[Example]) -> tuple[list[Example], list[Problem]]:
+def usable(editor: EditableModel, examples: Sequence[Example]) -> tuple[list[Example], list[Problem]]:
     """The examples that the model can be asked, without those neighbours that it can't, and what was left out.
 
     An example whose edit can't be tokenised (longer than the context, no such label) is dropped; of the others
@@ -109,7 +100,7 @@ def usable(editor: MendEditor, examples: Sequence[Example]) -> tuple[list[Exampl
     return kept, problems
 
 
-def refusal(editor: MendEditor, prompt: str, target: str | None) -> str:
+def refusal(editor: EditableModel, prompt: str, target: str | None) -> str:
     """Why the model can't be asked this; "" where it can."""
     try:
         if target is not None:

@@ -1,7 +1,20 @@
 """Meta-training: the loss of Algorithm 1 for many edits side by side, and the loop around it."""
 
-from .data import FactSampler, Item
-from .loop import TrainConfig, Trainer, TrainingError
-from .meta import meta_loss
+from .config import TrainConfig
+from .data import FactSampler, Item, Sampler
+from .learner import EditorLearner, Learner
+from .loop import Trainer, TrainingError
+from .meta import editor_loss, meta_loss
 
-__all__ = ["FactSampler", "Item", "TrainConfig", "Trainer", "TrainingError", "meta_loss"]
+__all__ = [
+    "EditorLearner",
+    "FactSampler",
+    "Item",
+    "Learner",
+    "Sampler",
+    "TrainConfig",
+    "Trainer",
+    "TrainingError",
+    "editor_loss",
+    "meta_loss",
+]

@@ -11,6 +11,10 @@ from typing import Any
 import torch
 
 from ..files import read_tensors, write_tensors
+from ..schema import brief, check_object, parse_json, shape_of, shown, some
+
+COUNTS = ("step", "skipped", "stale")
+MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
 
 def write(
@@ -26,7 +30,7 @@ def write(
     for i, state in optimizer.state_dict()["state"].items():
         tensors |= {f"adam:{i}:{name}": torch.as_tensor(value) for name, value in state.items()}
     settings = {"progress": json.dumps(progress), "config": json.dumps(asdict(config))}
-    write_tensors(path, tensors, {"format": "mendfast.checkpoint", **settings, **metadata})
+    write_tensors(path, tensors, {"format": "mendfast.checkpoint", "format_version": "1", **settings, **metadata})
 
 
 def read(
@@ -35,26 +39,76 @@ def read(
     """The parameters and the progress that :func:`write` was given; the optimiser gets its state.
 
     Raises:
-        ValueError: the file was written with another ``config`` or other ``metadata``.
+        ValueError: the file was written with another ``config`` or other ``metadata``, or is damaged: whatever an
+            optimiser's step would write through is held to the shape and dtype of its parameter.
     """
     tensors, found = read_tensors(path, "checkpoint")
+    if missing := [name for name in ("config", "progress") if name not in found]:
+        raise _damaged(path, f"lacks {', '.join(missing)}")
     defaults = asdict(type(config)())  # an older run lacks the newer settings
-    saved = {**defaults, **json.loads(found["config"]), **{name: found.get(name) for name in metadata}}
+    settings = check_object(parse_json(found["config"], f"The configuration in {path}"), f"The configuration in {path}")
+    progress = check_object(parse_json(found["progress"], f"The progress in {path}"), f"The progress in {path}")
+    saved = {**defaults, **settings, **{name: found.get(name) for name in metadata}}
     changed = [name for name, value in {**asdict(config), **metadata}.items() if saved[name] != value]
     if changed:
         raise ValueError(
             f"{path.parent} was trained with other settings ({', '.join(changed)}); "
             "resume with the same ones, or choose another output directory."
         )
+    _check_progress(progress, path)
     state = optimizer.state_dict()
-    state["state"] = {}
     parameters = {}
+    states: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in tensors.items():
-        kind, _, name = name.partition(":")
+        kind, _, rest = name.partition(":")
         if kind == "adam":
-            i, _, key = name.partition(":")
-            state["state"].setdefault(int(i), {})[key] = tensor
+            i, _, key = rest.partition(":")
+            states.setdefault(i, {})[key] = tensor
+        elif kind == "own":
+            parameters[rest] = tensor
         else:
-            parameters[name] = tensor
+            raise _damaged(path, f"holds the tensor {shown(name)}")
+    state["state"] = _checked_states(states, optimizer, path)
     optimizer.load_state_dict(state)
-    return parameters, json.loads(found["progress"])
+    return parameters, progress
+
+
+def _damaged(path: Path, how: str) -> ValueError:
+    return ValueError(f"{path} {how}: it is no whole checkpoint. Choose another output directory, or remove it.")
+
+
+def _check_progress(progress: dict[str, Any], path: Path) -> None:
+    for name, value in progress.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
+            raise _damaged(path, f"says {brief(name, 40)} {shown(value)}")
+    for name in COUNTS:
+        if not isinstance(progress.get(name), int) or not 0 <= progress[name] < 2**53:
+            raise _damaged(path, f"says {name} {shown(progress.get(name))}")
+    if "best" not in progress:
+        raise _damaged(path, "lacks best")
+    if isinstance(progress["best"], int) and abs(progress["best"]) > 2**53:
+        raise _damaged(path, f"says best {shown(progress['best'])}")
+
+
+def _checked_states(
+    states: Mapping[str, Mapping[str, torch.Tensor]], optimizer: torch.optim.Optimizer, path: Path
+) -> dict[int, dict[str, torch.Tensor]]:
+    """Adam's state by the parameter's place. The fused step writes as far as the parameter goes, whatever the
+    moments' sizes: a wrong one would be written past its end."""
+    parameters = {str(i): p for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
+    if unknown := [i for i in states if i not in parameters]:
+        raise _damaged(path, f"holds the state of parameters that there are none of ({some(unknown)})")
+    for i, state in states.items():
+        moments = MOMENTS if "max_exp_avg_sq" in state else MOMENTS[:2]
+        if set(state) != {"step", *moments}:
+            raise _damaged(path, f"holds {some(sorted(state))} of parameter {i}, not step, {', '.join(moments)}")
+        step, parameter = state["step"], parameters[i]
+        if step.dim() or not step.dtype.is_floating_point or not (step.isfinite() and step >= 0):
+            raise _damaged(path, f"says step {step.item() if step.numel() == 1 else shown(step)} of parameter {i}")
+        for name in moments:
+            tensor, shape = state[name], shape_of(parameter.shape)
+            if tensor.shape != parameter.shape or tensor.dtype != parameter.dtype:
+                raise _damaged(path, f"holds {name} of parameter {i} as {shown(tensor)}, and the parameter is {shape}")
+            if not tensor.isfinite().all() or (name != "exp_avg" and (tensor < 0).any()):
+                raise _damaged(path, f"holds {name} of parameter {i} with values that no run leaves")
+    return {int(i): dict(state) for i, state in states.items()}

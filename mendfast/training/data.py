@@ -6,7 +6,9 @@ import random
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
+
+from ..schema import shown
 
 Pair = tuple[str, str]
 
@@ -27,6 +29,20 @@ class Draw(NamedTuple):
     inner: list[Pair]  # B
     outer: list[Pair]  # B * r
     loc: list[Pair]  # B * q
+
+
+def share(draw: Draw, part: int, parts: int) -> Draw:
+    """Part ``part`` of ``parts`` of a draw: an equal share of its edits, with what belongs to them."""
+    return Draw(*(pairs[part * len(pairs) // parts : (part + 1) * len(pairs) // parts] for pairs in draw))
+
+
+class Sampler(Protocol):
+    """Draws the edits of a training step; a draw depends on the sampler's seed and ``step`` alone."""
+
+    outer: int  # rephrased questions per edit
+    loc: int  # questions to leave alone per edit
+
+    def draw(self, step: int, size: int) -> Draw: ...
 
 
 class FactSampler:
@@ -65,6 +81,11 @@ class FactSampler:
             answers[item.relation][item.answer] = None
         self._answers = {relation: list(values) for relation, values in answers.items()}
         self._all_answers = list(dict.fromkeys(answer for values in self._answers.values() for answer in values))
+        if len(self._all_answers) == 1:
+            raise ValueError(
+                f"All {len(self.items):,} facts have the answer {shown(self._all_answers[0])}, and an edit needs "
+                "another one to put in its place: add facts with other answers to the data."
+            )
 
     def draw(self, step: int, size: int) -> Draw:
         rng = random.Random(f"{self.seed}:{step}")
@@ -85,10 +106,9 @@ class FactSampler:
     def _other_answer(self, rng: random.Random, item: Item) -> str:
         pool = self._answers[item.relation]
         pool = pool if len(pool) > 1 else self._all_answers
-        for _ in range(50):
-            if (answer := rng.choice(pool)) != item.answer:
-                return answer
-        raise ValueError(f"All answers of {item.relation!r} are {item.answer!r}; an edit needs another one.")
+        while (answer := rng.choice(pool)) == item.answer:
+            pass
+        return answer
 
     def _neighbour(self, rng: random.Random, item: Item, turn: int) -> Item:
         pool = (self.neighbours, self._of_entity[item.entity], self._of_relation[item.relation])[turn % 3]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections import deque
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections import Counter, deque
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,73 +16,21 @@ from tqdm import tqdm
 
 from ..editor import MendEditor
 from ..files import atomic_write
-from ..metrics import Score
-from ..objective import Batch
 from . import checkpoint
-from .data import FactSampler
-from .memory import peak_bytes, predict, reset_peak
-from .meta import meta_loss
+from .config import TrainConfig
+from .data import Draw, Sampler, share
+from .learner import EditorLearner, Learner
+from .memory import peak_bytes, reset_peak
 from .processes import Processes, launched
 from .record import Record
-from .report import write_report
+from .report import read_metrics, write_report
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 MAX_SKIPPED_IN_A_ROW = 10
 CHECKPOINT = "checkpoint.safetensors"
-
-
-@dataclass
-class TrainConfig:
-    """How an editor is trained."""
-
-    steps: int = field(default=1000, metadata={"help": "Optimiser steps."})
-    batch_size: int = field(default=16, metadata={"help": "Independent edits per step, B, of all processes."})
-    accumulate: int = field(
-        default=1, metadata={"help": "Parts that a step's edits go through the model in, to save memory."}
-    )
-    checkpoint_activations: bool = field(
-        default=False, metadata={"help": "Compute the edited blocks again in the backward pass, to save memory."}
-    )
-    joint: list[int] = field(
-        default_factory=lambda: [1],
-        metadata={"help": "Sizes of simultaneous edits, drawn at random each step; 1 = alone."},
-    )
-    learning_rate: float = field(default=1e-3, metadata={"help": "Adam's rate for the editor network."})
-    alpha_learning_rate: float = field(default=1e-2, metadata={"help": "Adam's rate for the step sizes."})
-    warmup: int = field(default=20, metadata={"help": "Steps of linear warm-up."})
-    final_rate: float = field(default=0.05, metadata={"help": "The rate decays linearly to this share."})
-    clip: float = field(default=1.0, metadata={"help": "Largest norm of the gradient."})
-    c_edit: float = field(default=1.0, metadata={"help": "Weight of the edit's loss (the paper: 0.1)."})
-    c_loc: float = field(default=1.0, metadata={"help": "Weight of the locality loss."})
-    validate_every: int = field(default=200, metadata={"help": "Steps between validations; 0 = never."})
-    validation_size: int = field(default=64, metadata={"help": "Edits in a validation."})
-    patience: int = field(
-        default=0, metadata={"help": "Stop after so many validations without a better loss; 0 = never."}
-    )
-    checkpoint_every: int = field(default=200, metadata={"help": "Steps between checkpoints."})
-    seed: int = field(default=0, metadata={"help": "Of the data order."})
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulate", "validation_size", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
-        if not self.joint or min(self.joint) < 1:
-            raise ValueError(f"joint is {self.joint}; it must be a list of sizes of at least 1.")
-
-    def groups(self, joint: int) -> int:
-        """The edits of a step whose edits are ``joint`` at once."""
-        return max(1, self.batch_size // joint)
-
-    def joint_size(self, step: int) -> int:
-        """How many edits at once step ``step`` trains."""
-        return self.joint[hash((self.seed, step)) % len(self.joint)]
-
-    def rate(self, step: int) -> float:
-        """The share of the learning rates that step ``step`` moves with."""
-        decay = 1 - (1 - self.final_rate) * step / max(1, self.steps)
-        return min((step + 1) / max(1, self.warmup), 1.0) * decay
+START_EDITS = 16  # that a learner sees before its first step, to start from
 
 
 class TrainingError(RuntimeError):
@@ -90,14 +38,14 @@ class TrainingError(RuntimeError):
 
 
 class Trainer:
-    """Trains ``editor`` on what ``sampler`` draws.
+    """Trains a learner (an editor is one) on what ``sampler`` draws.
 
     Args:
+        learner: a :class:`~mendfast.training.learner.Learner`, or an editor.
         output: a directory for ``last/`` and ``best/`` (editors as ``save_pretrained`` writes them, with the
             optimiser's state beside the last), ``metrics.jsonl``, and at the end ``curves.png`` and ``report.html``;
             None keeps everything in memory.
         validation: draws for the loss of Algorithm 1 that the best editor and ``patience`` go by.
-        score: scores the editor as it is, for the record.
         tensorboard: write events to ``output/tensorboard`` too.
         accelerator: of a run in several processes; by default made when torchrun or accelerate has launched them.
             Each takes its share of every step's edits, so that the steps are those of one process that takes all;
@@ -111,20 +59,22 @@ class Trainer:
 
     def __init__(
         self,
-        editor: MendEditor,
-        sampler: FactSampler,
+        learner: Learner | MendEditor,
+        sampler: Sampler,
         config: TrainConfig,
         *,
         output: str | Path | None = None,
-        validation: FactSampler | None = None,
-        score: Callable[[MendEditor], Score] | None = None,
+        validation: Sampler | None = None,
         progress: bool = True,
         tensorboard: bool = False,
         accelerator: Accelerator | None = None,
     ):
-        self.editor, self.sampler, self.config = editor, sampler, config
+        self.learner = EditorLearner(learner) if isinstance(learner, MendEditor) else learner
+        self.sampler, self.config = sampler, config
+        self.editor = self.learner.subject
+        self.device = self.editor.device
         self.output = Path(output) if output is not None else None
-        self.validation, self.score = validation, score
+        self.validation = validation
         self.processes = Processes(accelerator or launched())
         self.progress = progress and self.processes.main
         self._record = Record(self.output if self.processes.main else None, tensorboard and self.processes.main)
@@ -137,61 +87,63 @@ class Trainer:
                     f"batch_size that is a multiple of {joint * parts}."
                 )
         self.step, self.skipped, self.best, self.stale = 0, 0, math.inf, 0
-        networks = [p for name, p in editor.named_parameters() if name != "alpha_multiplier"]
         self.optimizer = torch.optim.Adam(
-            [
-                {"params": networks, "lr": config.learning_rate},
-                {"params": [editor.alpha_multiplier], "lr": config.alpha_learning_rate},
-            ],
-            fused=editor.device.type in ("cpu", "cuda"),  # in place: no temporaries of the parameters' size
+            self.learner.parameter_groups(config),
+            fused=self.device.type in ("cpu", "cuda"),  # in place: no temporaries of the parameters' size
         )
         self._rates = [group["lr"] for group in self.optimizer.param_groups]
 
     def plan(self) -> dict[str, int]:
-        """The bytes, by kind, that each process will hold at most; see :func:`mendfast.training.memory.predict`."""
-        parts = self.config.accumulate * self.processes.count
-        joint = min(self.config.joint)
-        batches = self.batches(self.sampler, 0, joint, 0, parts)
-        return predict(self.editor, batches, checkpoint_activations=self.config.checkpoint_activations)
+        """The bytes, by kind, that each process will hold at most: what the largest joint size takes."""
+        joint = max(self.config.joint)
+        draw = share(self._draw(0, joint), 0, self.config.accumulate * self.processes.count)
+        return self.learner.plan(draw, self.config, joint)
 
     # -- the run -------------------------------------------------------------------------------------------
 
     def run(self) -> dict[str, float]:
         """Train to ``config.steps``, or until validation stops improving; returns the last metrics, and as
         "peak_bytes" the most memory that was taken (of the GPU; on a CPU, by the process)."""
-        self.editor.gather = self.processes.gather
-        self.processes.agree(self.editor, self.step)
+        self.learner.gather_with(self.processes.gather)
+        self.processes.agree(self.learner.state(), self.step)
+        if self.step == 0:
+            self.learner.start(self.sampler.draw(0, START_EDITS), self.config)
         self._record.open(self.step)
-        reset_peak(self.editor.device)
+        reset_peak(self.device)
         bar = tqdm(
             total=self.config.steps,
             initial=self.step,
-            desc="meta-training",
+            desc=self.learner.name,
             unit="step",
             disable=not self.progress,
         )
         try:
             metrics = self._run(bar)
         finally:
-            self.editor.gather = None
+            self.optimizer.zero_grad(set_to_none=True)
+            self.learner.gather_with(None)
             self._record.close()
             bar.close()
-        self.save()
+        if metrics:
+            self.save()
         if self.output and self.processes.main:
+            # A run that had ended before has no step left to tell of.
+            metrics = metrics or read_metrics(self.output)[-1]
             write_report(self.output)
-        self.editor.eval()
-        return {**metrics, "peak_bytes": peak_bytes(self.editor.device)}
+        self.learner.train(False)
+        return {**metrics, "peak_bytes": peak_bytes(self.device)}
 
     def _run(self, bar: tqdm) -> dict[str, float]:
         config, recent, in_a_row = self.config, deque(maxlen=50), 0
         metrics: dict[str, float] = {}
         validated: dict[str, float] = {}
         started, done = time.perf_counter(), 0
-        while self.step < config.steps:
-            self.editor.train()
+        parameters = self.learner.parameters(config)
+        while self.step < config.steps and not self._ended():
+            self.learner.train()
             joint = config.joint_size(self.step)
             losses = self._gradients(joint)
-            norm = float(torch.nn.utils.clip_grad_norm_(self.editor.parameters(), config.clip))
+            norm = float(torch.nn.utils.clip_grad_norm_(parameters, config.clip))
             if math.isfinite(losses["loss"]) and math.isfinite(norm):
                 self._update()
                 in_a_row = 0
@@ -199,8 +151,8 @@ class Trainer:
                 self.skipped, in_a_row = self.skipped + 1, in_a_row + 1
                 if in_a_row == MAX_SKIPPED_IN_A_ROW:
                     raise TrainingError(
-                        f"{in_a_row} steps in a row had a loss or gradient that is not finite (the last loss was "
-                        f"{losses['loss']}); stopped at step {self.step}. "
+                        f"{self.learner.name}: {in_a_row} steps in a row had a loss or gradient that is not "
+                        f"finite (the last loss was {losses['loss']}); stopped at step {self.step}. "
                         + (f"The last good checkpoint is {self.output / 'last'}. " if self.output else "")
                         + "Lower the learning rates or step_size, or load the base model in float32."
                     )
@@ -222,43 +174,43 @@ class Trainer:
                 metrics |= validated
                 self._keep_best(validated)
             self._record.add(metrics)
-            if self.step % config.checkpoint_every == 0 or self.step == config.steps:
+            if self.step % config.checkpoint_every == 0 and self.step < config.steps:
                 self.save()
-            if config.patience and self.stale >= config.patience:
+            if self._ended():
                 bar.write(f"No better validation loss in {self.stale} validations: stopped at step {self.step}.")
-                break
         return metrics
 
-    def batches(self, sampler: FactSampler, step: int, joint: int, part: int, parts: int) -> tuple[Batch, ...]:
-        """Part ``part`` of ``parts`` of a step's inner, outer and locality examples: an equal share of its edits."""
-        draw = sampler.draw(step, self.config.groups(joint) * joint)
-        return tuple(
-            self.editor.tokenize(pairs[part * len(pairs) // parts : (part + 1) * len(pairs) // parts]) for pairs in draw
-        )
+    def _ended(self) -> bool:
+        """Whether validation has not improved for as long as ``patience`` bears."""
+        return 0 < self.config.patience <= self.stale
 
-    def _loss(self, batches: tuple[Batch, ...], joint: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        config = self.config
-        return meta_loss(
-            self.editor,
-            *batches,
-            config.c_edit,
-            config.c_loc,
-            joint=joint,
-            checkpoint_activations=config.checkpoint_activations,
-        )
+    def _draw(self, step: int, joint: int) -> Draw:
+        return self.sampler.draw(step, self.config.groups(joint) * joint)
 
     def _gradients(self, joint: int) -> dict[str, float]:
         """Leave the gradients of a step's edits in the parameters, summed over parts and processes."""
         self.optimizer.zero_grad(set_to_none=True)
-        own, sums = self.config.accumulate, {}
+        own, draw = self.config.accumulate, self._draw(self.step, joint)
         parts = own * self.processes.count
+        sums: Counter[str] = Counter()
         for part in range(self.processes.rank * own, (self.processes.rank + 1) * own):
-            loss, details = self._loss(self.batches(self.sampler, self.step, joint, part, parts), joint)
-            (loss / parts).backward()
-            for name, value in {"loss": loss.detach(), **details}.items():
-                sums[name] = sums.get(name, 0) + value / parts
-        self.processes.sum_gradients(self.editor.parameters())
-        values = self.processes.sum(torch.stack(list(sums.values()))).tolist()
+            sums.update(self._means(share(draw, part, parts), joint, 1 / parts, backward=True))
+        self.processes.sum_gradients(self.learner.parameters(self.config))
+        return self._over_processes(sums)
+
+    def _means(self, draw: Draw, joint: int, weight: float, *, backward: bool = False) -> dict[str, torch.Tensor]:
+        """``weight`` times the draw's loss and the means of its parts' metrics; ``backward``: and their gradients."""
+        loss, count = torch.zeros((), dtype=torch.float64, device=self.device), 0
+        metrics: Counter[str] = Counter()
+        for part, found in self.learner.losses(draw, self.config, joint):
+            if backward:
+                (part * weight).backward()
+            loss, count = loss + part.detach(), count + 1
+            metrics.update({name: value.double() for name, value in found.items()})
+        return {"loss": loss * weight, **{name: value * (weight / count) for name, value in metrics.items()}}
+
+    def _over_processes(self, sums: Mapping[str, torch.Tensor]) -> dict[str, float]:
+        values = self.processes.sum(torch.stack([value.to(self.device) for value in sums.values()])).tolist()
         return dict(zip(sums, values, strict=True))
 
     def _update(self) -> None:
@@ -268,30 +220,21 @@ class Trainer:
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """The loss of Algorithm 1 on the validation facts, one edit at a time, and what ``score`` gives."""
-        self.editor.eval()
-        result: dict[str, float] = {}
-        if self.validation is not None:
-            result = {f"val_{name}": value for name, value in self._validation_losses().items()}
-        if self.score is not None and self.processes.main:
-            scored = self.score(self.editor).to_dict()
-            result |= {f"val_{name}": value for name, value in scored.items()}
-        return result
-
-    def _validation_losses(self) -> dict[str, float]:
+        """The learner's loss on the validation facts, one edit at a time; nothing without those."""
+        self.learner.train(False)
+        if self.validation is None:
+            return {}
         size, processes = min(32, self.config.validation_size), self.processes
         draws = -(-self.config.validation_size // size)
-        names = ("loss", "l_edit", "l_loc", "edit_success")
-        sums = torch.zeros(len(names), dtype=torch.float64, device=self.editor.device)
+        sums: Counter[str] = Counter()
         for i in range(draws):
             draw = self.validation.draw(-1 - i, size)
             start, end = (size * (processes.rank + j) // processes.count for j in (0, 1))
-            if start < end:
-                share = [pairs[start * len(pairs) // size : end * len(pairs) // size] for pairs in draw]
-                loss, details = self._loss(tuple(self.editor.tokenize(pairs) for pairs in share), 1)
-                values = {"loss": loss, **details}
-                sums += torch.stack([values[name] for name in names]).double() * ((end - start) / size / draws)
-        return dict(zip(names, processes.sum(sums).tolist(), strict=True))
+            own = Draw(*(pairs[start * len(pairs) // size : end * len(pairs) // size] for pairs in draw))
+            # A process without edits measures the first, for nothing, so that all hold the same figures' names.
+            own, weight = (own, (end - start) / size / draws) if start < end else (share(draw, 0, size), 0.0)
+            sums.update(self._means(own, 1, weight))
+        return {f"val_{name}": value for name, value in self._over_processes(sums).items()}
 
     def _keep_best(self, validated: dict[str, float]) -> None:
         if "val_loss" not in validated:
@@ -299,7 +242,7 @@ class Trainer:
         if validated["val_loss"] < self.best:
             self.best, self.stale = validated["val_loss"], 0
             if self.output and self.processes.main:
-                self.editor.save_pretrained(self.output / "best")
+                self.learner.save(self.output / "best")
         else:
             self.stale += 1
 
@@ -312,18 +255,19 @@ class Trainer:
             return
         last = self.output / "last"
         progress = {"step": self.step, "skipped": self.skipped, "best": self.best, "stale": self.stale}
-        self.editor.save_pretrained(last)
+        self.learner.save(last)
         atomic_write(last / "train_config.json", json.dumps(asdict(self.config), indent=2).encode())
-        parameters = self.editor.state_dict()
-        checkpoint.write(last / CHECKPOINT, parameters, self.optimizer, self.config, progress)
+        checkpoint.write(
+            last / CHECKPOINT, self.learner.state(), self.optimizer, self.config, progress, learner=self.learner.key
+        )
 
     def resume(self) -> bool:
         """Go on from ``last/`` if there is one. The run then ends in the same bits as one never interrupted."""
         path = self.output / "last" / CHECKPOINT if self.output else None
         if path is None or not path.is_file():
             return False
-        parameters, progress = checkpoint.read(path, self.optimizer, self.config)
-        self.editor.load_tensors(parameters, str(path))
+        state, progress = checkpoint.read(path, self.optimizer, self.config, learner=self.learner.key)
+        self.learner.load_tensors(state, str(path))
         self.step, self.skipped = progress["step"], progress["skipped"]
         self.best, self.stale = progress["best"], progress["stale"]
         return True

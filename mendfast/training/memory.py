@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..editor import MendEditor
 from ..objective import Batch, model_kind
-from .meta import meta_loss
+from .meta import editor_loss
 
 
 def tensor_bytes(tensor: torch.Tensor) -> int:
@@ -58,23 +58,26 @@ class LivePeak(TorchDispatchMode):
         self.now -= size
 
 
-def predict(editor: MendEditor, batches: tuple[Batch, Batch, Batch], **options: Any) -> dict[str, int]:
+def predict(
+    editor: MendEditor, batches: tuple[Batch, Batch, Batch], *, joint: int = 1, **options: Any
+) -> dict[str, int]:
     """Bytes that training holds at most, by kind, and their "total".
 
     "base" and "editor" (with its statistics), "gradients" and "adam" follow from shapes. "logits" are the base
     and edited logits with their gradients. "activations" is what remains of the peak of a meta-training step,
-    which is measured on one and on two of the edits and goes on in a straight line: a process's own libraries,
-    an allocator's gaps and the workspace inside operations come on top.
+    which is measured on one and on two of the edits (or groups of ``joint``) and goes on in a straight line: a
+    process's own libraries, an allocator's gaps and the workspace inside operations come on top.
 
     Args:
         batches: inner, outer and locality examples of all edits that go through the model at once.
-        options: as :func:`meta_loss` takes them.
+        joint, options: as :func:`~mendfast.training.meta.editor_loss` takes them.
     """
     model, parameters = editor.model, list(editor.parameters())
-    size = len(batches[0]["input_ids"])
+    groups = len(batches[0]["input_ids"]) // joint
     gradients = _bytes(parameters)
-    one = _step_peak(editor, batches, 1, options)
-    two = _step_peak(editor, batches, 2, options) if size > 1 else one
+    options = {"joint": joint, **options}
+    one = _step_peak(editor, batches, 1 / groups, options)
+    two = _step_peak(editor, batches, 2 / groups, options) if groups > 1 else one
     logits = _logit_bytes(model, *batches[1:])
     result = {
         "base": _bytes(model.parameters()) + _bytes(model.buffers()),
@@ -83,20 +86,19 @@ def predict(editor: MendEditor, batches: tuple[Batch, Batch, Batch], **options: 
         # two moments like each parameter, and a float32 count of steps for each
         "adam": 2 * gradients + 4 * len(parameters),
         "logits": logits,
-        "activations": max(0, one + (size - 1) * (two - one) - gradients - logits),
+        "activations": max(0, one + (groups - 1) * (two - one) - gradients - logits),
     }
     return {**result, "total": sum(result.values())}
 
 
-def _step_peak(editor: MendEditor, batches: tuple[Batch, ...], edits: int, options: Mapping[str, Any]) -> int:
-    size = len(batches[0]["input_ids"])
-    some = [{name: value[: edits * (len(value) // size)] for name, value in batch.items()} for batch in batches]
+def _step_peak(editor: MendEditor, batches: tuple[Batch, ...], part: float, options: Mapping[str, Any]) -> int:
+    some = [{name: value[: round(part * len(value))] for name, value in batch.items()} for batch in batches]
     own = [*editor.model.parameters(), *editor.model.buffers(), *editor.state_dict().values()]
     training = editor.training
     editor.eval()  # statistics stay
     try:
         with LivePeak(own) as live:
-            meta_loss(editor, *some, **options)[0].backward()
+            editor_loss(editor, *some, **options)[0].backward()
         return live.peak
     finally:
         editor.train(training)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -50,8 +50,8 @@ class Processes:
                 parameter.grad = self.sum(own)
 
     @torch.no_grad()
-    def agree(self, editor: torch.nn.Module, step: int) -> None:
-        """Let every process start from the main one's editor.
+    def agree(self, state: Mapping[str, torch.Tensor], step: int) -> None:
+        """Let every process start from the main one's state, written in place.
 
         Raises:
             RuntimeError: another process would go on from another step: not all can read the checkpoint.
@@ -66,5 +66,5 @@ class Processes:
                 f"The processes would go on from steps {steps}; the output directory must be one that all of them "
                 "read (a shared file system)."
             )
-        for tensor in editor.state_dict().values():
+        for tensor in state.values():
             tensor.copy_(broadcast(tensor.clone()))

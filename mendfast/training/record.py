@@ -27,11 +27,11 @@ class Record:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         if self._path.is_file():
             kept = []
-            for line in self._path.read_text().splitlines():
+            for line in self._path.read_text(errors="replace").splitlines():
                 try:
                     if json.loads(line)["step"] <= step:
                         kept.append(line)
-                except (json.JSONDecodeError, KeyError):
+                except (ValueError, KeyError, TypeError, RecursionError):
                     continue  # the line that a kill cut short
             atomic_write(self._path, "".join(f"{line}\n" for line in kept).encode())
         if self._summary_writer is not None:

@@ -11,13 +11,13 @@ from test_token_nll import case as nll_case
 from test_token_nll import check as nll_check
 
 from mendfast import ops
+from mendfast.types import PRECISIONS
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.usefixtures("poisoned"),
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; PyTorch sees none here"),
 ]
-PRECISIONS = ["ieee", "tf32x3", "tf32"]
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

@@ -19,9 +19,10 @@ from test_lowrank_linear import check as lowrank_check  # noqa: E402
 from test_token_nll import case as nll_case  # noqa: E402
 from test_token_nll import check as nll_check  # noqa: E402
 
-from mendfast import ops, reference  # noqa: E402
+from mendfast import MendConfig, ops, reference  # noqa: E402
 from mendfast.kernels import _library, _products, configs, tune  # noqa: E402
 from mendfast.kernels import editor_mlp as editor_kernel  # noqa: E402
+from mendfast.network import EditorNetwork  # noqa: E402
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned"),
@@ -113,6 +114,78 @@ def test_vocabularies_with_impossible_tokens():
     assert error(ops.token_nll(logits, labels, backend="triton"), exact) < 1e-6
     out = ops.kl_divergence(logits, logits.clone(), torch.ones(1, 2), backend="triton")
     assert out.isfinite().all() and out.abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("at", [0, 33, 69])
+def test_not_a_number_in_any_split_is_not_a_loss(at):
+    logits, mask = torch.randn(1, 2, 70), torch.ones(1, 2)
+    base = logits.clone()
+    logits[0, 1, at] = torch.nan
+    if at:  # a split that holds nothing else
+        logits[0, 1, at - at % 32 : at] = -torch.inf
+    labels = torch.tensor([[5, 6]])
+    assert ops.token_nll_rows(logits[0], labels[0], backend="triton").isnan().tolist() == [False, True]
+    for pair in ((base, logits), (logits, base)):
+        assert ops.kl_divergence(*pair, mask, backend="triton").isnan().all()
+        rows = ops.kl_divergence_rows(pair[0][0], pair[1][0], backend="triton")
+        assert rows.isnan().tolist() == [False, True]
+
+
+@pytest.mark.parametrize("batched", [True, False])
+@pytest.mark.parametrize("shape", [(3, 7, 0, 13, 9), (3, 0, 4, 13, 9), (0, 7, 4, 13, 9)])
+def test_lowrank_linear_without_terms_or_rows(batched, shape):
+    arguments = lowrank_case(batched, shape)
+    out = ops.lowrank_linear(*arguments, backend="triton")
+    assert torch.equal(out, arguments[0])
+    grads = torch.autograd.grad(out, arguments, torch.ones_like(out))
+    assert (grads[0] == 1).all() and all((g == 0).all() for g in grads[1:])
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 7), (2, 0, 7)])
+def test_losses_without_rows(shape):
+    logits, base = torch.randn(shape, requires_grad=True), torch.randn(shape)
+    labels, mask = torch.zeros(shape[:2], dtype=torch.int64), torch.ones(shape[:2])
+    out = ops.token_nll(logits, labels, backend="triton") + ops.kl_divergence(base, logits, mask, backend="triton")
+    out.sum().backward()
+    assert (out == 0).all() and logits.grad.shape == shape
+
+
+def test_many_rows_are_on_the_axis_that_takes_them(monkeypatch):
+    """A grid's second axis ends at 65,535 programs."""
+    grids = []
+    kernel = editor_kernel._editor_normalise_kernel
+    monkeypatch.setattr(editor_kernel, "_editor_normalise_kernel", _Recorded(kernel, grids))
+    x = torch.randn(70, 45)
+    out = torch.empty_like(x)
+    editor_kernel.normalise(x, x[:, :0], [], (out, out[:, :0]))
+    assert torch.equal(out, x) and [len(grid) for grid in grids] == [1]
+
+
+class _Recorded:
+    def __init__(self, kernel, grids):
+        self.kernel, self.grids = kernel, grids
+
+    def __getitem__(self, grid):
+        self.grids.append(grid)
+        return self.kernel[grid]
+
+
+@pytest.mark.parametrize("gather", [None, lambda own: own])
+def test_statistics_of_several_processes(gather):
+    """Those are merged in float64, which the Triton kernels don't serve."""
+    net = EditorNetwork(5, 4, 2, MendConfig(rank=3))
+    u, delta = torch.randn(9, 5), torch.randn(9, 4)
+    net.observe(u, delta, gather)
+    assert torch.allclose(net.u_std, u.std(0), rtol=1e-5) and net.count == 9
+
+
+def test_float64_goes_to_what_serves_it():
+    case = editor_case("plain", rows=torch.float64)
+    case.check(ops.editor_mlp)
+    nll_check(*nll_case(2, 3, 37, dtype=torch.float64))
+    kl_check(*kl_case(2, 3, 37, dtype=torch.float64))
+    y, x, u, delta, alpha = (double(t) for t in lowrank_case())
+    assert error(ops.lowrank_linear(y, x, u, delta, alpha), reference.lowrank_linear(y, x, u, delta, alpha)) < 1e-12
 
 
 def test_float64_is_refused():

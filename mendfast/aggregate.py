@@ -1,0 +1,75 @@
+"""How the rows of several edits become one update of a layer: their sum, or least squares under a metric."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+
+from . import ops
+from .capture import Factors
+from .ops.least_squares import wanted_changes
+
+
+class Transformed(NamedTuple):
+    """The rows of one layer that an editor has seen, of all samples of a batch."""
+
+    u: torch.Tensor  # [N, m]: the layer's inputs, as they were
+    new_u: torch.Tensor  # [N, m]: u~
+    new_delta: torch.Tensor  # [N, n]: delta~
+    sample: torch.Tensor  # [N] int64
+
+
+class Wanted(NamedTuple):
+    """What edits want of one layer, whatever other edits there are: the rows of an edit's record."""
+
+    u: torch.Tensor  # [N, m] float32
+    d: torch.Tensor  # [N, n] float32: what the row's own edit adds to the layer's output at u
+    sample: torch.Tensor  # [N] int64
+
+
+def wanted(rows: Mapping[str, Transformed], alphas: torch.Tensor) -> dict[str, Wanted]:
+    """d_i = -alpha (u_i . u~_i) delta~_i of every layer; differentiable."""
+    return {
+        name: Wanted(r.u, wanted_changes(r.u, r.new_u, r.new_delta, alpha.to(r.u.device)), r.sample)
+        for (name, r), alpha in zip(rows.items(), alphas, strict=True)
+    }
+
+
+def grouped(sample: torch.Tensor, group_size: int, groups: int, *sides: torch.Tensor) -> list[torch.Tensor]:
+    """Rows [N, k] of each side -> [groups, T, k], each group's rows in their order; rows of zeros fill up."""
+    group = sample // group_size
+    counts = torch.bincount(group, minlength=groups)
+    width = int(counts.max()) if len(group) else 0
+    place = torch.arange(len(group), device=group.device) - (counts.cumsum(0) - counts)[group]
+    slot = group * width + place
+    return [
+        rows.new_zeros(groups * width, rows.shape[-1]).index_copy(0, slot, rows).view(groups, width, rows.shape[-1])
+        for rows in sides
+    ]
+
+
+def sums(
+    rows: Mapping[str, Transformed], alphas: torch.Tensor, group_size: int, groups: int
+) -> dict[str, Factors]:
+    """Each group's update as the sum of its samples' updates (Mitchell et al. 2022, Algorithm 2)."""
+    return {
+        name: (*grouped(r.sample, group_size, groups, r.new_u, r.new_delta), alpha)
+        for (name, r), alpha in zip(rows.items(), alphas, strict=True)
+    }
+
+
+def least_squares(
+    rows: Mapping[str, Wanted],
+    metric: Mapping[str, tuple],  # weight -> (spectrum, lambda, mu)
+    group_size: int,
+    groups: int,
+) -> dict[str, Factors]:
+    """Each group's update as the least-squares solution for its samples' rows, under each layer's metric."""
+    factors: dict[str, Factors] = {}
+    for name, w in rows.items():
+        u, d = grouped(w.sample, group_size, groups, w.u, w.d)
+        spectrum, lam, mu = metric[name]
+        factors[name] = (*ops.least_squares(u, d, spectrum, lam.to(u.device), mu.to(u.device)), 1.0)
+    return factors

@@ -1,0 +1,248 @@
+"""EditableModel: a model with its tokenizer and the layers that edits may change; it builds no networks."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import nn
+
+from .capture import capture
+from .config import MendConfig
+from .labels import (
+    chat_prompt,
+    check_text,
+    class_ids,
+    collate,
+    encode_pair,
+    encode_prompt,
+    end_of_turn,
+    has_template,
+    pad_token_id,
+)
+from .layers import device_of, execution_device, find_layers, unwrapped
+from .objective import IGNORE, Batch, context_length, model_kind, nll, target_rows, to_device
+
+log = logging.getLogger("mendfast")
+
+ENCODED_AT_MOST = 200_000
+_NO_TEMPLATE = (
+    "chat asks for the tokenizer's chat template and it has none: set tokenizer.chat_template, or leave chat out "
+    "(MendConfig(chat=False), --no-chat)."
+)
+
+
+class EditableModel:
+    """A Hugging Face model whose matrices can be edited: text to tokens, tokens to (u, delta).
+
+    Everything that needs no editor network takes this; :class:`mendfast.MendEditor` is one, with networks. The model
+    is never put into train mode, and none of its parameters gets a gradient.
+
+    Args:
+        model: a causal language model, an encoder-decoder, or a sequence classifier.
+        tokenizer: its tokenizer; needed for text, not for token batches.
+        config: which layers are edited, and how text becomes tokens; of a :class:`MendConfig` nothing else matters.
+
+    Attributes:
+        kind: "causal", "encoder-decoder" or "classifier".
+        layers: the :class:`~mendfast.layers.Layer` s that edits may change.
+        config: a copy of the configuration that names the layers.
+
+    Raises:
+        ValueError, TypeError: an unknown layer or one that is no matrix; a model without an output head.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: Any = None, config: MendConfig | None = None):
+        config = config or MendConfig()
+        model = unwrapped(model)
+        self._outside = (model, tokenizer)  # a tuple, so that an editor, an nn.Module, registers neither
+        self.kind = model_kind(model)
+        self.layers = find_layers(model, config.layers)
+        # A copy: the caller's configuration may serve other models, whose layers have other names.
+        self.config = replace(config, layers=[layer.name for layer in self.layers], chat=self._resolved(config.chat))
+        if config.layers is None:
+            log.info("mendfast edits %s", ", ".join(self.config.layers))
+        self._encoded: dict[tuple, dict[str, list[int]]] = {}
+
+    @property
+    def model(self) -> nn.Module:
+        return self._outside[0]
+
+    @property
+    def tokenizer(self) -> Any:
+        return self._outside[1]
+
+    @property
+    def device(self) -> torch.device:
+        return device_of(self.layers)
+
+    # -- text to tokens ------------------------------------------------------------------------------------
+
+    def tokenize(self, requests: Sequence[tuple[str, str]]) -> dict[str, torch.Tensor]:
+        """The batch (input_ids, attention_mask, labels) that stands for (prompt, target) pairs, right-padded.
+
+        Raises:
+            TypeError: no tokenizer, or something that is not text.
+            ValueError: a target that says nothing, is too long, or that a classifier does not know.
+        """
+        if self.tokenizer is None:
+            raise TypeError("This editor has no tokenizer; pass one to from_model, or use edit_tokens.")
+        if self.kind == "classifier":
+            for prompt, _ in requests:
+                check_text("prompt", prompt)
+            prompts = [self.config.prompt_template.replace("{prompt}", prompt) for prompt, _ in requests]
+            batch = dict(self.tokenizer(prompts, padding=True, padding_side="right", return_tensors="pt"))
+            return {**batch, "labels": torch.tensor([self._class(target) for _, target in requests])}
+        return self._collated([self.encode(*request) for request in requests])
+
+    def encode(self, prompt: str, target: str, form: str | None = None) -> dict[str, list[int]]:
+        """One request as token ids and labels, by the template, separator and end of the configuration.
+
+        Kept for the next time: training and evaluation ask for the same facts again and again, and on a small
+        model tokenising one costs as much as editing it.
+
+        Args:
+            form: "chat": through the tokenizer's chat template; "system:TEXT": the same, with TEXT as the system's
+                turn; "plain": by ``config.prompt_template``; None: as the configuration says.
+        """
+        config = self.config
+        key = (prompt, target, form, config.prompt_template, config.separator, config.append_eos, config.chat)
+        if (found := self._encoded.get(key)) is None:
+            chat = self._is_chat(form)
+            if config.chat and target.strip():
+                target += self.end
+            found = encode_pair(
+                self.tokenizer,
+                self.prompt_text(prompt, form),
+                target,
+                encoder_decoder=self.kind == "encoder-decoder",
+                separator="" if chat else config.separator,
+                append_eos=config.append_eos and not config.chat,
+                max_length=context_length(self.model),
+            )
+            if len(self._encoded) >= ENCODED_AT_MOST:
+                self._encoded.clear()
+            self._encoded[key] = found
+        return found
+
+    @property
+    def chat(self) -> bool:
+        """Whether prompts go through the tokenizer's chat template."""
+        return bool(self.config.chat)
+
+    @cached_property
+    def end(self) -> str:
+        """The token that ends an answer: the chat template's end of turn."""
+        return end_of_turn(self.tokenizer)
+
+    def prompt_text(self, prompt: str, form: str | None = None) -> str:
+        """What the model reads before its answer; ``form`` as in :meth:`encode`."""
+        check_text("prompt", prompt)
+        if not self._is_chat(form):
+            return self.config.prompt_template.replace("{prompt}", prompt)
+        return chat_prompt(self.tokenizer, prompt, form.partition(":")[2] if form not in (None, "chat") else None)
+
+    def _is_chat(self, form: str | None) -> bool:
+        if form not in (None, "plain", "chat") and not form.startswith("system:"):
+            raise ValueError(f'form is {form!r}; use "plain", "chat", "system:TEXT" or None.')
+        chat = self.chat if form is None else form != "plain"
+        if chat and not has_template(self.tokenizer):
+            raise ValueError(_NO_TEMPLATE)
+        return chat
+
+    def _resolved(self, chat: str | bool) -> bool:
+        if chat == "auto":
+            return self.kind == "causal" and has_template(self.tokenizer)
+        if chat and self.tokenizer is not None and not has_template(self.tokenizer):
+            raise ValueError(_NO_TEMPLATE)
+        return chat
+
+    def text_batches(
+        self, texts: Sequence[str | tuple[str, str] | Batch], batch_size: int = 16
+    ) -> Iterator[dict[str, torch.Tensor]]:
+        """Token batches of texts, of (prompt, answer) pairs, or of what are token batches already.
+
+        Texts are cut where the model's context ends.
+        """
+        if isinstance(texts, (str, Mapping)):
+            raise TypeError(f"texts is a {type(texts).__name__}; pass a list of texts, of pairs or of token batches.")
+        examples: list[dict[str, list[int]]] = []
+        for text in texts:
+            if isinstance(text, Mapping):
+                yield dict(text)
+                continue
+            examples.append(self._plain(text) if isinstance(text, str) else self.encode(*text))
+            if len(examples) == batch_size:
+                yield self._collated(examples)
+                examples = []
+        if examples:
+            yield self._collated(examples)
+
+    def _plain(self, text: str) -> dict[str, list[int]]:
+        if self.kind == "encoder-decoder":
+            raise ValueError("An encoder-decoder reads and writes; pass (prompt, answer) pairs and not plain texts.")
+        ids = encode_prompt(self.tokenizer, text)[: context_length(self.model)]
+        if not ids:
+            raise ValueError(f"The text {text[:40]!r} becomes no tokens; leave it out.")
+        return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": ids}
+
+    def _collated(self, examples: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+        return collate(
+            examples,
+            pad_token_id=pad_token_id(self.tokenizer),
+            encoder_decoder=self.kind == "encoder-decoder",
+        )
+
+    def _class(self, target: str) -> int:
+        names = class_ids(self.model.config)
+        try:
+            return names[str(target).strip().lower()]
+        except KeyError:
+            raise ValueError(f"The classifier has no label {target!r}; it has {', '.join(names)}.") from None
+
+    # -- tokens to (u, delta) ------------------------------------------------------------------------------
+
+    def gradients(self, batch: Batch) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """u [B, S, m] and delta [B, S, n] of every layer, for the loss that ``config.loss_reduction`` names.
+
+        One forward and one backward pass; no gradient below the first edited layer, none of a parameter.
+
+        Raises:
+            ValueError: labels that are all -100 or of the wrong shape, inputs longer than the context.
+        """
+        self.check(batch)
+        # made within torch.inference_mode, they couldn't be kept for the backward pass
+        batch = {name: value.clone() if value.is_inference() else value for name, value in batch.items()}
+        batch = to_device(batch, execution_device(self.model.get_input_embeddings()))
+        size = batch["labels"].shape[0]
+        with capture(self.model, self.layers, size) as captured:
+            rows = target_rows(self.model, batch, for_nll=True)
+            if self.config.loss_reduction == "batch":
+                rows, size = rows._replace(sample=torch.zeros_like(rows.sample)), 1
+            # Samples do not interact, so the gradient of the sum is each edit's own gradient.
+            return captured.rows(nll(rows, size).sum())
+
+    def check(self, batch: Batch) -> None:
+        """A ValueError that says why the model can't learn from ``batch``, where it can't."""
+        missing = [name for name in ("input_ids", "labels") if name not in batch]
+        if missing:
+            raise ValueError(f"The batch lacks {', '.join(missing)}; it has {', '.join(batch)}.")
+        labels = batch["labels"]
+        if self.kind != "classifier":
+            if labels.dim() != 2:
+                raise ValueError(f"labels have the shape {tuple(labels.shape)}; they must be [batch, tokens].")
+            # A causal model predicts every token but the first.
+            targets = labels[:, 1:] if self.kind == "causal" else labels
+            empty = (targets == IGNORE).all(-1).nonzero().flatten().tolist()
+            if empty:
+                raise ValueError(
+                    f"The labels of sample {', '.join(map(str, empty))} are all -100: there is nothing to learn. "
+                    "Set the target tokens' labels to their ids."
+                )
+        limit, length = context_length(self.model), batch["input_ids"].shape[-1]
+        if limit is not None and length > limit:
+            raise ValueError(f"The input has {length} tokens and the model takes {limit}; shorten the prompt.")

@@ -1,0 +1,39 @@
+"""The CPU extension (csrc/cpu): whether it can run here, and how tensors are handed to it."""
+
+from __future__ import annotations
+
+import torch
+
+from .. import backends
+
+
+def _problem() -> str | None:
+    try:
+        from .. import _cpu
+    except ImportError as error:
+        from ..build_info import build_info
+
+        reason = build_info("cpu")["reason"]
+        return str(reason or f"the CPU extension can't be loaded ({error}); install mendfast again")
+    return _cpu.problem() or None
+
+
+_PROBLEM = _problem()
+
+
+def problem() -> str | None:
+    """Why the CPU extension can't run on this machine, or None."""
+    return _PROBLEM
+
+
+def row_major(x: torch.Tensor) -> torch.Tensor:
+    """x [N, K] itself if its rows are contiguous and lie apart, else a copy."""
+    return x if x.stride(1) == 1 and row_stride(x) >= x.shape[1] else x.contiguous()
+
+
+def row_stride(x: torch.Tensor) -> int:
+    """From row to row; PyTorch lets that of a single row be anything, 0 too."""
+    return max(x.stride(0), x.shape[1]) if x.shape[0] == 1 else x.stride(0)
+
+
+backends.MISSING["cpu"] = lambda: problem()

@@ -1,0 +1,62 @@
+"""How a learner is trained: :class:`TrainConfig`."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+
+from ..schema import check_fields
+from ..types import C_EDIT
+
+
+@dataclass
+class TrainConfig:
+    """How an editor is trained."""
+
+    steps: int = field(default=1000, metadata={"help": "Optimiser steps."})
+    batch_size: int = field(default=16, metadata={"help": "Independent edits per step, B, of all processes."})
+    accumulate: int = field(
+        default=1, metadata={"help": "Parts that a step's edits go through the model in, to save memory."}
+    )
+    checkpoint_activations: bool = field(
+        default=False, metadata={"help": "Compute the edited blocks again in the backward pass, to save memory."}
+    )
+    joint: list[int] = field(
+        default_factory=lambda: [1],
+        metadata={"help": "Sizes of simultaneous edits, drawn at random each step; 1 = alone."},
+    )
+    learning_rate: float = field(default=1e-3, metadata={"help": "Adam's rate for the editor network.", "least": 0})
+    alpha_learning_rate: float = field(default=1e-2, metadata={"help": "Adam's rate for the step sizes.", "least": 0})
+    warmup: int = field(default=20, metadata={"help": "Steps of linear warm-up.", "least": 0})
+    final_rate: float = field(default=0.05, metadata={"help": "The rate decays linearly to this share.", "least": 0})
+    clip: float = field(default=1.0, metadata={"help": "Largest norm of the gradient.", "least": 0})
+    c_edit: float = field(default=C_EDIT, metadata={"help": "Weight of the edit's loss (the paper: 0.1).", "least": 0})
+    c_loc: float = field(default=1.0, metadata={"help": "Weight of the locality loss.", "least": 0})
+    validate_every: int = field(default=200, metadata={"help": "Steps between validations; 0 = never.", "least": 0})
+    validation_size: int = field(default=64, metadata={"help": "Edits in a validation."})
+    patience: int = field(
+        default=0, metadata={"help": "Stop after so many validations without a better loss; 0 = never.", "least": 0}
+    )
+    checkpoint_every: int = field(default=200, metadata={"help": "Steps between checkpoints."})
+    seed: int = field(default=0, metadata={"help": "Of the data order."})
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        for name in ("steps", "batch_size", "accumulate", "validation_size", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        if not self.joint or min(self.joint) < 1:
+            raise ValueError(f"joint is {self.joint}; it must be a list of sizes of at least 1.")
+
+    def groups(self, joint: int) -> int:
+        """The edits of a step whose edits are ``joint`` at once."""
+        return max(1, self.batch_size // joint)
+
+    def joint_size(self, step: int) -> int:
+        """How many edits at once step ``step`` trains."""
+        return random.Random(f"{self.seed}:{step}:joint").choice(self.joint)
+
+    def rate(self, step: int) -> float:
+        """The share of the learning rates that step ``step`` moves with."""
+        decay = 1 - (1 - self.final_rate) * step / max(1, self.steps)
+        return min((step + 1) / max(1, self.warmup), 1.0) * decay

@@ -1,0 +1,123 @@
+"""What the loop trains: anything that turns the draws of a step into losses, and can be written and read."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..editable import EditableModel
+from ..editor import MendEditor
+from .config import TrainConfig
+from .data import Draw
+from .memory import predict
+from .meta import editor_loss
+
+LossPart = tuple[torch.Tensor, dict[str, torch.Tensor]]
+
+
+class Learner(ABC):
+    """Parameters that :class:`~mendfast.training.Trainer` can train.
+
+    A step's loss may come in parts, each backpropagated before the next is computed, so that one part's graph is held
+    at a time.
+    """
+
+    key: str
+    """What its checkpoints are known by."""
+    name: str
+    """What the progress bar says."""
+    subject: EditableModel
+
+    @abstractmethod
+    def parameter_groups(self, config: TrainConfig) -> list[dict[str, Any]]:
+        """What Adam takes: parameters and their learning rates."""
+
+    @abstractmethod
+    def losses(self, draw: Draw, config: TrainConfig, joint: int) -> Iterator[LossPart]:
+        """Scalars whose sum is the loss of ``draw``, each with its metrics (of which the mean is reported).
+
+        A function of the learner's state and ``draw`` alone, so that a resumed run goes on as if never interrupted.
+        """
+
+    @abstractmethod
+    def state(self) -> dict[str, torch.Tensor]:
+        """The tensors that training moves, by name: parameters, and statistics where there are any."""
+
+    @abstractmethod
+    def load_tensors(self, tensors: Mapping[str, torch.Tensor], source: str) -> None:
+        """Take over what :meth:`state` gave; a ValueError that names ``source`` if it does not fit."""
+
+    @abstractmethod
+    def save(self, directory: str | Path) -> None:
+        """Write what is needed for use, as safetensors and JSON."""
+
+    # What a learner may leave as it is.
+    def start(self, draw: Draw, config: TrainConfig) -> None:  # noqa: B027
+        """Called once before the first step of a run that is not resumed, with edits to start from."""
+
+    def train(self, mode: bool = True) -> None:  # noqa: B027
+        """Whether passes move statistics."""
+
+    def gather_with(self, gather: Any) -> None:  # noqa: B027
+        """Of several processes: how statistics of one become those of all; None when training is over."""
+
+    def plan(self, draw: Draw, config: TrainConfig, joint: int) -> dict[str, int]:
+        """The bytes, by kind, that training on ``draw`` holds at most; see :func:`mendfast.training.memory.predict`."""
+        raise TypeError(f"The memory of {self.name} is not predicted; that of MEND's editors is.")
+
+    def parameters(self, config: TrainConfig) -> list[nn.Parameter]:
+        return [parameter for group in self.parameter_groups(config) for parameter in group["params"]]
+
+
+class EditorLearner(Learner):
+    """MEND: an editor as the loop trains it."""
+
+    key, name = "mend", "meta-training"
+
+    def __init__(self, editor: MendEditor):
+        self.subject = self.editor = editor
+
+    def parameter_groups(self, config: TrainConfig) -> list[dict[str, Any]]:
+        scales = self.editor.scales()
+        chosen = set(map(id, scales))
+        networks = [parameter for parameter in self.editor.parameters() if id(parameter) not in chosen]
+        return [
+            {"params": networks, "lr": config.learning_rate},
+            {"params": scales, "lr": config.alpha_learning_rate},
+        ]
+
+    def losses(self, draw: Draw, config: TrainConfig, joint: int) -> Iterator[LossPart]:
+        batches = [self.editor.tokenize(pairs) for pairs in draw]
+        yield editor_loss(
+            self.editor,
+            *batches,
+            config.c_edit,
+            config.c_loc,
+            joint=joint,
+            checkpoint_activations=config.checkpoint_activations,
+        )
+
+    def state(self) -> dict[str, torch.Tensor]:
+        return self.editor.state_dict()
+
+    def load_tensors(self, tensors: Mapping[str, torch.Tensor], source: str) -> None:
+        self.editor.load_tensors(tensors, source)
+
+    def save(self, directory: str | Path) -> None:
+        self.editor.save_pretrained(directory)
+
+    def train(self, mode: bool = True) -> None:
+        self.editor.train(mode)
+
+    def gather_with(self, gather: Any) -> None:
+        self.editor.gather = gather
+
+    def plan(self, draw: Draw, config: TrainConfig, joint: int) -> dict[str, int]:
+        batches = tuple(self.editor.tokenize(pairs) for pairs in draw)
+        recompute = config.checkpoint_activations
+        return predict(self.editor, batches, joint=joint, checkpoint_activations=recompute)

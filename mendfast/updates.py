@@ -1,0 +1,221 @@
+"""One update of one weight: checked, measured, written, and replayed upon a copy of what was there before."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from . import ops
+from .layers import Layer
+from .ops.rank1_update import unchecked_group_
+
+Factors = Mapping[str, tuple[torch.Tensor, torch.Tensor, float]]
+"""weight name -> (u [T, m], delta [T, n], alpha): weight -= alpha * delta^T u, for a weight [n, m]."""
+_BLOCK = 64  # words whose plain sum enters the checksum
+
+
+@dataclass(frozen=True, eq=False)
+class Application:
+    """One edit, applied once."""
+
+    handle: object
+    digest: tuple | None  # of its factors; None if they change nothing
+    number: int
+
+
+@dataclass(frozen=True, eq=False)
+class Update:
+    """One weight's part of an edit, as it was applied; the factors are the ledger's own."""
+
+    application: Application
+    u: torch.Tensor
+    delta: torch.Tensor
+    alpha: float
+    layout: str
+    rounding: str
+    seed: int
+    backend: str  # a replay takes the same, or its bits could differ
+    large: bool  # whether it could overflow the weight's dtype
+
+
+@dataclass(frozen=True, eq=False)
+class Conversion:
+    """model.half(), model.to(...) between two edits."""
+
+    dtype: torch.dtype
+    device: torch.device
+
+
+@dataclass(frozen=True, eq=False)
+class Weight:
+    """What was done to one weight since ``backup``, oldest first."""
+
+    backup: torch.Tensor | None
+    steps: tuple[Update | Conversion, ...]
+    home: tuple[torch.dtype, torch.device]  # before the first step
+    kind: tuple[torch.dtype, torch.device]  # after the last
+    sum: torch.Tensor | None = None  # checksum after the last
+
+    @property
+    def updates(self) -> list[Update]:
+        return [step for step in self.steps if isinstance(step, Update)]
+
+
+def checksum(values: torch.Tensor) -> torch.Tensor:  # [] int64
+    """A sum over the bits of ``values``, by position: one pass, on their device, whatever the strides.
+
+    64-bit words are summed by blocks of 64, and the blocks weighted by position; words that change places within one
+    block go unseen, any other change of a single element never.
+    """
+    flat = values.detach().contiguous().view(-1)
+    size = flat.element_size()
+    if flat.numel() * size % 8 == 0 and flat.storage_offset() * size % 8 == 0:
+        words = flat.view(torch.int64)
+    else:
+        words = flat.view({1: torch.int8, 2: torch.int16, 4: torch.int32}[size]).long()
+    if len(words) and len(words) % _BLOCK == 0:
+        words = words.view(-1, _BLOCK).sum(1)
+    places = torch.arange(1, len(words) + 1, device=words.device) * -0x61C8864680B583EB
+    return (words * (places ^ places >> 29 | 1)).sum()
+
+
+def measured(factors: Factors) -> tuple[tuple | None, list[float]]:
+    """A digest of the factors (None: they change nothing), and of each update a bound on its elements' magnitude, NaN
+    or infinite where the factors are. One synchronisation per device."""
+    rows = []
+    for u, delta, alpha in factors.values():
+        if u.is_floating_point() and u.element_size() < 2:
+            u, delta = u.float(), delta.float()
+        bound = (_widest(u) * _widest(delta)).sum() * abs(alpha)
+        rows.append(torch.stack([bound.view(torch.int64), checksum(u), checksum(delta)]))
+    rows = [row.cpu() for row in rows] if len({row.device for row in rows}) > 1 else rows
+    numbers = torch.stack(rows).cpu() if rows else torch.empty(0, 3, dtype=torch.int64)
+    bounds = numbers[:, 0].clone().view(torch.float64).tolist()
+    if not any(len(u) for u, _, _ in factors.values()):
+        return None, bounds
+    sums = zip(factors.items(), numbers[:, 1:].tolist(), strict=True)
+    return tuple(sorted((name, *pair, alpha) for (name, (_, _, alpha)), pair in sums)), bounds
+
+
+def _widest(rows: torch.Tensor) -> torch.Tensor:
+    """The largest magnitude in each row, NaN where there is one: [T] float64."""
+    if not rows.numel():
+        return rows.new_zeros(len(rows), dtype=torch.float64)
+    low, high = torch.aminmax(rows, dim=1)
+    return torch.maximum(-low, high).double()
+
+
+def own_factors(layer: Layer, u: Any, delta: Any, alpha: Any) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """Copies of the factors where the weight is; what does not fit is refused by the weight's name."""
+    for side, value, width in (("u", u, layer.m), ("delta", delta, layer.n)):
+        if not isinstance(value, torch.Tensor):
+            raise TypeError(f"{side} of {layer.name} is a {type(value).__name__}; factors are tensors.")
+        if not value.is_floating_point() or value.layout != torch.strided:
+            raise TypeError(
+                f"{side} of {layer.name} is {value.dtype} ({value.layout}); factors are dense and floating-point."
+            )
+        if value.dim() != 2 or value.shape[1] != width or len(value) != len(u):
+            raise ValueError(
+                f"{side} of {layer.name} is {tuple(value.shape)}; it must be [{len(u) if u.dim() else 'T'}, {width}]."
+            )
+    if isinstance(alpha, torch.Tensor) and alpha.numel() == 1:
+        alpha = alpha.item()
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
+        raise TypeError(f"alpha of {layer.name} is {alpha!r}; it must be a number.")
+    return *(value.detach().to(layer.weight.device, copy=True) for value in (u, delta)), float(alpha)
+
+
+def read_flags(flags: Sequence[torch.Tensor]) -> list[bool]:
+    """The flags' values, one synchronisation for each device."""
+    result: list[bool] = [False] * len(flags)
+    for device in {flag.device for flag in flags}:
+        mine = [i for i, flag in enumerate(flags) if flag.device == device]
+        for i, value in zip(mine, torch.stack([flags[i] for i in mine]).tolist(), strict=True):
+            result[i] = value
+    return result
+
+
+def backup_of(weight: torch.Tensor, backup: str, spare: torch.Tensor | None) -> torch.Tensor | None:
+    if backup == "none":
+        return None
+    if spare is not None and (spare.shape, spare.dtype, weight.device.type) == (weight.shape, weight.dtype, "cpu"):
+        return spare.copy_(weight.detach())
+    if backup == "device" or weight.device.type == "cpu":
+        return weight.detach().clone()
+    copy = torch.empty(weight.shape, dtype=weight.dtype, pin_memory=True)
+    return copy.copy_(weight.detach(), non_blocking=True)
+
+
+def extend(jobs: Sequence[tuple[torch.Tensor, Sequence[Update]]]) -> None:
+    """Write new updates into their weights, each weight's in their order."""
+    for batch in _rounds(jobs):
+        _write(batch)
+
+
+def rebuild(jobs: Sequence[tuple[torch.Tensor, Weight]]) -> None:
+    """Restore the weights' backups and replay their steps."""
+    replayed = []
+    for present, weight in jobs:
+        if weight.home != weight.kind or len(weight.updates) < len(weight.steps):
+            present.copy_(folded(weight))
+        else:
+            present.copy_(weight.backup, non_blocking=True)
+            replayed.append((present, weight.steps))
+    for batch in _rounds(replayed):
+        _rewrite(batch)
+
+
+def _rounds(jobs: Sequence[tuple[torch.Tensor, Sequence[Update]]]) -> Iterator[list[tuple[torch.Tensor, Update]]]:
+    """Batches that hold each weight once."""
+    for i in range(max((len(steps) for _, steps in jobs), default=0)):
+        yield [(present, steps[i]) for present, steps in jobs if i < len(steps)]
+
+
+def folded(weight: Weight) -> torch.Tensor:
+    """What the weight holds after its steps, made where each of them was made."""
+    dtype, device = weight.home
+    values = weight.backup.to(device, dtype, copy=True)
+    for step in weight.steps:
+        if isinstance(step, Conversion):
+            values = values.to(step.device, step.dtype)
+        else:
+            _rewrite([(values, step)])
+    return values
+
+
+def _write(batch: Sequence[tuple[torch.Tensor, Update]]) -> None:
+    """One update of each weight."""
+    for backend in dict.fromkeys(u.backend for _, u in batch):
+        nearest = [(w, u) for w, u in batch if u.backend == backend and u.rounding == "nearest"]
+        ops.rank1_update_group_(
+            [w for w, _ in nearest],
+            [u.u for _, u in nearest],
+            [u.delta for _, u in nearest],
+            [u.alpha for _, u in nearest],
+            layouts=[u.layout for _, u in nearest],
+            backend=backend,
+        )
+    for w, u in batch:
+        if u.rounding == "stochastic":  # each with its own seed, so that a replay draws the same
+            ops.rank1_update_(
+                w, u.u, u.delta, u.alpha, layout=u.layout, rounding=u.rounding, seed=u.seed, backend=u.backend
+            )
+
+
+def _rewrite(batch: Sequence[tuple[torch.Tensor, Update]]) -> None:
+    """:func:`_write` of updates that were written once, hence right."""
+    for backend, rounding in dict.fromkeys((u.backend, u.rounding) for _, u in batch):
+        mine = [(w, u) for w, u in batch if (u.backend, u.rounding) == (backend, rounding)]
+        unchecked_group_(
+            [w for w, _ in mine],
+            [u.u for _, u in mine],
+            [u.delta for _, u in mine],
+            [u.alpha for _, u in mine],
+            [u.layout == "in_out" for _, u in mine],
+            [u.seed for _, u in mine],
+            rounding == "stochastic",
+            backend,
+        )
