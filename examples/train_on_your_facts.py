@@ -29,7 +29,7 @@ def write_facts(path: Path) -> None:
     path.write_text("".join(f"{wording.format(name)}\t{city}\n" for name, city in facts for wording in WORDINGS))
 
 
-def main(folder: Path, base_steps: int = 150, steps: int = 60) -> None:
+def main(folder: Path, base_steps: int = 100, steps: int = 40) -> None:
     write_facts(folder / "facts.tsv")
     task = load_task("qa", str(folder / "facts.tsv"))
     # Here a model of your own would be loaded; this one is made to know the facts.
