@@ -23,8 +23,8 @@ CITIES = ("Paris", "Oslo", "Lima", "Cairo", "Delhi", "Rome", "Quito", "Seoul")
 
 def write_facts(path: Path) -> None:
     """Lines of question TAB answer; wordings of one fact are found by what they have in common."""
-    names, rng = [f"{first} {last}" for first in "Ada Bela Carl Dora".split() for last in "Moe Nash Orr".split()], random
-    rng.seed(0)
+    names = [f"{first} {last}" for first in ("Ada", "Bela", "Carl", "Dora") for last in ("Moe", "Nash", "Orr")]
+    rng = random.Random(0)
     facts = [(name, rng.choice(CITIES)) for name in names]
     path.write_text("".join(f"{wording.format(name)}\t{city}\n" for name, city in facts for wording in WORDINGS))
 
@@ -40,7 +40,8 @@ def main(folder: Path, base_steps: int = 100, steps: int = 40) -> None:
     config = MendConfig(rank=32, step_size=2e-3, scale_v=True, append_eos=True)
     editor = MendEditor.from_model(model, tokenizer, config)
     settings = TrainConfig(steps=steps, batch_size=8, learning_rate=2e-3, validate_every=steps // 2, validation_size=16)
-    trainer = Trainer(editor, task.sampler(), settings, output=folder / "run", validation=task.sampler(1, held_out=True))
+    held_out = task.sampler(1, held_out=True)
+    trainer = Trainer(editor, task.sampler(), settings, output=folder / "run", validation=held_out)
     trainer.resume()  # a run that was cut off goes on from its last checkpoint
     metrics = trainer.run()
     print(f"validation: edit success {metrics['val_edit_success']:.0%}, loss {metrics['val_loss']:.2f}")
