@@ -117,7 +117,7 @@ def _refused_dtypes(serves: Serves, dtypes: Sequence[torch.dtype]) -> str | None
 
 def _constant(function: Callable) -> Callable:
     """torch.compiler.assume_constant_result, whose call would load the whole compiler at import."""
-    function._dynamo_marked_constant = True
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 
 

@@ -1,17 +1,9 @@
-"""How a shipped editor is made: the same data, seed and settings for anyone who repeats it.
-
-    python -m mendfast.editors.build smollm2-135m-instruct --data questions.tsv --text text.txt --output runs/smollm2
-
-``--data`` holds questions and answers (question TAB answer), ``--text`` running text. The run resumes after a kill.
-"""
+"""``mendfast editors``: which editors ship, and how one is made: the same data, seed and settings for everyone."""
 
 from __future__ import annotations
 
-import argparse
 import json
-import logging
 import random
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -126,21 +118,3 @@ def build(
     trainer.resume()
     trainer.run()
     return made
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    from ..pretrained import load
-
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name")
-    parser.add_argument("--data")
-    parser.add_argument("--text")
-    parser.add_argument("--output", required=True)
-    arguments = parser.parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    model, tokenizer = load(arguments.name)
-    build(model, tokenizer, arguments.output, data=arguments.data, text=arguments.text)
-
-
-if __name__ == "__main__":
-    main()
