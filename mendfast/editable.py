@@ -23,6 +23,7 @@ from .labels import (
     end_of_turn,
     has_template,
     pad_token_id,
+    separated,
 )
 from .layers import device_of, execution_device, find_layers, unwrapped
 from .objective import IGNORE, Batch, context_length, model_kind, nll, target_rows, to_device
@@ -116,12 +117,13 @@ class EditableModel:
             chat = self._is_chat(form)
             if config.chat and form != "text" and target.strip():
                 target += self.end
+            text = self.prompt_text(prompt, form)
             found = encode_pair(
                 self.tokenizer,
-                self.prompt_text(prompt, form),
+                text,
                 target,
                 encoder_decoder=self.kind == "encoder-decoder",
-                separator="" if chat or form == "text" else config.separator,
+                separator="" if chat or form == "text" or not separated(text) else config.separator,
                 append_eos=config.append_eos and not config.chat and form != "text",
                 max_length=context_length(self.model),
             )

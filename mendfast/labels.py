@@ -37,8 +37,7 @@ def encode_pair(
     Args:
         tokenizer: a Hugging Face tokenizer; its padding and truncation settings play no part.
         separator: text between prompt and target (decoder-only). Left out where the prompt is empty or ends
-            in whitespace or in a script without spaces (Chinese, Japanese, Thai ...), or the target starts with
-            whitespace.
+            in whitespace, or the target starts with whitespace. Scripts without spaces: :func:`separated`.
         append_eos: end the target with one EOS token, a label like the others.
         max_length: the most tokens that the model takes, on either side of an encoder-decoder; None: any.
 
@@ -68,7 +67,7 @@ def encode_pair(
         _check_length("The target has", labels, max_length, "Shorten the target.")
         return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
 
-    if not prompt or prompt[-1].isspace() or target[0].isspace() or _no_spaces(prompt[-1]):
+    if not prompt or prompt[-1].isspace() or target[0].isspace():
         separator = ""
     alone = _ids(tokenizer, prompt)
     text = prompt + separator + target
@@ -112,8 +111,9 @@ _NO_SPACES = (
 """Code points of scripts that put no space between words; Korean does."""
 
 
-def _no_spaces(character: str) -> bool:
-    return any(first <= ord(character) <= last for first, last in _NO_SPACES)
+def separated(text: str) -> bool:
+    """Whether ``text`` ends in a script that puts spaces between words; Chinese, Japanese and Thai do not."""
+    return not any(first <= ord(text[-1]) <= last for first, last in _NO_SPACES) if text else True
 
 
 _MARK = "mendfast-was-here"
