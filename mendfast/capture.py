@@ -209,11 +209,15 @@ def without_edits(model: nn.Module) -> Iterator[None]:
     Applied ones are taken out of the weights, and come back bit for bit; meanwhile no other thread edits the model.
     """
     with ledger_of(model).lifted():
-        _here.bare = before = getattr(_here, "bare", 0) + 1
+        before = getattr(_here, "bare", False)
         try:
-            yield
-        finally:
-            _here.bare = before - 1
+            try:
+                _here.bare = True
+                yield
+            finally:
+                _here.bare = before
+        finally:  # again, should the first be interrupted
+            _here.bare = before
 
 
 def _lowrank_hook(layer: Layer, u: torch.Tensor, delta: torch.Tensor, alpha: torch.Tensor | float) -> Callable:
@@ -223,7 +227,7 @@ def _lowrank_hook(layer: Layer, u: torch.Tensor, delta: torch.Tensor, alpha: tor
         # deepcopy copies hooks along, DataParallel's replicas need them
         if module is not layer.module and not getattr(module, "_is_replica", False):
             return output
-        if getattr(_here, "bare", 0):
+        if getattr(_here, "bare", False):
             return output
         device = output.device
         if (found := placed.get(device)) is None:

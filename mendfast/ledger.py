@@ -182,15 +182,15 @@ class Ledger:
         with exclusive(self.model):
             plan = self._going()
             try:
-                self._carry_out(plan)
-                for name in plan.before:
-                    self._spare.pop(name, None)  # the backups are still needed
-                yield
-            finally:
                 try:
+                    self._carry_out(plan)
+                    for name in plan.before:
+                        self._spare.pop(name, None)  # the backups are still needed
+                    yield
+                finally:
                     self._put_back(plan)
-                finally:  # again, should the first be interrupted
-                    self._put_back(plan)
+            finally:  # again, should the first be interrupted
+                self._put_back(plan)
 
     @_exclusively
     def _going(self) -> _Plan:

@@ -32,7 +32,7 @@ from .memory_file import (
     read_requests,
     write,
 )
-from .ops.least_squares import least_squares_statistics
+from .ops.least_squares import add_lower, metric_matrix, solve_normal
 from .requests import as_requests
 from .schema import shown, some
 from .updates import checksum
@@ -302,8 +302,7 @@ class EditMemory:
         with exclusive(self.model):
             solving = bool(self._records) and self.editor.config.aggregation == "least_squares"
             metrics = self.editor.layer_metrics() if solving else {}
-            scales = [float(x) for _, lam, mu in metrics.values() for x in (lam, mu)]
-            state = (self._version, id(self.editor.metric), self.editor.metric and self.editor.metric.tokens, *scales)
+            state = (self._version, *(self._metric_state() if solving else ()))
             if self._solved is not None and self._solved[0] == state:
                 return self._solved[1]
             factors = {}
@@ -325,10 +324,18 @@ class EditMemory:
         sums = self._sums.get(name)
         if sums is None:
             sums = self._sums[name] = _Sums(m, n, self.editor.device)
-        sums.follow({key: record.rows[name] for key, record in self._records.items()})
-        keys, delta = least_squares_statistics(sums.gram, sums.cross, *metric)
-        # S = -delta^T I = I (-delta^T): as few rows as the smaller side of the weight
-        return (keys, delta, 1.0) if m <= n else (delta.T.contiguous(), torch.eye(n, device=delta.device), 1.0)
+        sums.follow({key: record.rows[name] for key, record in self._records.items()}, metric, self._metric_state())
+        change = solve_normal(sums.gram, sums.cross).float()  # S^T
+        # as few rows as the smaller side of the weight has
+        sides = (torch.eye(m, device=change.device), -change) if m <= n else (-change.T, torch.eye(n).to(change.device))
+        return *(side.contiguous() for side in sides), 1.0
+
+    def _metric_state(self) -> tuple:
+        """What the solution depends on beside the records."""
+        editor = self.editor
+        if editor.config.aggregation != "least_squares":
+            return ()
+        return id(editor.metric), editor.metric.tokens, *editor.log_lambda.tolist(), *editor.log_mu.tolist()
 
     @contextlib.contextmanager
     def attached(self) -> Iterator[nn.Module]:
@@ -436,7 +443,7 @@ def update_file(
 
 
 class _Sums:
-    """U^T U and U^T D of one layer's rows, in float64, in step with the records.
+    """M + U^T U (of which the lower triangle) and U^T D of one layer's rows, in float64, in step with the records.
 
     What a record adds is subtracted when it goes; when more went than is left, all is added anew, so that the
     rounding of what went stays below that of what is there.
@@ -447,22 +454,22 @@ class _Sums:
         self.cross = torch.zeros(m, n, dtype=torch.float64, device=device)
         self._members: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self._there = self._gone = torch.zeros(2, dtype=torch.float64)
-        self._whole = True
+        self._of: tuple | None = None  # the state of the metric; None while the sums are being changed
 
-    def follow(self, rows: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
+    def follow(self, rows: Mapping[str, tuple[torch.Tensor, torch.Tensor]], metric: tuple, state: tuple) -> None:
         gone = [pair for key, pair in self._members.items() if rows.get(key) is not pair]
         new = [pair for key, pair in rows.items() if self._members.get(key) is not pair]
-        left, lost = self._there - _sizes(gone), self._gone + _sizes(gone)
-        anew = not self._whole or bool((lost > left).any())
-        self._whole = False  # until it is done: an interrupt may strike in between
+        there, lost = self._there - _sizes(gone), self._gone + _sizes(gone)
+        anew = self._of != state or bool((lost > there).any())
+        self._of = None
         if anew:
-            self.gram.zero_()
+            self.gram.copy_(metric_matrix(*metric))
             self.cross.zero_()
-            gone, new, left, lost = [], list(rows.values()), torch.zeros_like(left), torch.zeros_like(lost)
+            gone, new, there, lost = [], list(rows.values()), torch.zeros_like(there), torch.zeros_like(lost)
         self._add(gone, -1)
         self._add(new, 1)
-        self._members, self._there, self._gone = dict(rows), left + _sizes(new), lost
-        self._whole = True
+        self._members, self._there, self._gone = dict(rows), there + _sizes(new), lost
+        self._of = state
 
     def _add(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], sign: int) -> None:
         if not pairs:
@@ -470,7 +477,7 @@ class _Sums:
         u, d = (torch.cat(side) for side in zip(*pairs, strict=True))
         for start in range(0, len(u), _ROWS):
             some_u, some_d = (s[start : start + _ROWS].to(self.gram.device, torch.float64) for s in (u, d))
-            self.gram.addmm_(some_u.T, some_u, alpha=sign)
+            add_lower(self.gram, some_u.T, some_u.T, sign)
             self.cross.addmm_(some_u.T, some_d, alpha=sign)
 
 

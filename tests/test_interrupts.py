@@ -9,9 +9,10 @@ import pytest
 import torch
 from conftest import make_batch, make_model
 from interrupts import run
-from test_editor import SMALL, same_bits, state, trained
+from test_editor import SMALL, logits, same_bits, state, trained
 
-from mendfast import Edit, MendConfig, MendEditor
+from mendfast import Edit, MendConfig, MendEditor, revert_all
+from mendfast.capture import without_edits
 from mendfast.ledger import ledger_of, lock_of
 
 FILES = ("ledger.py", "updates.py", "edit.py", "capture.py", "locks.py", "objective.py", "ops/rank1_update.py")
@@ -109,6 +110,35 @@ def test_a_refused_change_that_is_interrupted_while_it_is_undone(edits):
         assert same_bits(model, before), at
     edits[0].revert_(model)
     assert same_bits(model, make_model("gpt2").half().state_dict())
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+def test_lifted_edits_come_back(edits, rounding):
+    """Whatever line the interrupt strikes; and the edit that is attached is seen again."""
+    model = make_model("gpt2").bfloat16()
+    untouched = state(model)
+    edits[0].apply_(model, rounding=rounding)
+    edits[1].apply_(model, rounding=rounding, seed=9)
+    edited, batch = state(model), make_batch("gpt2")
+    with edits[2].attached(model):
+        seen = logits(model, batch)
+
+    def call():
+        with without_edits(model):
+            assert same_bits(model, untouched)
+
+    lines, _ = run(call, FILES)
+    assert lines > 50 and same_bits(model, edited)
+    for at in range(lines):
+        assert run(call, FILES, at)[1] and same_bits(model, edited), at
+        if at % 25 == 0:
+            assert free(lock_of(model)), at
+    with edits[2].attached(model):
+        assert torch.equal(logits(model, batch), seen)
+        with without_edits(model):
+            bare = logits(model, batch)
+    revert_all(model)
+    assert same_bits(model, untouched) and torch.equal(logits(model, batch), bare)
 
 
 def test_without_a_backup_a_half_written_model_says_so(edits):
