@@ -244,3 +244,19 @@ def test_positions_are_drawn_of_decoders_and_not_of_classes(name):
     editor = trained(make_model(name), name)
     full = editor_loss(editor, *batches(name))[1]["l_loc"]
     assert editor_loss(editor, *batches(name), loc_positions=1)[1]["l_loc"].equal(full) == (name in CLASSIFIER)
+
+
+def test_few_targets_let_texts_come_back():
+    few, any_of = FactSampler(facts(), targets=2), FactSampler(facts())
+    seen = [{}, {}]
+    for step in range(60):
+        for sampler, found in zip((few, any_of), seen, strict=True):
+            for (prompt, target), (_, again) in zip(*sampler.draw(step, 8)[:2], strict=True):
+                assert target == again
+                found.setdefault(prompt, set()).add(target)
+    assert {len(targets) for targets in seen[0].values()} <= {1, 2}
+    assert max(len(targets) for targets in seen[1].values()) > 2
+    answers = {wording: item.answer for item in facts() for wording in item.wordings}
+    assert all(answers[prompt] not in targets for prompt, targets in seen[0].items())
+    with pytest.raises(ValueError, match="targets is -1"):
+        FactSampler(facts(), targets=-1)

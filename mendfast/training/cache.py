@@ -8,7 +8,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -83,7 +83,7 @@ class PrefixCache:
         self.seq2seq = kind == "encoder-decoder"
         # Of two stacks the first is the encoder's; where it is edited, the base's decoder has states of its own.
         self._final = [list(found[0][1])] if len(found) == 1 and not self.seq2seq else []
-        self._forms: dict[nn.Module, object] = {}  # of each stack's first block: what it gives beside its states
+        self._forms: dict[nn.Module, Any] = {}  # of each stack's first block: what it gives beside its states
         self.why_not: str | None = None
         if not self._ends:
             self.why_not = "it has no blocks below its edited layers"
@@ -105,7 +105,7 @@ class PrefixCache:
         if states is None:
             yield False
             return
-        forwards = {}
+        forwards: dict[nn.Module, Callable] = {}
         for blocks, kept in zip(self._stacks(final), states, strict=True):
             forwards |= self._replaying(blocks, kept)
         with replaced_forwards(forwards):
@@ -144,13 +144,15 @@ class PrefixCache:
         return self._final if final and self._final else self._ends
 
     def _of(self, batch: Batch, final: bool) -> list[torch.Tensor] | None:
-        """The states [B, S, width] of each stack's frozen blocks; None if the model can't be served."""
+        """The states [B, S, width] of each stack's frozen blocks; None if the model or the batch can't be served."""
+        if any(value.dim() != 2 for name, value in batch.items() if name != "labels"):
+            return None
         texts = self._texts(batch)
         self.asked += 0 if final else len(texts)  # those are asked for again, without
         final = final and bool(self._final)
         if not self._forms:
             self._compute(texts[0], final)
-        rows = []
+        rows: list[list[torch.Tensor]] = []
         for text in texts:
             found = self._found(self._key(text, final)) or self._compute(text, final)
             if found is None:
@@ -176,7 +178,8 @@ class PrefixCache:
             decoder_ends = _ends(inputs["labels"] != IGNORE)
         texts = []
         for i, end in enumerate(ends.tolist()):
-            own, digest = {}, hashlib.blake2b(digest_size=16)
+            own: dict[str, torch.Tensor] = {}
+            digest = hashlib.blake2b(digest_size=16)
             for name, value in sorted(inputs.items()):
                 decoders = name == "labels" or name.startswith("decoder_")
                 stop = end if not decoders else value.shape[1] if decoder_ends is None else int(decoder_ends[i])
@@ -196,7 +199,7 @@ class PrefixCache:
         wanted = [self._ends, self._final] if final else [self._ends]
         edges = {block for stacks_ in wanted for blocks in stacks_ for block in (blocks[0], blocks[-1])}
         last = wanted[-1][-1][-1]
-        seen: dict[nn.Module, object] = {}
+        seen: dict[nn.Module, Any] = {}
 
         def keep(module: nn.Module, args: tuple, output: object) -> None:
             seen[module] = output
@@ -211,8 +214,10 @@ class PrefixCache:
             for handle in handles:
                 handle.remove()
         lengths = self._lengths(text.inputs)
+        states: list[torch.Tensor] = []
         for kept, ends in zip((False, True), wanted, strict=False):
-            states = [self._read(blocks, seen, length) for blocks, length in zip(ends, lengths, strict=False)]
+            read = [self._read(blocks, seen, length) for blocks, length in zip(ends, lengths, strict=False)]
+            states = [part for part in read if part is not None]
             if self.why_not:
                 log.info("%s runs whole in training: %s", type(self.model).__name__, self.why_not)
                 return None
@@ -220,7 +225,7 @@ class PrefixCache:
         self.computed += 1
         return states
 
-    def _read(self, blocks: list[nn.Module], seen: Mapping[nn.Module, object], length: int) -> torch.Tensor | None:
+    def _read(self, blocks: list[nn.Module], seen: Mapping[nn.Module, Any], length: int) -> torch.Tensor | None:
         """The states [length, width] that a stack's last frozen block gave, its form noted."""
         outputs = [seen.get(blocks[0]), seen.get(blocks[-1])]
         bare = isinstance(outputs[1], torch.Tensor)
@@ -257,7 +262,8 @@ class PrefixCache:
         if self.held <= self.limit:
             return
         # Where they are written, many in one file.
-        bound, dropped = self.limit if self._kept is None else self.limit // 4 * 3, {}
+        bound = self.limit if self._kept is None else self.limit // 4 * 3
+        dropped: dict[bytes, list[torch.Tensor]] = {}
         while self.held > bound:
             key = next(iter(self._states))
             dropped[key] = self._states[key]
@@ -267,12 +273,13 @@ class PrefixCache:
 
     def _replaying(self, blocks: list[nn.Module], states: torch.Tensor) -> dict[nn.Module, Callable]:
         """Forwards that give ``states`` in the form that the blocks give theirs."""
-        first, given = blocks[0], []
+        first = blocks[0]
+        given: list[Any] = []
         forward, form = first.forward, self._forms[first]
 
-        def begin(*args: object, **kwargs: object) -> object:
-            hidden = args[0] if args else kwargs["hidden_states"]
-            placed = states.to(hidden.device)
+        def begin(*args: Any, **kwargs: Any) -> Any:
+            given_in = [part for part in (*args, *kwargs.values()) if isinstance(part, torch.Tensor)]
+            placed = states.to(given_in[0].device)
             tail = forward(*args, **kwargs)[1:] if form is RUN else form
             given[:] = [placed if tail is None else (placed, *tail)]
             return given[0]

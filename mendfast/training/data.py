@@ -56,6 +56,8 @@ class FactSampler:
         loc: neighbours per edit: in turn any fact, one of the same entity, one of the same relation.
         neighbours: the facts that neighbours come from; ``items`` by default.
         include_inner: the edited question itself is trained for too, with this probability each draw.
+        targets: so many other answers, of each fact always the same ones, are all that an edit of it may name: its
+            texts come back, and a cache of the frozen part has them. 0: any answer of its relation.
     """
 
     def __init__(
@@ -66,13 +68,16 @@ class FactSampler:
         loc: int = 3,
         neighbours: Sequence[Item] | None = None,
         include_inner: float = 0.25,
+        targets: int = 0,
         seed: int = 0,
     ):
+        if targets < 0:
+            raise ValueError(f"targets is {targets}; it must be the answers that a fact may be given, or 0 for any.")
         if not items:
             raise ValueError("There are no facts to draw edits from.")
         self.items, self.outer, self.loc, self.seed = list(items), outer, loc, seed
         self.neighbours = list(neighbours or items)
-        self.include_inner = include_inner
+        self.include_inner, self.targets = include_inner, targets
         self._of_relation, self._of_entity, answers = defaultdict(list), defaultdict(list), defaultdict(dict)
         for item in self.neighbours:
             self._of_relation[item.relation].append(item)
@@ -106,6 +111,10 @@ class FactSampler:
     def _other_answer(self, rng: random.Random, item: Item) -> str:
         pool = self._answers[item.relation]
         pool = pool if len(pool) > 1 else self._all_answers
+        if self.targets:
+            others = [answer for answer in pool if answer != item.answer]
+            own = random.Random(f"{self.seed}:{item.wordings[0]}:{item.answer}")
+            return rng.choice(own.sample(others, min(self.targets, len(others))))
         while (answer := rng.choice(pool)) == item.answer:
             pass
         return answer
