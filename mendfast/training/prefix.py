@@ -9,7 +9,8 @@ from collections.abc import Iterator, Sequence
 from torch import nn
 
 from ..capture import replaced_forwards
-from ..layers import Layer, stacks
+from ..choice import stacks
+from ..layers import Layer
 
 log = logging.getLogger("mendfast")
 
@@ -59,7 +60,8 @@ class FrozenPrefix:
     @contextlib.contextmanager
     def replayed(self) -> Iterator[None]:
         """A forward pass within the block, on the same tokens, takes that output for theirs."""
-        ends = {block: self._kept[last] for blocks, last in self._ends for block in blocks}
+        # a vision tower's blocks don't run for text
+        ends = {block: self._kept[last] for blocks, last in self._ends if last in self._kept for block in blocks}
         try:
             with replaced_forwards({block: lambda *_, kept=kept, **__: kept for block, kept in ends.items()}):
                 yield
