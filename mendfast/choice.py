@@ -20,7 +20,9 @@ log = logging.getLogger("mendfast")
 LAST_BLOCKS = 3
 LAST_BLOCKS_PER_STACK = 2  # encoder-decoders
 
-_MIXING = re.compile(r"attn|attention|(^|[._])(self_)?att($|[._])|mamba|ssm|temporal_block|(^|[._])(short)?conv($|[._])")
+_MIXING = re.compile(
+    r"attn|attention|(^|[._])(self_)?att($|[._])|mamba|ssm|temporal_block|(^|[._])(short)?conv($|[._])"
+)
 _MIXING_CLASS = re.compile(r"Attention|Mamba|Mixer|ShortConv|DeltaNet|Recurrent|SelfAttn|mLSTM|sLSTM")
 _GATE = re.compile(r"(^|[._])gate($|\.)|_gate($|\.)|router|gating")
 _GATE_CLASS = re.compile(r"Router|Gating|TopKGate|TopkGate|MoEGate")
@@ -93,7 +95,7 @@ def choose_layers(model: nn.Module) -> list[str]:
 def _of_stack(stack: str, blocks: nn.ModuleList, last: int) -> list[str]:
     mlps = {i: paths for i, block in enumerate(blocks) if (paths := list(_mlp(block)))}
     mixture = any(_holds_experts(block) for block in list(blocks)[-last:])
-    chosen = {i: paths for i, paths in mlps.items() if i >= len(blocks) // 2}
+    chosen = mlps if max(mlps, default=-1) >= len(blocks) // 2 else {}  # a dense block at the bottom is not meant
     said = "what runs beside the routed experts is edited (shared experts, dense MLPs)"
     if not chosen:
         chosen = {i: paths for i, block in enumerate(blocks) if (paths := list(_output(block)))}
@@ -143,8 +145,9 @@ def _output(block: nn.Module) -> Iterator[str]:
 
 
 def _holds_experts(block: nn.Module) -> bool:
-    return any(
-        _EXPERTS.search(path) and "shared" not in path
-        or any(p is not None and p.dim() == 3 and not isinstance(module, nn.Conv1d) for p in module._parameters.values())
-        for path, module in walk(block)
-    )
+    for path, module in walk(block):
+        if _EXPERTS.search(path) and "shared" not in path:
+            return True
+        if not isinstance(module, nn.Conv1d) and any(p is not None and p.dim() == 3 for p in module.parameters(False)):
+            return True
+    return False
