@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from mendfast import Edit, MendEditor
-from mendfast.layers import stacks
+from mendfast.choice import stacks
 from mendfast.training.prefix import FrozenPrefix
 
 from .contest import Work

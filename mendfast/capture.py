@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from . import ops
+from .choice import experts_in
 from .layers import Layer, unwrapped
 from .ledger import ledger_of, settle
 from .locks import exclusive, holding
@@ -159,13 +160,19 @@ def capture(model: nn.Module, layers: Sequence[Layer], batch_size: int) -> Itera
     compiled model runs uncompiled: what the compiler made of it knows no hooks.
 
     Raises:
-        ValueError: weights that were made within torch.inference_mode, or that an interrupted edit left half written.
+        ValueError: weights that were made within torch.inference_mode, that an interrupted edit left half written, or
+            of a mixture's routed experts.
     """
     settle(model)
     if made := [layer.name for layer in layers if getattr(layer.weight, "is_inference", bool)()]:
         raise ValueError(
             f"{made[0]} was made within torch.inference_mode, and no gradient passes such a tensor; "
             "load the model outside of that block (torch.no_grad is fine)."
+        )
+    if routed := [layer.name for layer in layers if experts_in(layer.name)]:
+        raise ValueError(
+            f"{routed[0]} belongs to a routed expert, which sees a selection of the tokens, so its rows can't be told "
+            "apart by sample; edit the shared expert or the attention's output projection (layers=None chooses them)."
         )
     captured = Captured(layers, batch_size)
     with exclusive(model), torch.inference_mode(False), undone() as changes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
 from collections import Counter
@@ -15,6 +16,7 @@ from torch import nn
 
 from .capture import lowrank_updates
 from .files import read_tensors, write_tensors
+from .fingerprint import Fingerprint
 from .layers import Layer, find_layers, unwrapped
 from .ledger import ledger_of, settle
 from .schema import brief, check_real, parse_json, shown, some
@@ -47,6 +49,7 @@ class Edit:
             ``alpha * delta.T @ u``, that of a Conv1D the transpose.
         model_type: the kind of model it was made for (``model.config.model_type``), checked on use.
         requests: the edits it makes, for people to read.
+        fingerprint: of the base model that it was made for, checked on use.
 
     The same Edit is applied to a model once, unless one insists (``apply_(..., again=True)``).
     Edits of one model stack and come out in any order.
@@ -57,9 +60,11 @@ class Edit:
         factors: Mapping[str, tuple[torch.Tensor, torch.Tensor, float]],
         model_type: str | None = None,
         requests: Sequence[tuple[str, str]] = (),
+        fingerprint: Fingerprint | None = None,
     ):
         self.factors = {name: Factor(*factor) for name, factor in factors.items()}
         self.model_type = model_type
+        self.fingerprint = fingerprint
         self.requests = tuple(EditRequest(*request) for request in requests)
         for name, (u, delta, _) in self.factors.items():
             if u.dim() != 2 or delta.dim() != 2 or len(u) != len(delta):
@@ -79,7 +84,7 @@ class Edit:
     def to(self, device: torch.device | str) -> Edit:
         """A copy with the factors on ``device``."""
         factors = {name: Factor(u.to(device), d.to(device), a) for name, (u, d, a) in self.factors.items()}
-        return Edit(factors, self.model_type, self.requests)
+        return Edit(factors, self.model_type, self.requests, self.fingerprint)
 
     @staticmethod
     def sum(edits: Sequence[Edit]) -> Edit:
@@ -104,28 +109,41 @@ class Edit:
             factors[name] = Factor(
                 torch.cat([part.u.to(device) for part in parts]), torch.cat([d.to(device) for d in deltas]), alpha
             )
-        return Edit(factors, next(iter(kinds), None), [r for edit in edits for r in edit.requests])
+        prints = [edit.fingerprint for edit in edits if edit.fingerprint is not None]
+        merged = functools.reduce(Fingerprint.merged, prints) if prints else None
+        return Edit(factors, next(iter(kinds), None), [r for edit in edits for r in edit.requests], merged)
 
     # -- on a model ----------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def attached(self, model: nn.Module) -> Iterator[nn.Module]:
+    def attached(self, model: nn.Module, *, strict: bool = False) -> Iterator[nn.Module]:
         """Within the block ``model`` answers as edited; its weights are not touched, nor copied.
 
         Works on frozen, quantised and sharded weights too. Blocks nest: the updates add up. Every pass within the
         block sees the edit, those of other threads included; a copy of the model made within it does not. A compiled
         model runs uncompiled meanwhile. In training, call ``backward`` within the block, since activation
         checkpointing runs the forward pass again then. ``model.save_pretrained`` refuses: it would write the
-        unedited weights.
+        unedited weights. Keys and values cached before the block are of the unedited model: begin with a new cache
+        in it (``past_key_values=None``), and with another after it.
+
+        Args:
+            strict: a ValueError, and not a warning, where the edit's fingerprint is of another base model.
         """
         settle(model)
-        layers = self._layers(model)
+        layers = self._layers(model, strict)
         factors = dict(zip((layer.name for layer in layers), self.factors.values(), strict=True))
         with lowrank_updates(layers, factors, model):
             yield model
 
     def apply_(
-        self, model: nn.Module, *, backup: str = "cpu", rounding: str = "nearest", seed: int = 0, again: bool = False
+        self,
+        model: nn.Module,
+        *,
+        backup: str = "cpu",
+        rounding: str = "nearest",
+        seed: int = 0,
+        again: bool = False,
+        strict: bool = False,
     ) -> Edit:
         """Write the update into the model's weights, all of them or none.
 
@@ -134,6 +152,8 @@ class Edit:
         Threads may edit one model at a time each; a pass that runs while another thread writes sees a mixture, unless
         it holds the lock: ``with mendfast.ledger.lock_of(model): model(...)``. A process that is forked after PyTorch
         has used its threads hangs in its first update, as in any other parallel operation: start it by "spawn".
+        Keys and values cached before (``past_key_values``, a static cache) are of the model as it was; drop them, or
+        reset the cache, after this and after :meth:`revert_`.
 
         Args:
             backup: where the bits of the unedited weights are kept for :meth:`revert_`: "cpu" (pinned when
@@ -143,13 +163,14 @@ class Edit:
             rounding: "nearest", or "stochastic", which keeps small updates of 16-bit weights from vanishing.
             seed: of stochastic rounding, 0 to 2^63 - 1.
             again: apply it even if this edit, or one with the same factors, is applied already.
+            strict: a ValueError, and not a warning, where the edit's fingerprint is of another base model.
 
         Raises:
             ValueError, TypeError: the edit is applied already, was made for another model, does not fit, holds NaN
                 or infinity or would put infinity into a weight, a weight can't be written in place (quantised,
                 sharded, tied, meta), or something else has written to an edited weight. Nothing is changed then.
         """
-        self._layers(model)
+        self._layers(model, strict)
         ledger_of(model).apply(self, self.factors, backup=backup, rounding=rounding, seed=seed, again=again)
         return self
 
@@ -206,7 +227,7 @@ class Edit:
         named = zip(layers, self.factors.values(), strict=True)
         return measured({layer.name: (u, delta.to(u.device), float(alpha)) for layer, (u, delta, alpha) in named})[0]
 
-    def _layers(self, model: nn.Module) -> list[Layer]:
+    def _layers(self, model: nn.Module, strict: bool = False) -> list[Layer]:
         kind = getattr(getattr(unwrapped(model), "config", None), "model_type", None)
         if self.model_type is not None and kind is not None and kind != self.model_type:
             raise ValueError(f"This edit was made for a {self.model_type} model; this one is a {kind}.")
@@ -217,6 +238,8 @@ class Edit:
                     f"This edit was made for another model: it holds {layer.name} with {u.shape[1]} inputs and "
                     f"{delta.shape[1]} outputs, and here it has {layer.m} and {layer.n}."
                 )
+        if self.fingerprint is not None:
+            self.fingerprint.check(model, "This edit", strict=strict)
         return layers
 
     # -- on disk -------------------------------------------------------------------------------------------
@@ -241,6 +264,8 @@ class Edit:
             "requests": json.dumps(requests),
             "weights": json.dumps(list(self.factors)),
         }
+        if self.fingerprint is not None:
+            metadata["fingerprint"] = self.fingerprint.to_json()
         write_tensors(path, tensors, metadata)
 
     @classmethod
@@ -269,7 +294,8 @@ class Edit:
             for name in names
         }
         requests = _checked_requests(parse_json(metadata["requests"], f"The list of requests in {path}"), str(path))
-        return cls(factors, metadata["model_type"] or None, requests)
+        base = Fingerprint.from_json(metadata.get("fingerprint"), str(path))
+        return cls(factors, metadata["model_type"] or None, requests, base)
 
 
 def disturbance_in_words(disturbance: Mapping[str, float]) -> str:

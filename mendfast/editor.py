@@ -18,6 +18,7 @@ from .edit import Edit
 from .editable import EditableModel
 from .editors import directory as shipped_directory
 from .files import read_shapes, read_tensors, write_tensors
+from .fingerprint import Fingerprint, fingerprint_of
 from .layers import device_of, find_layers
 from .metric import Metric, observe
 from .network import Gather, make_networks, planned_networks
@@ -45,6 +46,7 @@ class MendEditor(EditableModel, nn.Module):
 
     Attributes:
         metric: what :meth:`protect` has gathered; needed where ``config.aggregation`` is "least_squares".
+        fingerprint: of the base model that it was loaded with; None for a new one, and one of an earlier version.
 
     Source: Mitchell et al., "Fast Model Editing at Scale", ICLR 2022, section 3 and Algorithms 1 and 2; docs/ops/
     least_squares.md for the other aggregation.
@@ -56,6 +58,7 @@ class MendEditor(EditableModel, nn.Module):
         self.networks, self._groups = make_networks(self.layers, self.config)
         self.gather: Gather | None = None  # set by a Trainer that is one of several processes
         self._warned = False
+        self.fingerprint: Fingerprint | None = None
         count = len(self.layers)
         self.alpha_multiplier = nn.Parameter(torch.ones(count))
         self.metric: Metric | None = None
@@ -82,9 +85,16 @@ class MendEditor(EditableModel, nn.Module):
         return cls(model, tokenizer, config)
 
     @classmethod
-    def from_pretrained(cls, source: str | Path, model: nn.Module, tokenizer: Any = None) -> MendEditor:
+    def from_pretrained(
+        cls, source: str | Path, model: nn.Module, tokenizer: Any = None, *, strict: bool = False
+    ) -> MendEditor:
         """The editor that :meth:`save_pretrained` wrote to a directory, that ships under a name (see
-        :func:`mendfast.editors.shipped`), or that a Hub repository holds."""
+        :func:`mendfast.editors.shipped`), or that a Hub repository holds.
+
+        Args:
+            strict: a ValueError, and not a warning, where ``model`` holds other weights than the one that the editor
+                was made for (the instruct model instead of the base, say; :mod:`mendfast.fingerprint`).
+        """
         directory = Path(source)
         if not directory.is_dir():
             directory = shipped_directory(str(source)) or directory
@@ -110,7 +120,11 @@ class MendEditor(EditableModel, nn.Module):
         found = {name: shape for name, shape in shapes.items() if name.startswith("networks.")}
         _check_fits(found, {name: tensor.shape for name, tensor in planned.items()}, str(source))
         tensors, _ = read_tensors(directory / WEIGHTS_FILE, "editor")
+        base = Fingerprint.from_json(metadata.get("fingerprint"), str(source))
+        if base is not None:
+            base.check(model, f"The editor {source}", strict=strict)
         editor = cls(model, tokenizer, config)
+        editor.fingerprint = base
         editor.load_tensors(tensors, str(source))
         if (directory / METRIC_FILE).is_file():
             editor.protect_with(Metric.load(directory / METRIC_FILE))
@@ -128,6 +142,7 @@ class MendEditor(EditableModel, nn.Module):
             "format": "mendfast.editor",
             "format_version": "1",
             "model_type": self.model.config.model_type,
+            "fingerprint": (self.fingerprint or fingerprint_of(self.model, self.layers)).to_json(),
         }
         tensors = {
             name: tensor.to(dtype) if dtype is not None and tensor.dim() == 2 else tensor
@@ -281,7 +296,8 @@ class MendEditor(EditableModel, nn.Module):
 
     def _edit_of(self, rows: Mapping[str, Transformed]) -> Edit:
         factors = self._aggregated(rows, 1 << 62, 1)
-        return Edit({name: (u[0], d[0], float(a)) for name, (u, d, a) in factors.items()}, self.model.config.model_type)
+        factors = {name: (u[0], d[0], float(a)) for name, (u, d, a) in factors.items()}
+        return Edit(factors, self.model.config.model_type, (), fingerprint_of(self.model, self.layers))
 
     @torch.inference_mode(False)
     def wanted(self, batch: Batch) -> dict[str, Wanted]:

@@ -1,19 +1,19 @@
-"""Which weights of a model are edited: by name, or the MLP matrices of its last blocks."""
+"""Which weights of a model are edited: by name, or chosen by :mod:`mendfast.choice`.
+
+Names are those of the model itself, whatever it is wrapped in: torch.compile's, DataParallel's and PEFT's modules are
+looked through.
+"""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from .schema import shown, some
-
-LAST_BLOCKS = 3
-LAST_BLOCKS_PER_STACK = 2  # encoder-decoders
-_ATTENTION = ("attn", "attention")
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,10 @@ class Layer:
 
 
 def find_layers(model: nn.Module, names: Sequence[str] | None) -> list[Layer]:
-    """The named weights ("….weight", or the module's name), or :func:`choose_layers` for None."""
+    """The named weights ("….weight", or the module's name), or :func:`mendfast.choice.choose_layers` for None."""
     if names is None:
+        from .choice import choose_layers
+
         names = choose_layers(model)
     return [_find(model, name) for name in names]
 
@@ -53,24 +55,63 @@ def is_matrix(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or is_conv1d(module) or all(isinstance(width, int) for width in widths)
 
 
+def is_a(module: nn.Module, name: str, package: str) -> bool:
+    """Whether the module is of that class or one derived from it; asked without importing the package."""
+    return any(c.__name__ == name and c.__module__.split(".")[0] == package for c in type(module).__mro__)
+
+
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside torch.compile's, DataParallel's and DistributedDataParallel's wrappers."""
+    """The model inside torch.compile's, DataParallel's, DistributedDataParallel's and PEFT's wrappers.
+
+    What PEFT has put into the model's own layers stays at work; a learned prompt, which its wrapper alone adds, does
+    not, and such a model is left as it is.
+    """
     while True:
         if "_orig_mod" in model._modules:
             model = model._modules["_orig_mod"]
         elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             model = model.module
+        elif is_a(model, "PeftModel", "peft") and is_a(model.base_model, "BaseTuner", "peft"):
+            model = model.base_model.model
+        elif is_a(model, "BaseTuner", "peft"):
+            model = model.model
         else:
             return model
+
+
+def inner(module: nn.Module) -> nn.Module:
+    """The layer itself, inside a compiled one or one that PEFT has put an adapter around."""
+    while True:
+        below = unwrapped(module)
+        if "base_layer" in below._modules:
+            below = below._modules["base_layer"]
+        if below is module:
+            return module
+        module = below
+
+
+def walk(module: nn.Module, path: str = "", seen: set[nn.Module] | None = None) -> Iterator[tuple[str, nn.Module]]:
+    """As ``named_modules``, without wrappers and their adapters: paths are those of the plain model."""
+    module, seen = inner(module), set() if seen is None else seen
+    if module in seen:
+        return
+    seen.add(module)
+    yield path, module
+    for name, child in module._modules.items():
+        if child is not None:
+            yield from walk(child, f"{path}.{name}" if path else name, seen)
 
 
 def _submodule(model: nn.Module, path: str) -> tuple[nn.Module, str]:
     """The module at ``path``, and its path without the names of wrappers; AttributeError if there is none."""
     module, plain = unwrapped(model), []
-    for part in path.split(".") if path else ():
-        if part == "_orig_mod" or part == "module" and part not in module._modules:
+    parts = path.split(".") if path else []
+    if parts[:2] == ["base_model", "model"] and "base_model" not in module._modules:
+        parts = parts[2:]  # as PEFT's wrapper has them
+    for part in parts:
+        if part in ("_orig_mod", "base_layer") or part == "module" and part not in module._modules:
             continue
-        module = unwrapped(module.get_submodule(part))
+        module = inner(module.get_submodule(part))
         plain.append(part)
     return module, ".".join(plain)
 
@@ -80,7 +121,7 @@ def _find(model: nn.Module, name: str) -> Layer:
     try:
         module, path = _submodule(model, path)
     except AttributeError:
-        matrices = [f"{p}.weight" for p, m in model.named_modules() if is_matrix(m)]
+        matrices = [f"{p}.weight" for p, m in walk(model) if is_matrix(m)]
         near = difflib.get_close_matches(name[:200], matrices, n=3, cutoff=0.5) or matrices[-3:]
         raise ValueError(f"The model has no layer {shown(name)}. Near matches: {some(near)}.") from None
     if is_conv1d(module):
@@ -92,42 +133,6 @@ def _find(model: nn.Module, name: str) -> Layer:
         f"Layer {shown(name)} is a {type(module).__name__}, not a matrix that can be edited; "
         "name the weight of an nn.Linear or of a Hugging Face Conv1D."
     )
-
-
-def stacks(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
-    """The model's stacks of blocks, in order of registration: one, or an encoder's and a decoder's."""
-    found: list[tuple[str, nn.ModuleList]] = []
-    for name, module in model.named_modules():
-        inside = any(name.startswith(f"{outer}.") for outer, _ in found)
-        if isinstance(module, nn.ModuleList) and not inside and len({type(block) for block in module}) == 1:
-            if any(is_matrix(m) for m in module.modules()):
-                found.append((name, module))
-    return found
-
-
-def choose_layers(model: nn.Module) -> list[str]:
-    """Names of the MLP matrices of the last three blocks, or of the last two of each of two stacks."""
-    found = stacks(model)
-    if not found:
-        raise ValueError(
-            f"{type(model).__name__} has no stack of blocks to choose layers from; "
-            "name the weights in MendConfig(layers=[...])."
-        )
-    last = LAST_BLOCKS if len(found) == 1 else LAST_BLOCKS_PER_STACK
-    names = []
-    for stack, blocks in found:
-        for i, block in list(enumerate(blocks))[-last:]:
-            names += [
-                f"{stack}.{i}.{path}.weight"
-                for path, module in block.named_modules()
-                if is_matrix(module) and not any(word in path.lower() for word in _ATTENTION)
-            ]
-    if not names:
-        raise ValueError(
-            f"The last blocks of {type(model).__name__} hold no MLP matrices that mendfast knows; "
-            "name the weights in MendConfig(layers=[...])."
-        )
-    return names
 
 
 def check_writable(layer: Layer) -> None:
@@ -164,7 +169,7 @@ def check_untied(model: nn.Module, layers: Sequence[Layer]) -> None:
     for path, module in unwrapped(model).named_modules(remove_duplicate=False):
         for name, parameter in module._parameters.items():
             if id(parameter) in names:
-                parts = [part for part in path.split(".") if part not in ("", "_orig_mod")]
+                parts = [part for part in path.split(".") if part not in ("", "_orig_mod", "base_layer")]
                 names[id(parameter)].append(".".join([*parts, name]))
     for layer in layers:
         others = [name for name in names[id(layer.weight)] if name != layer.name]

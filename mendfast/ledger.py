@@ -468,6 +468,12 @@ def ledger_of(model: nn.Module) -> Ledger:
     return found
 
 
+def backups_of(model: nn.Module) -> dict[str, torch.Tensor | None]:
+    """Each edited weight as it was before its first edit; None without a backup."""
+    found = vars(unwrapped(model)).get(_ATTRIBUTE)
+    return {name: w.backup for name, w in found._weights.items()} if isinstance(found, Ledger) else {}
+
+
 def settle(model: nn.Module) -> None:
     """Undo what an interrupted change of ``model`` left; a ValueError where that can't be."""
     if isinstance(found := vars(unwrapped(model)).get(_ATTRIBUTE), Ledger):

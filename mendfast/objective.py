@@ -45,9 +45,12 @@ def model_kind(model: nn.Module) -> str:
 
 def context_length(model: nn.Module) -> int | None:
     """The longest input that the model takes, None where there is no limit (T5's relative positions)."""
+    config = model.config
+    if not getattr(config, "is_encoder_decoder", False) and hasattr(config, "get_text_config"):
+        config = config.get_text_config()  # of a model that also sees
     for name in ("max_position_embeddings", "n_positions", "n_ctx"):
-        length = getattr(model.config, name, None)
-        if isinstance(length, int) and length > 0 and model.config.model_type not in ("t5", "mt5", "umt5"):
+        length = getattr(config, name, None)
+        if isinstance(length, int) and length > 0 and config.model_type not in ("t5", "mt5", "umt5"):
             return length
     return None
 
@@ -137,7 +140,8 @@ def _forward(
     if kind == "encoder-decoder" and "decoder_input_ids" not in inputs:
         inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=batch["labels"])
     if kind == "causal" and "attention_mask" in inputs and "position_ids" not in inputs:
-        if "position_ids" in inspect.signature(model.forward).parameters:
+        own = hasattr(getattr(model, "model", None), "get_rope_index")  # positions of images in three dimensions
+        if "position_ids" in inspect.signature(model.forward).parameters and not own:
             # Left padding must not move the positions, as generate() knows but a plain forward does not.
             inputs["position_ids"] = (inputs["attention_mask"].long().cumsum(-1) - 1).clamp(min=0)
     with _head_rows(model, keep, for_nll) as selected:

@@ -9,7 +9,7 @@ from test_editor import same_bits, state, trained
 
 from benchmarks.naive_mend import meta_step
 from mendfast import MendConfig, MendEditor
-from mendfast.layers import stacks
+from mendfast.choice import stacks
 from mendfast.training import editor_loss as meta_loss
 from mendfast.training.prefix import FrozenPrefix
 

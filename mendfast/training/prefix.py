@@ -9,7 +9,8 @@ from collections.abc import Iterator, Sequence
 from torch import nn
 
 from ..capture import replaced_forwards
-from ..layers import Layer, stacks
+from ..choice import stacks
+from ..layers import Layer
 
 log = logging.getLogger("mendfast")
 
@@ -60,7 +61,9 @@ class FrozenPrefix:
     @contextlib.contextmanager
     def replayed(self) -> Iterator[None]:
         """A forward pass within the block, on the same tokens, takes that output for theirs."""
-        ends = {block: self._kept[blocks[-1]] for blocks in self.ends for block in blocks}
+        # a vision tower's blocks don't run for text
+        ran = [blocks for blocks in self.ends if blocks[-1] in self._kept]
+        ends = {block: self._kept[blocks[-1]] for blocks in ran for block in blocks}
         try:
             with replaced_forwards({block: lambda *_, kept=kept, **__: kept for block, kept in ends.items()}):
                 yield

@@ -9,7 +9,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ..capture import Factors, frozen, lowrank_updates, replaced_forwards
-from ..layers import Layer, stacks
+from ..choice import stacks
+from ..layers import Layer
 
 
 @contextlib.contextmanager

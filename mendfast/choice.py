@@ -1,0 +1,153 @@
+"""Which matrices are edited where nobody names any: those of the last blocks' MLPs.
+
+Never a router or a gate of a mixture of experts, never a vision or audio tower. Where a block's MLP is nothing but
+routed experts, whose rows are a selection of the tokens, the attention's output projection stands in for it, and a
+line of the log says so.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator
+
+from torch import nn
+
+from .layers import is_matrix, unwrapped, walk
+
+log = logging.getLogger("mendfast")
+
+LAST_BLOCKS = 3
+LAST_BLOCKS_PER_STACK = 2  # encoder-decoders
+
+_MIXING = re.compile(
+    r"attn|attention|(^|[._])(self_)?att($|[._])|mamba|ssm|temporal_block|(^|[._])(short)?conv($|[._])"
+)
+_MIXING_CLASS = re.compile(r"Attention|Mamba|Mixer|ShortConv|DeltaNet|Recurrent|SelfAttn|mLSTM|sLSTM")
+_GATE = re.compile(r"(^|[._])gate($|\.)|_gate($|\.)|router|gating")
+_GATE_CLASS = re.compile(r"Router|Gating|TopKGate|TopkGate|MoEGate")
+_ASIDE = re.compile(r"adapter|altup|laurel|per_layer|hyper|indexer|(^|[._])hc_")
+_EXPERTS = re.compile(r"(^|\.)(\w*_)?experts($|\.)")
+_SENSES = re.compile(r"vision|visual|image|video|audio|speech|patch|pixel|vit($|\.)|vq|depth_decoder|codec|qformer|mtp")
+_OUTPUT = ("o_proj", "out_proj", "c_proj", "wo", "o", "out_lin", "dense", "proj", "out")
+
+
+def experts_in(name: str) -> bool:
+    """Whether a weight belongs to a mixture's routed experts, which see a selection of the tokens."""
+    return re.search(r"(^|\.)(\w*_)?experts\.\d+(\.|$)", name) is not None and "shared_experts" not in name
+
+
+def stacks(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
+    """The model's stacks of blocks, in order of registration: one, or an encoder's and a decoder's, or a tower's
+    beside the text's."""
+    found: list[tuple[str, nn.ModuleList]] = []
+    for name, module in walk(model):
+        inside = any(name.startswith(f"{outer}.") for outer, _ in found)
+        if isinstance(module, nn.ModuleList) and len(module) and not inside and _alike(module):
+            if any(is_matrix(m) for m in module.modules()):
+                found.append((name, module))
+    return found
+
+
+def _alike(blocks: nn.ModuleList) -> bool:
+    """One kind of block; or several (attention here, state space there), each of which is called one."""
+    kinds = {type(block) for block in blocks}
+    return len(kinds) == 1 or all(re.search(r"Layer$|Block$", kind.__name__) for kind in kinds)
+
+
+def text_stacks(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
+    """Of :func:`stacks` those that read and write text: an encoder's and a decoder's, or the one before the head."""
+    model = unwrapped(model)
+    found = stacks(model)
+    plain = [(name, blocks) for name, blocks in found if not _SENSES.search(name.lower())]
+    found = plain or found
+    if getattr(model.config, "is_encoder_decoder", False) or len(found) < 2:
+        return found
+    inside = found
+    if hasattr(model, "get_decoder"):
+        reached = {id(module) for module in model.get_decoder().modules()}
+        inside = [(name, blocks) for name, blocks in found if id(blocks) in reached] or found
+    return [max(inside, key=lambda stack: sum(p.numel() for p in stack[1].parameters()))]
+
+
+def choose_layers(model: nn.Module) -> list[str]:
+    """Names of the MLP matrices of the last three blocks, or of the last two of each of an encoder-decoder's stacks.
+
+    Raises:
+        ValueError: no stack of blocks, or none that holds a matrix to edit.
+    """
+    found = text_stacks(model)
+    if not found:
+        raise ValueError(
+            f"{type(model).__name__} has no stack of blocks to choose layers from; "
+            "name the weights in MendConfig(layers=[...])."
+        )
+    last = LAST_BLOCKS if len(found) == 1 else LAST_BLOCKS_PER_STACK
+    names = [name for stack, blocks in found for name in _of_stack(stack, blocks, last)]
+    if not names:
+        raise ValueError(
+            f"The last blocks of {type(model).__name__} hold no matrices that mendfast knows to be an MLP's or an "
+            "attention's output; name the weights in MendConfig(layers=[...])."
+        )
+    return names
+
+
+def _of_stack(stack: str, blocks: nn.ModuleList, last: int) -> list[str]:
+    mlps = {i: paths for i, block in enumerate(blocks) if (paths := list(_mlp(block)))}
+    mixture = any(_holds_experts(block) for block in list(blocks)[-last:])
+    chosen = mlps if max(mlps, default=-1) >= len(blocks) // 2 else {}  # a dense block at the bottom is not meant
+    said = "what runs beside the routed experts is edited (shared experts, dense MLPs)"
+    if not chosen:
+        chosen = {i: paths for i, block in enumerate(blocks) if (paths := list(_output(block)))}
+        said = "the output projections of the attention are edited instead"
+        if chosen and not mixture:
+            log.info("the blocks of %s hold no MLP: %s", stack, said)
+    if chosen and mixture:
+        log.info("the blocks of %s are mixtures of experts, whose rows are a selection of the tokens: %s", stack, said)
+    prefix = f"{stack}." if stack else ""
+    return [f"{prefix}{i}.{path}.weight" for i, paths in list(chosen.items())[-last:] for path in paths]
+
+
+def _matrices(block: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+    """Path, matrix, and the names of the classes around it within the block."""
+    classes: dict[str, str] = {}
+    for path, module in walk(block):
+        if not path:
+            continue
+        above = classes.get(path.rpartition(".")[0], "")
+        classes[path] = f"{above} {type(module).__name__}"
+        if is_matrix(module):
+            yield path, module, classes[path]
+
+
+def _mlp(block: nn.Module) -> Iterator[str]:
+    for path, module, classes in _matrices(block):
+        low = path.lower()
+        if _MIXING.search(low) or _MIXING_CLASS.search(classes) or _is_gate(low, module, classes):
+            continue
+        if not (_EXPERTS.search(low) and "shared" not in low or _ASIDE.search(low)):
+            yield path
+
+
+def _is_gate(path: str, module: nn.Module, classes: str) -> bool:
+    return bool(_GATE.search(path) or _GATE_CLASS.search(classes)) or getattr(module, "out_features", 2) == 1
+
+
+def _output(block: nn.Module) -> Iterator[str]:
+    """The last matrix of each of the block's attentions (or state spaces) that is named as its output."""
+    found: dict[str, str] = {}
+    for path, _, classes in _matrices(block):
+        low = path.lower()
+        mixing = _MIXING.search(low) or _MIXING_CLASS.search(classes)
+        if mixing and path.rpartition(".")[2] in _OUTPUT and not (_EXPERTS.search(low) or _ASIDE.search(low)):
+            found[path.split(".")[0]] = path
+    yield from found.values()
+
+
+def _holds_experts(block: nn.Module) -> bool:
+    for path, module in walk(block):
+        if _EXPERTS.search(path) and "shared" not in path:
+            return True
+        if not isinstance(module, nn.Conv1d) and any(p is not None and p.dim() == 3 for p in module.parameters(False)):
+            return True
+    return False
