@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from torch import nn
 
-from .layers import is_matrix, unwrapped, walk
+from .layers import Layer, is_matrix, named_layers, unwrapped, walk
 
 log = logging.getLogger("mendfast")
 
@@ -68,6 +68,11 @@ def text_stacks(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
         reached = {id(module) for module in model.get_decoder().modules()}
         inside = [(name, blocks) for name, blocks in found if id(blocks) in reached] or found
     return [max(inside, key=lambda stack: sum(p.numel() for p in stack[1].parameters()))]
+
+
+def find_layers(model: nn.Module, names: Sequence[str] | None) -> list[Layer]:
+    """The named weights, or those of :func:`choose_layers` for None."""
+    return named_layers(model, choose_layers(model) if names is None else names)
 
 
 def choose_layers(model: nn.Module) -> list[str]:

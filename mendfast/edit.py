@@ -17,7 +17,7 @@ from torch import nn
 from .capture import lowrank_updates
 from .files import read_tensors, write_tensors
 from .fingerprint import Fingerprint
-from .layers import Layer, find_layers, unwrapped
+from .layers import Layer, named_layers, unwrapped
 from .ledger import ledger_of, settle
 from .schema import brief, check_real, parse_json, shown, some
 from .updates import measured
@@ -223,7 +223,7 @@ class Edit:
 
     @torch.no_grad()
     def _digest(self, model: nn.Module) -> tuple | None:
-        layers = find_layers(model, list(self.factors))
+        layers = named_layers(model, list(self.factors))
         named = zip(layers, self.factors.values(), strict=True)
         return measured({layer.name: (u, delta.to(u.device), float(alpha)) for layer, (u, delta, alpha) in named})[0]
 
@@ -231,7 +231,7 @@ class Edit:
         kind = getattr(getattr(unwrapped(model), "config", None), "model_type", None)
         if self.model_type is not None and kind is not None and kind != self.model_type:
             raise ValueError(f"This edit was made for a {self.model_type} model; this one is a {kind}.")
-        layers = find_layers(model, list(self.factors))
+        layers = named_layers(model, list(self.factors))
         for layer, (u, delta, _) in zip(layers, self.factors.values(), strict=True):
             if (u.shape[1], delta.shape[1]) != layer.shape:
                 raise ValueError(

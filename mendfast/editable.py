@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from .capture import capture
+from .choice import find_layers
 from .config import MendConfig
 from .labels import (
     chat_prompt,
@@ -25,7 +26,7 @@ from .labels import (
     pad_token_id,
     separated,
 )
-from .layers import device_of, execution_device, find_layers, unwrapped
+from .layers import device_of, execution_device, unwrapped
 from .objective import IGNORE, Batch, context_length, model_kind, nll, target_rows, to_device
 
 log = logging.getLogger("mendfast")

@@ -13,13 +13,14 @@ from torch import nn
 
 from .aggregate import Transformed, Wanted, concatenated, least_squares, summands, sums, wanted
 from .capture import Factors
+from .choice import find_layers
 from .config import MendConfig
 from .edit import Edit
 from .editable import EditableModel
 from .editors import directory as shipped_directory
 from .files import read_shapes, read_tensors, write_tensors
 from .fingerprint import Fingerprint, fingerprint_of
-from .layers import device_of, find_layers
+from .layers import device_of
 from .metric import Metric, observe
 from .network import Gather, make_networks, planned_networks
 from .objective import Batch

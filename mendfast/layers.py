@@ -35,12 +35,8 @@ class Layer:
         return self.m, self.n
 
 
-def find_layers(model: nn.Module, names: Sequence[str] | None) -> list[Layer]:
-    """The named weights ("….weight", or the module's name), or :func:`mendfast.choice.choose_layers` for None."""
-    if names is None:
-        from .choice import choose_layers
-
-        names = choose_layers(model)
+def named_layers(model: nn.Module, names: Sequence[str]) -> list[Layer]:
+    """The weights of those names ("….weight", or the module's name)."""
     return [_find(model, name) for name in names]
 
 

@@ -28,7 +28,7 @@ import torch
 from torch import nn
 
 from . import ops, reference
-from .layers import Layer, check_untied, check_writable, find_layers, unwrapped
+from .layers import Layer, check_untied, check_writable, named_layers, unwrapped
 from .locks import exclusive, lock_of
 from .ops.rank1_update import _choose
 from .updates import (
@@ -248,7 +248,7 @@ class Ledger:
             raise ValueError(f"rounding is {rounding!r}; choose 'nearest' or 'stochastic'.")
         if not isinstance(seed, int) or not 0 <= seed < 2**63 - max(1, len(factors)):
             raise ValueError(f"seed is {seed!r}; it must be a whole number from 0 to 2^63 - 1.")
-        found = find_layers(self.model, list(factors))
+        found = named_layers(self.model, list(factors))
         layers = {layer.name: layer for layer in found}
         if len(layers) < len(found):
             raise ValueError(f"The edit names one weight twice: {', '.join(factors)}.")
@@ -336,7 +336,7 @@ class Ledger:
         return sorted(found, key=lambda application: application.number)
 
     def _layers(self, names: Iterable[str]) -> dict[str, Layer]:
-        return {layer.name: layer for layer in find_layers(self.model, list(names))}
+        return {layer.name: layer for layer in named_layers(self.model, list(names))}
 
     def _verified(self, layers: Mapping[str, Layer], weights: Mapping[str, Weight]) -> dict[str, Weight]:
         """The weights, conversions noted; a ValueError where somebody else has written."""

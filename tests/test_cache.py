@@ -10,7 +10,7 @@ from test_meta import batches, gradients
 from test_training import base, facts, make  # noqa: F401  (a fixture)
 
 from mendfast import MendConfig, MendEditor
-from mendfast.layers import stacks
+from mendfast.choice import stacks
 from mendfast.training import FactSampler, Trainer, editor_loss
 from mendfast.training.cache import PrefixCache
 

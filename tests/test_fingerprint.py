@@ -12,8 +12,8 @@ from conftest import make_batch, make_model
 from safetensors.torch import load_file, save_file
 
 from mendfast import Edit, MendConfig, MendEditor
+from mendfast.choice import find_layers
 from mendfast.fingerprint import SAMPLES, Fingerprint, fingerprint_of
-from mendfast.layers import find_layers
 
 CONFIG = MendConfig(rank=4, step_size=0.05)
 

@@ -14,8 +14,8 @@ from test_editor import logits, same_bits, state
 from torch import nn
 
 from mendfast import Edit, MendConfig, MendEditor, revert_all
-from mendfast.choice import choose_layers, text_stacks
-from mendfast.layers import find_layers, walk
+from mendfast.choice import choose_layers, find_layers, text_stacks
+from mendfast.layers import walk
 
 CONFIG = MendConfig(rank=4, step_size=0.05)
 SHARED = ("gate_proj", "up_proj", "down_proj")

@@ -4,7 +4,7 @@ from conftest import CLASSIFIER, SEQ2SEQ, make_batch, make_model
 from safetensors.torch import load_file, save_file
 
 from mendfast import ops
-from mendfast.layers import find_layers
+from mendfast.choice import find_layers
 from mendfast.metric import Metric, observe
 from mendfast.moments import SecondMoment
 from mendfast.own_words import own_words

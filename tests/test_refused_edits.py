@@ -10,7 +10,7 @@ from conftest import CAUSAL, make_batch, make_model
 from test_editor import SMALL, state, trained
 
 from mendfast import Edit, MendConfig, MendEditor
-from mendfast.layers import find_layers
+from mendfast.choice import find_layers
 
 
 class TestBadInput:

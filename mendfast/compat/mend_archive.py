@@ -32,10 +32,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..choice import find_layers
 from ..config import MendConfig
 from ..editor import MendEditor
 from ..files import atomic_write
-from ..layers import find_layers
 from ..network import EditorNetwork, planned_networks
 from ..schema import brief, differences, shown
 from ..schema import some as _some
