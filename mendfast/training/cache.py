@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from ..capture import frozen, replaced_forwards
-from ..layers import Layer, execution_device, stacks
+from ..choice import stacks
+from ..layers import Layer, execution_device
 from ..objective import IGNORE, Batch, kept_rows, model_kind, to_device
 from .kept_states import KeptStates, bytes_of, fingerprint
 from .prefix import FrozenPrefix
