@@ -4,6 +4,7 @@ from op_cases import double, error, poisoned, tolerance  # noqa: F401
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mendfast import ops, reference
+from mendfast.ops.lowrank_linear import fewer_through_weight
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -39,7 +40,9 @@ def check(arguments, length, **kwargs):
 
 
 @pytest.mark.parametrize("batched", [True, False])
-@pytest.mark.parametrize("shape", [(3, 7, 4, 13, 9), (1, 1, 1, 1, 1), (2, 33, 20, 96, 64)])
+@pytest.mark.parametrize(
+    "shape", [(3, 7, 4, 13, 9), (1, 1, 1, 1, 1), (2, 33, 20, 96, 64), (2, 40, 60, 9, 7), (1, 5, 200, 13, 1)]
+)
 def test_matches_the_reference(batched, shape):
     check(case(batched, shape), max(shape), backend="aten")
 
@@ -77,6 +80,14 @@ def test_it_is_the_layer_with_the_updated_weight():
 @pytest.mark.parametrize("batched", [True, False])
 def test_gradcheck_in_float64(op, batched):
     assert torch.autograd.gradcheck(op, [double(x) for x in case(batched, (2, 3, 2, 4, 3))])
+
+
+@pytest.mark.parametrize("batched", [True, False])
+def test_gradcheck_through_the_weight(batched):
+    """So many rows that delta^T u is the smaller way."""
+    arguments = [double(x) for x in case(batched, (2, 12, 30, 4, 3))]
+    assert fewer_through_weight(arguments[1], arguments[2], 3)
+    assert torch.autograd.gradcheck(lambda *x: ops.lowrank_linear(*x, backend="aten"), arguments)
 
 
 def test_only_what_is_asked():

@@ -23,8 +23,9 @@ def lowrank_linear(
 ) -> torch.Tensor:
     """``y - alpha (x u^T) delta``: what the layer gives with W - alpha delta^T u, where y = W x (+ bias).
 
-    Products in float32 (autocast doesn't reach them), returned in y's dtype; no m x n tensor is made. Between
-    the passes x is held as it came, with the S x T coefficients. Gradients for y, x, u, delta and alpha, each
+    Products in float32 (autocast doesn't reach them), returned in y's dtype. No m x n tensor is made, but where so
+    many rows T meet that delta^T u takes fewer operations (many edits at once). Between the passes x is held as it
+    came, with the S x T coefficients. Gradients for y, x, u, delta and alpha, each
     only if asked; once differentiable. Raises ValueError for shapes that don't fit, TypeError for dtypes.
     """
     _check(y, x, u, delta, alpha)
@@ -93,9 +94,22 @@ def _flat(tensor, batched):
     return tensor if batched else tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
 
 
+def fewer_through_weight(x: torch.Tensor, u: torch.Tensor, n: int) -> bool:
+    """Whether x (delta^T u)^T takes fewer operations than (x u^T) delta; of factors per sample for each of them."""
+    t, m = u.shape[-2:]
+    rows = x.shape[-2] if u.dim() == 3 else math.prod(x.shape[:-1])
+    return (rows + t) * m * n < rows * t * (m + n)
+
+
 def _aten_fwd(y, x, u, delta, alpha, scale):
     kind = _kind(y, u)
     batched = u.dim() == 3
+    if fewer_through_weight(x, u, delta.shape[-1]):
+        by = -scale if alpha is None else alpha.to(kind).neg()
+        weight = (delta.to(kind) * by).mT @ u.to(kind)
+        add = torch.baddbmm if batched else torch.addmm
+        out = add(_flat(y, batched).to(kind), _flat(x, batched).to(kind), weight.mT)
+        return out.to(y.dtype).reshape(y.shape), u.new_empty((*x.shape[:-1], 0), dtype=kind)
     c = _flat(x, batched).to(kind) @ u.to(kind).mT
     by = -scale if alpha is None else alpha.to(kind).neg()
     add = torch.baddbmm if batched else torch.addmm
@@ -106,6 +120,8 @@ def _aten_fwd(y, x, u, delta, alpha, scale):
 def _aten_bwd(grad, x, u, delta, c, alpha, scale, need_x, need_u, need_delta, need_alpha):
     kind = c.dtype
     batched = u.dim() == 3
+    if fewer_through_weight(x, u, delta.shape[-1]):
+        return _through_weight(grad, x, u, delta, alpha, scale, need_x, need_u, need_delta, need_alpha)
     g, c = _flat(grad, batched).to(kind), _flat(c, batched)
     by = -scale if alpha is None else alpha.to(kind).neg()
     out = []
@@ -120,6 +136,27 @@ def _aten_bwd(grad, x, u, delta, c, alpha, scale, need_x, need_u, need_delta, ne
         out.append(((c * by).mT @ g).to(delta.dtype))
     if need_alpha:
         out.append(-(c * e).sum().to(alpha.dtype).reshape(alpha.shape))
+    return out
+
+
+def _through_weight(grad, x, u, delta, alpha, scale, need_x, need_u, need_delta, need_alpha):
+    kind = _kind(grad, u)
+    batched = u.dim() == 3
+    g, x_rows = _flat(grad, batched).to(kind), _flat(x, batched).to(kind)
+    u_rows, d_rows = u.to(kind), delta.to(kind)
+    by = -scale if alpha is None else alpha.to(kind).neg()
+    out = []
+    weight = d_rows.mT @ u_rows if need_x or need_alpha else None
+    if need_x:
+        out.append(((g * by) @ weight).to(x.dtype).reshape(x.shape))
+    if need_u or need_delta or need_alpha:
+        moved = g.mT @ x_rows  # the gradient of alpha delta^T u, but for the sign
+    if need_u:
+        out.append((d_rows @ moved * by).to(u.dtype))
+    if need_delta:
+        out.append((u_rows @ moved.mT * by).to(delta.dtype))
+    if need_alpha:
+        out.append(-(weight * moved).sum().to(alpha.dtype).reshape(alpha.shape))
     return out
 
 
@@ -143,7 +180,8 @@ def _bwd(grad, x, u, delta, c, alpha, scale, need_x, need_u, need_delta, need_al
 
 
 def _fwd_fake(y, x, u, delta, alpha, scale, backend):
-    return y.new_empty(y.shape), x.new_empty((*x.shape[:-1], u.shape[-2]), dtype=_kind(y, u))
+    width = 0 if backend != "triton" and fewer_through_weight(x, u, delta.shape[-1]) else u.shape[-2]
+    return y.new_empty(y.shape), x.new_empty((*x.shape[:-1], width), dtype=_kind(y, u))
 
 
 def _bwd_fake(grad, x, u, delta, c, alpha, scale, need_x, need_u, need_delta, need_alpha, backend):
