@@ -236,14 +236,14 @@ def _by_rows(u, vectors, scales, rest):
     scaled = p / scales
     b = add_lower(p.new_zeros(*p.shape[:-1], p.shape[-2]), scaled, p)
     if not full:  # what lies outside the leading directions, by one number
-        add_lower(b, u / rest, u)
-        add_lower(b, p / rest, p, -1)
+        outside = u - p @ q.T
+        add_lower(b, outside / rest, outside)
     b.diagonal(dim1=-2, dim2=-1).add_(1)
     factor = _factor(b)
     solved = torch.cholesky_solve(scaled, factor)
     if full:
         return solved @ q.T, p, solved, u.new_empty(0)
-    whole = torch.cholesky_solve((u - p @ q.T) / rest, factor) + solved @ q.T
+    whole = torch.cholesky_solve(outside / rest, factor) + solved @ q.T
     return whole, p, solved, whole
 
 
