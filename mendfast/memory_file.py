@@ -123,7 +123,8 @@ def unpack(
                 raise ValueError(f"{what} is {shown(side)}; it must be [{total:,}, {width:,}].")
             sides.append(check_real(side.float(), f"{what}, in float32").split(counts.tolist()))
         for mine, pair in zip(rows, zip(*sides, strict=True), strict=True):
-            mine[name] = pair
+            # copies: what safetensors gives is the file itself, mapped, and the process dies where that is overwritten
+            mine[name] = tuple(side.clone() for side in pair)
     return [Record(EditRequest(*request), part) for request, part in zip(requests, rows, strict=True)], identity
 
 

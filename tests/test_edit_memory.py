@@ -148,9 +148,15 @@ def test_sums_follow_a_record_far_larger_than_the_others(editor, all_300):
     memory = of(all_300, all_300._records)
     clean = memory.edit()
     record = all_300._records[all_300.keys()[5]]
-    large = record._replace(rows={name: (1e8 * u, 1e8 * d) for name, (u, d) in record.rows.items()})
+    large = record._replace(rows={name: (3e4 * u, 3e4 * d) for name, (u, d) in record.rows.items()})
     memory._take({all_300.keys()[5]: large})
     memory.edit()
+    memory._take({all_300.keys()[5]: record})
+    assert close(memory.edit(), clean, 1e-6)
+    endless = record._replace(rows={name: (1e15 * u, d) for name, (u, d) in record.rows.items()})
+    memory._take({all_300.keys()[5]: endless})
+    with pytest.raises(ValueError, match="singular in float64"):
+        memory.edit()
     memory._take({all_300.keys()[5]: record})
     assert close(memory.edit(), clean, 1e-6)
 

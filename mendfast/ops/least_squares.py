@@ -117,7 +117,7 @@ def metric_matrix(spectrum: Spectrum, lam: torch.Tensor | float, mu: torch.Tenso
 
 def solve_normal(h: torch.Tensor, cross: torch.Tensor) -> torch.Tensor:
     """S^T (6) = (M + U^T U)^-1 U^T D [m, n] float64, of the first matrix its lower triangle and the second whole."""
-    return torch.cholesky_solve(cross.double(), torch.linalg.cholesky(h))
+    return torch.cholesky_solve(cross.double(), _factor(h))
 
 
 class _Keys(torch.autograd.Function):
@@ -185,7 +185,13 @@ def _check_keys(u) -> None:
 def _factor(matrix: torch.Tensor) -> torch.Tensor:
     """Its lower Cholesky factor. B >= I and H >= M, so that only numbers that are not finite have none."""
     if _common.checks_values(matrix):
-        return torch.linalg.cholesky(matrix)
+        try:
+            return torch.linalg.cholesky(matrix)
+        except torch.linalg.LinAlgError as error:
+            raise ValueError(
+                "least_squares: the matrix of these rows is singular in float64: some are more than 10^7 times as "
+                f"large as what the metric is of. Leave such edits out, or raise lambda. ({error})"
+            ) from error
     return torch.linalg.cholesky_ex(matrix)[0]  # does not wait for the GPU
 
 
@@ -236,14 +242,14 @@ def _by_rows(u, vectors, scales, rest):
     scaled = p / scales
     b = add_lower(p.new_zeros(*p.shape[:-1], p.shape[-2]), scaled, p)
     if not full:  # what lies outside the leading directions, by one number
-        add_lower(b, u / rest, u)
-        add_lower(b, p / rest, p, -1)
+        outside = u - p @ q.T
+        add_lower(b, outside / rest, outside)
     b.diagonal(dim1=-2, dim2=-1).add_(1)
     factor = _factor(b)
     solved = torch.cholesky_solve(scaled, factor)
     if full:
         return solved @ q.T, p, solved, u.new_empty(0)
-    whole = torch.cholesky_solve((u - p @ q.T) / rest, factor) + solved @ q.T
+    whole = torch.cholesky_solve(outside / rest, factor) + solved @ q.T
     return whole, p, solved, whole
 
 
