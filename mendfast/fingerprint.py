@@ -21,7 +21,7 @@ from torch import nn
 
 from .layers import Layer, inner, is_matrix, unwrapped, walk
 from .ledger import backups_of
-from .schema import shown
+from .schema import brief, shown
 
 log = logging.getLogger("mendfast")
 
@@ -93,11 +93,10 @@ class Fingerprint:
         model = unwrapped(model)
         seen = _checked.setdefault(model, weakref.WeakKeyDictionary())
         versions = _versions(model, self.samples)
-        known, distance = seen.get(self, (None, None))
-        first = distance is None
+        known, distance, said_so = seen.get(self, (None, 0.0, False))
         if known != versions:
             distance = self.distance(model)
-            seen[self] = (versions, distance)
+            seen[self] = (versions, distance, said_so)
         if not distance:
             return
         said = (
@@ -107,7 +106,8 @@ class Fingerprint:
         )
         if strict:
             raise ValueError(f"{said} (strict=False warns instead.)")
-        if first:
+        if not said_so:
+            seen[self] = (versions, distance, True)
             log.warning("%s", said)
 
     def merged(self, other: Fingerprint | None) -> Fingerprint:
@@ -153,7 +153,7 @@ class Fingerprint:
                 samples[key] = Sample((rows, columns), values.view(torch.bfloat16))
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise ValueError(f"{where}: the fingerprint of its base model is {shown(text)}; save it again.") from error
-        return cls(samples, name, model_type)
+        return cls(samples, brief(name, 80), brief(model_type, 80))
 
 
 def fingerprint_of(model: nn.Module, layers: Sequence[Layer] | Sequence[str]) -> Fingerprint:

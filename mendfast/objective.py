@@ -133,7 +133,9 @@ def _forward(
         inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=batch["labels"])
     if kind == "causal" and "attention_mask" in inputs and "position_ids" not in inputs:
         own = hasattr(getattr(model, "model", None), "get_rope_index")  # positions of images in three dimensions
-        if "position_ids" in inspect.signature(model.forward).parameters and not own:
+        mask = inputs["attention_mask"]
+        given = "position_ids" in inspect.signature(model.forward).parameters and not own
+        if given and not bool(mask[:, 0].all()):
             # Left padding must not move the positions, as generate() knows but a plain forward does not.
             inputs["position_ids"] = (inputs["attention_mask"].long().cumsum(-1) - 1).clamp(min=0)
     with _head_rows(model, keep, for_nll) as selected:
