@@ -223,7 +223,7 @@ def _lowrank_hook(layer: Layer, u: torch.Tensor, delta: torch.Tensor, alpha: tor
             return ops.lowrank_linear(output, x, us, deltas, step)
         groups = us.shape[0]
         y = ops.lowrank_linear(output.reshape(groups, -1, layer.n), x.reshape(groups, -1, layer.m), us, deltas, step)
-        return y.view(output.shape)
+        return torch.ops.aten._unsafe_view(y, output.shape)  # some models add to it in place, which a view forbids
 
     return hook
 

@@ -132,10 +132,8 @@ def _forward(
     if kind == "encoder-decoder" and "decoder_input_ids" not in inputs:
         inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=batch["labels"])
     if kind == "causal" and "attention_mask" in inputs and "position_ids" not in inputs:
-        own = hasattr(getattr(model, "model", None), "get_rope_index")  # positions of images in three dimensions
-        mask = inputs["attention_mask"]
-        given = "position_ids" in inspect.signature(model.forward).parameters and not own
-        if given and not bool(mask[:, 0].all()):
+        taken = "position_ids" in inspect.signature(model.forward).parameters
+        if taken and not bool(inputs["attention_mask"][:, 0].all()) and not _counts_positions(model):
             # Left padding must not move the positions, as generate() knows but a plain forward does not.
             inputs["position_ids"] = (inputs["attention_mask"].long().cumsum(-1) - 1).clamp(min=0)
     with _head_rows(model, keep, for_nll) as selected:
@@ -143,6 +141,12 @@ def _forward(
     if isinstance(logits, Logits):
         return logits.first()
     return logits[0] if selected else logits[keep.to(logits.device)]
+
+
+def _counts_positions(model: nn.Module) -> bool:
+    """Whether the model finds its positions itself, from padding tokens or from images, and not from 0 up."""
+    own = ("get_rope_index", "create_position_ids_from_input_ids")
+    return any(hasattr(module, name) for module in model.modules() for name in own)
 
 
 @contextlib.contextmanager

@@ -151,6 +151,21 @@ def test_an_encoder_and_a_decoder_are_two_stacks_of_text():
     assert [name for name, _ in text_stacks(make_model("bart"))] == ["model.encoder.layers", "model.decoder.layers"]
 
 
+# -- models that others of their kind don't foretell ------------------------------------------------------------------
+
+ODD = {
+    "falcon": "FalconForCausalLM",  # adds to its layers' outputs in place
+    "camembert": "CamembertForCausalLM",  # counts positions from the padding token's id up
+    "mamba": "MambaForCausalLM",  # has no MLP
+    "jamba": "JambaForCausalLM",  # blocks of several kinds
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_odd_models_are_edited_as_others(name):
+    works(architectures.build(name, ODD[name], "causal"))
+
+
 # -- PEFT --------------------------------------------------------------------------------------------------------------
 
 
