@@ -130,7 +130,7 @@ def _forward(
     if kind == "classifier":
         return model(**inputs).logits
     if kind == "encoder-decoder" and "decoder_input_ids" not in inputs:
-        inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=batch["labels"])
+        inputs["decoder_input_ids"] = _shifted(model, batch["labels"])
     if kind == "causal" and "attention_mask" in inputs and "position_ids" not in inputs:
         taken = "position_ids" in inspect.signature(model.forward).parameters
         if taken and not bool(inputs["attention_mask"][:, 0].all()) and not _counts_positions(model):
@@ -141,6 +141,15 @@ def _forward(
     if isinstance(logits, Logits):
         return logits.first()
     return logits[0] if selected else logits[keep.to(logits.device)]
+
+
+def _shifted(model: nn.Module, labels: torch.Tensor) -> torch.Tensor:
+    """What the decoder reads where it should write ``labels``: the start token, then all of them but the last."""
+    if hasattr(model, "prepare_decoder_input_ids_from_labels"):
+        return model.prepare_decoder_input_ids_from_labels(labels=labels)
+    start, pad = model.config.decoder_start_token_id, model.config.pad_token_id
+    shifted = torch.cat([labels.new_full((len(labels), 1), start), labels[:, :-1]], dim=1)
+    return shifted.masked_fill(shifted == IGNORE, pad)
 
 
 def _counts_positions(model: nn.Module) -> bool:

@@ -166,6 +166,11 @@ def test_odd_models_are_edited_as_others(name):
     works(architectures.build(name, ODD[name], "causal"))
 
 
+def test_an_encoder_decoder_that_does_not_shift_labels_itself():
+    model = architectures.build("blenderbot", "BlenderbotForConditionalGeneration", "encoder-decoder")
+    works(model, "encoder-decoder")
+
+
 # -- PEFT --------------------------------------------------------------------------------------------------------------
 
 
