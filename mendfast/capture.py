@@ -124,6 +124,11 @@ class Captured:
         def hook(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
             if threading.get_ident() != self._thread:
                 return output
+            if not isinstance(output, torch.Tensor):
+                raise ValueError(
+                    f"{name} gives a {type(output).__name__} and no tensor (a {type(module).__name__} that counts in "
+                    "whole numbers, perhaps), so it can't be edited; load the model without that, or name other layers."
+                )
             if not output.requires_grad:
                 # The graph starts here: nothing below the first edited layer is differentiated.
                 output = output.detach().requires_grad_()

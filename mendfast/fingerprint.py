@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from .layers import Layer, inner, is_matrix, unwrapped, walk
+from .layers import Layer, first_layer, inner, is_matrix, unwrapped, walk
 from .ledger import backups_of
 from .schema import brief, shown
 
@@ -183,8 +183,7 @@ _unedited: weakref.WeakKeyDictionary[nn.Module, dict[str, Sample]] = weakref.Wea
 
 def _chosen(model: nn.Module, names: Sequence[str]) -> list[str]:
     """The weights that are sampled: edited ones, the embeddings, and some others from all over the model."""
-    embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-    embeddings = None if embeddings is None else inner(embeddings)
+    embeddings = inner(first_layer(model))
     paths = list(walk(model))
     first = [f"{path}.weight" for path, module in paths if module is embeddings]
     others = [f"{path}.weight" for path, module in paths if path and is_matrix(module)]

@@ -11,7 +11,7 @@ from .. import ops
 from ..capture import Factors, frozen, lowrank_updates
 from ..editable import EditableModel
 from ..editor import MendEditor
-from ..layers import execution_device
+from ..layers import execution_device, first_layer
 from ..objective import Batch, Rows, all_correct, kept_rows, per_sample_mean, target_rows, to_device
 from ..types import C_EDIT
 from .prefix import FrozenPrefix
@@ -46,7 +46,7 @@ def meta_loss(
         samples all of whose labels are the edited model's first choice.
     """
     model, layers = subject.model, subject.layers
-    device = execution_device(model.get_input_embeddings())
+    device = execution_device(first_layer(model))
     edit_outer, loc = to_device(edit_outer, device), to_device(loc, device)
     prefix = FrozenPrefix(model, layers)
     with frozen(model):
