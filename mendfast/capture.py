@@ -124,6 +124,11 @@ class Captured:
         def hook(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
             if threading.get_ident() != self._thread:
                 return output
+            if not isinstance(output, torch.Tensor):
+                raise ValueError(
+                    f"{name} gives a {type(output).__name__} and no tensor (a {type(module).__name__} that counts in "
+                    "whole numbers, perhaps), so it can't be edited; load the model without that, or name other layers."
+                )
             if not output.requires_grad:
                 # The graph starts here: nothing below the first edited layer is differentiated.
                 output = output.detach().requires_grad_()
@@ -246,7 +251,7 @@ def _lowrank_hook(layer: Layer, u: torch.Tensor, delta: torch.Tensor, alpha: tor
             return ops.lowrank_linear(output, x, us, deltas, step)
         groups = us.shape[0]
         y = ops.lowrank_linear(output.reshape(groups, -1, layer.n), x.reshape(groups, -1, layer.m), us, deltas, step)
-        return y.view(output.shape)
+        return torch.ops.aten._unsafe_view(y, output.shape)  # some models add to it in place, which a view forbids
 
     return hook
 

@@ -25,10 +25,12 @@ _MIXING = re.compile(
 )
 _MIXING_CLASS = re.compile(r"Attention|Mamba|Mixer|ShortConv|DeltaNet|Recurrent|SelfAttn|mLSTM|sLSTM")
 _GATE = re.compile(r"(^|[._])gate($|\.)|_gate($|\.)|router|gating")
-_GATE_CLASS = re.compile(r"Router|Gating|TopKGate|TopkGate|MoEGate")
-_ASIDE = re.compile(r"adapter|altup|laurel|per_layer|hyper|indexer|(^|[._])hc_")
+_GATE_CLASS = re.compile(r"Router|TopKGat|TopkGat|MoEGate|MoeGate")
+_ASIDE = re.compile(r"adapter|altup|laurel|per_layer|hyper|indexer|norm\.|(^|[._])hc_")
 _EXPERTS = re.compile(r"(^|\.)(\w*_)?experts($|\.)")
-_SENSES = re.compile(r"vision|visual|image|video|audio|speech|patch|pixel|vit($|\.)|vq|depth_decoder|codec|qformer|mtp")
+_SENSES = re.compile(
+    r"vision|visual|image|video|audio|speech|patch|pixel|vit($|\.)|vq|depth_decoder|codec|qformer|mtp|protein|resampler"
+)
 _OUTPUT = ("o_proj", "out_proj", "c_proj", "wo", "o", "out_lin", "dense", "proj", "out")
 
 
@@ -98,12 +100,14 @@ def choose_layers(model: nn.Module) -> list[str]:
 
 
 def _of_stack(stack: str, blocks: nn.ModuleList, last: int) -> list[str]:
-    mlps = {i: paths for i, block in enumerate(blocks) if (paths := list(_mlp(block)))}
+    # Blocks that read an image are passed over where there is none.
+    reading = {i: block for i, block in enumerate(blocks) if "CrossAttention" not in type(block).__name__}
+    mlps = {i: paths for i, block in reading.items() if (paths := list(_mlp(block)))}
     mixture = any(_holds_experts(block) for block in list(blocks)[-last:])
     chosen = mlps if max(mlps, default=-1) >= len(blocks) // 2 else {}  # a dense block at the bottom is not meant
     said = "what runs beside the routed experts is edited (shared experts, dense MLPs)"
     if not chosen:
-        chosen = {i: paths for i, block in enumerate(blocks) if (paths := list(_output(block)))}
+        chosen = {i: paths for i, block in reading.items() if (paths := list(_output(block)))}
         said = "the output projections of the attention are edited instead"
         if chosen and not mixture:
             log.info("the blocks of %s hold no MLP: %s", stack, said)

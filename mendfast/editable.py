@@ -26,7 +26,7 @@ from .labels import (
     pad_token_id,
     separated,
 )
-from .layers import device_of, execution_device, unwrapped
+from .layers import device_of, execution_device, first_layer, unwrapped
 from .objective import IGNORE, Batch, context_length, model_kind, nll, target_rows, to_device
 
 log = logging.getLogger("mendfast")
@@ -223,7 +223,7 @@ class EditableModel:
         self.check(batch)
         # made within torch.inference_mode, they couldn't be kept for the backward pass
         batch = {name: value.clone() if value.is_inference() else value for name, value in batch.items()}
-        batch = to_device(batch, execution_device(self.model.get_input_embeddings()))
+        batch = to_device(batch, execution_device(first_layer(self.model)))
         size = batch["labels"].shape[0]
         with capture(self.model, self.layers, size) as captured:
             rows = target_rows(self.model, batch, for_nll=True)

@@ -19,9 +19,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from .layers import Layer, inner, is_matrix, unwrapped, walk
+from .layers import Layer, first_layer, inner, is_matrix, unwrapped, walk
 from .ledger import backups_of
-from .schema import shown
+from .schema import brief, shown
 
 log = logging.getLogger("mendfast")
 
@@ -93,11 +93,10 @@ class Fingerprint:
         model = unwrapped(model)
         seen = _checked.setdefault(model, weakref.WeakKeyDictionary())
         versions = _versions(model, self.samples)
-        known, distance = seen.get(self, (None, None))
-        first = distance is None
+        known, distance, said_so = seen.get(self, (None, 0.0, False))
         if known != versions:
             distance = self.distance(model)
-            seen[self] = (versions, distance)
+            seen[self] = (versions, distance, said_so)
         if not distance:
             return
         said = (
@@ -107,7 +106,8 @@ class Fingerprint:
         )
         if strict:
             raise ValueError(f"{said} (strict=False warns instead.)")
-        if first:
+        if not said_so:
+            seen[self] = (versions, distance, True)
             log.warning("%s", said)
 
     def merged(self, other: Fingerprint | None) -> Fingerprint:
@@ -153,7 +153,7 @@ class Fingerprint:
                 samples[key] = Sample((rows, columns), values.view(torch.bfloat16))
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise ValueError(f"{where}: the fingerprint of its base model is {shown(text)}; save it again.") from error
-        return cls(samples, name, model_type)
+        return cls(samples, brief(name, 80), brief(model_type, 80))
 
 
 def fingerprint_of(model: nn.Module, layers: Sequence[Layer] | Sequence[str]) -> Fingerprint:
@@ -183,8 +183,7 @@ _unedited: weakref.WeakKeyDictionary[nn.Module, dict[str, Sample]] = weakref.Wea
 
 def _chosen(model: nn.Module, names: Sequence[str]) -> list[str]:
     """The weights that are sampled: edited ones, the embeddings, and some others from all over the model."""
-    embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-    embeddings = None if embeddings is None else inner(embeddings)
+    embeddings = inner(first_layer(model))
     paths = list(walk(model))
     first = [f"{path}.weight" for path, module in paths if module is embeddings]
     others = [f"{path}.weight" for path, module in paths if path and is_matrix(module)]

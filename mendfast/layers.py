@@ -176,6 +176,17 @@ def check_untied(model: nn.Module, layers: Sequence[Layer]) -> None:
             )
 
 
+def first_layer(model: nn.Module) -> nn.Module:
+    """Where tokens enter: the input embeddings, or the first module that has parameters where a model hides them."""
+    try:
+        found = model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        found = None
+    if found is None:
+        found = next(module for module in model.modules() if next(module.parameters(recurse=False), None) is not None)
+    return found
+
+
 def execution_device(module: nn.Module) -> torch.device:
     """Where a module computes: with its weights, or where accelerate brings offloaded ones to.
 

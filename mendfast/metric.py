@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from .capture import frozen
 from .files import read_tensors, write_tensors
-from .layers import Layer, execution_device
+from .layers import Layer, execution_device, first_layer
 from .moments import SecondMoment
 from .objective import IGNORE, Batch, _forward, model_kind, to_device
 from .types import Spectrum
@@ -182,7 +182,7 @@ def observe(
     """
     kind = model_kind(model)
     metric = Metric.empty(layers, model.config.model_type, protect_rank)
-    device = execution_device(model.get_input_embeddings())
+    device = execution_device(first_layer(model))
     masks: dict[str, torch.Tensor] = {}
 
     def hook_of(layer: Layer) -> Callable:

@@ -138,10 +138,10 @@ def _forward(
     if kind == "classifier":
         return model(**inputs).logits
     if kind == "encoder-decoder" and "decoder_input_ids" not in inputs:
-        inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=batch["labels"])
+        inputs["decoder_input_ids"] = _shifted(model, batch["labels"])
     if kind == "causal" and "attention_mask" in inputs and "position_ids" not in inputs:
-        own = hasattr(getattr(model, "model", None), "get_rope_index")  # positions of images in three dimensions
-        if "position_ids" in inspect.signature(model.forward).parameters and not own:
+        taken = "position_ids" in inspect.signature(model.forward).parameters
+        if taken and not bool(inputs["attention_mask"][:, 0].all()) and not _counts_positions(model):
             # Left padding must not move the positions, as generate() knows but a plain forward does not.
             inputs["position_ids"] = (inputs["attention_mask"].long().cumsum(-1) - 1).clamp(min=0)
     with _head_rows(model, keep, for_nll) as selected:
@@ -149,6 +149,21 @@ def _forward(
     if isinstance(logits, Logits):
         return logits.first()
     return logits[0] if selected else logits[keep.to(logits.device)]
+
+
+def _shifted(model: nn.Module, labels: torch.Tensor) -> torch.Tensor:
+    """What the decoder reads where it should write ``labels``: the start token, then all of them but the last."""
+    if hasattr(model, "prepare_decoder_input_ids_from_labels"):
+        return model.prepare_decoder_input_ids_from_labels(labels=labels)
+    start, pad = model.config.decoder_start_token_id, model.config.pad_token_id
+    shifted = torch.cat([labels.new_full((len(labels), 1), start), labels[:, :-1]], dim=1)
+    return shifted.masked_fill(shifted == IGNORE, pad)
+
+
+def _counts_positions(model: nn.Module) -> bool:
+    """Whether the model finds its positions itself, from padding tokens or from images, and not from 0 up."""
+    own = ("get_rope_index", "create_position_ids_from_input_ids")
+    return any(hasattr(module, name) for module in model.modules() for name in own)
 
 
 @contextlib.contextmanager

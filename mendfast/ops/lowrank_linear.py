@@ -114,7 +114,8 @@ def _aten_fwd(y, x, u, delta, alpha, scale):
     by = -scale if alpha is None else alpha.to(kind).neg()
     add = torch.baddbmm if batched else torch.addmm
     out = add(_flat(y, batched).to(kind), c * by, delta.to(kind))
-    return out.to(y.dtype).reshape(y.shape), c.reshape(*x.shape[:-1], u.shape[-2])
+    # no view: autograd forbids a model to add to one in place (Falcon does)
+    return torch.ops.aten._unsafe_view(out.to(y.dtype), y.shape), c.reshape(*x.shape[:-1], u.shape[-2])
 
 
 def _aten_bwd(grad, x, u, delta, c, alpha, scale, need_x, need_u, need_delta, need_alpha):

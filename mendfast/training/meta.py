@@ -13,7 +13,7 @@ from .. import ops
 from ..capture import Factors, frozen, lowrank_updates
 from ..editable import EditableModel
 from ..editor import MendEditor
-from ..layers import execution_device
+from ..layers import execution_device, first_layer
 from ..objective import Batch, Rows, all_correct, kept_positions, kept_rows, per_sample_mean, target_rows, to_device
 from ..types import C_EDIT
 from .cache import PrefixCache
@@ -56,7 +56,7 @@ def meta_loss(
         samples all of whose labels are the edited model's first choice.
     """
     model, layers = subject.model, subject.layers
-    device = execution_device(model.get_input_embeddings())
+    device = execution_device(first_layer(model))
     edit_outer, loc = to_device(edit_outer, device), to_device(loc, device)
     keep, weights = kept_positions(model, loc), None
     if loc_positions and keep is not None:
