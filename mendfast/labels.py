@@ -68,7 +68,7 @@ def encode_pair(
         _check_length("The target has", labels, max_length, "Shorten the target.")
         return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
 
-    if not prompt or prompt[-1].isspace() or target[0].isspace() or _no_spaces(prompt[-1]):
+    if not prompt or prompt[-1].isspace() or target[0].isspace() or no_spaces(prompt[-1]):
         separator = ""
     alone = _ids(tokenizer, prompt)
     text = prompt + separator + target
@@ -112,7 +112,7 @@ _NO_SPACES = (
 """Code points of scripts that put no space between words; Korean does."""
 
 
-def _no_spaces(character: str) -> bool:
+def no_spaces(character: str) -> bool:
     return any(first <= ord(character) <= last for first, last in _NO_SPACES)
 
 
