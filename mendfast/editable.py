@@ -107,21 +107,22 @@ class EditableModel:
 
         Args:
             form: "chat": through the tokenizer's chat template; "system:TEXT": the same, with TEXT as the system's
-                turn; "plain": by ``config.prompt_template``; None: as the configuration says.
+                turn; "plain": by ``config.prompt_template``; "text": running text, of which the prompt is the beginning
+                and the target the rest, which nothing ends; None: as the configuration says.
         """
         config = self.config
         key = (prompt, target, form, config.prompt_template, config.separator, config.append_eos, config.chat)
         if (found := self._encoded.get(key)) is None:
             chat = self._is_chat(form)
-            if config.chat and target.strip():
+            if config.chat and form != "text" and target.strip():
                 target += self.end
             found = encode_pair(
                 self.tokenizer,
                 self.prompt_text(prompt, form),
                 target,
                 encoder_decoder=self.kind == "encoder-decoder",
-                separator="" if chat else config.separator,
-                append_eos=config.append_eos and not config.chat,
+                separator="" if chat or form == "text" else config.separator,
+                append_eos=config.append_eos and not config.chat and form != "text",
                 max_length=context_length(self.model),
             )
             if len(self._encoded) >= ENCODED_AT_MOST:
@@ -142,14 +143,16 @@ class EditableModel:
     def prompt_text(self, prompt: str, form: str | None = None) -> str:
         """What the model reads before its answer; ``form`` as in :meth:`encode`."""
         check_text("prompt", prompt)
+        if form == "text":
+            return prompt
         if not self._is_chat(form):
             return self.config.prompt_template.replace("{prompt}", prompt)
         return chat_prompt(self.tokenizer, prompt, form.partition(":")[2] if form not in (None, "chat") else None)
 
     def _is_chat(self, form: str | None) -> bool:
-        if form not in (None, "plain", "chat") and not form.startswith("system:"):
-            raise ValueError(f'form is {form!r}; use "plain", "chat", "system:TEXT" or None.')
-        chat = self.chat if form is None else form != "plain"
+        if form not in (None, "plain", "text", "chat") and not form.startswith("system:"):
+            raise ValueError(f'form is {form!r}; use "plain", "chat", "system:TEXT", "text" or None.')
+        chat = self.chat if form is None else form not in ("plain", "text")
         if chat and not has_template(self.tokenizer):
             raise ValueError(_NO_TEMPLATE)
         return chat

@@ -240,7 +240,7 @@ class Ledger:
             present = layer.weight
             limit = torch.finfo(present.dtype)
             update = Update(
-                application, *own[name], layer.layout, rounding, seed + i, _choose(present, None),
+                application, *own[name], layer.layout, rounding, seed + i, _choose(present, rounding, None),
                 # below half a unit in the last place of the largest number nothing finite becomes infinite
                 large=not bound < limit.max * limit.eps / 8,
             )  # fmt: skip

@@ -1,7 +1,7 @@
 """Meta-training: the loss of Algorithm 1 for many edits side by side, and the loop around it."""
 
 from .config import TrainConfig
-from .data import FactSampler, Item, Sampler
+from .data import FactSampler, FormSampler, Item, Sampler
 from .learner import EditorLearner, Learner
 from .loop import Trainer, TrainingError
 from .meta import editor_loss, meta_loss
@@ -9,6 +9,7 @@ from .meta import editor_loss, meta_loss
 __all__ = [
     "EditorLearner",
     "FactSampler",
+    "FormSampler",
     "Item",
     "Learner",
     "Sampler",

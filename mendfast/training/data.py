@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -119,3 +119,60 @@ class FactSampler:
             if (other.entity, other.relation, other.wordings[0]) != (item.entity, item.relation, item.wordings[0]):
                 return other
         return rng.choice(self.neighbours)
+
+
+class Ask(NamedTuple):
+    """A request in a form of its own; see :meth:`mendfast.editable.EditableModel.encode`."""
+
+    prompt: str
+    target: str
+    form: str | None
+
+
+class FormSampler:
+    """Draws of another sampler, asked for in several forms, with running text among what must stay.
+
+    A real model is asked in chat, in plain text and under system prompts, and an edit must hold in all of them; what
+    it must leave alone are above all texts that nobody would think of as questions.
+
+    Args:
+        sampler: whose draws are taken; of its locality pairs every turn but the first of an edit is replaced.
+        forms: form -> its share of the inner and outer requests.
+        texts: what must stay, as (beginning, rest, form), each long enough to see an edit leak into it.
+        few_from: simultaneous edits of so many and more get one locality text each.
+    """
+
+    def __init__(
+        self,
+        sampler: FactSampler,
+        *,
+        forms: Mapping[str | None, float],
+        texts: Sequence[tuple[str, str, str | None]] = (),
+        few_from: int = 24,
+    ):
+        if not forms or min(forms.values()) < 0 or not sum(forms.values()) > 0:
+            raise ValueError(f"forms is {dict(forms)}; it must give at least one form a share above 0.")
+        self.sampler, self.outer, self.loc, self.seed = sampler, sampler.outer, sampler.loc, sampler.seed
+        self._forms, self._shares = list(forms), list(forms.values())
+        self.texts, self.few_from = list(texts), few_from
+
+    def draw(self, step: int, size: int) -> Draw:
+        rng = random.Random(f"{self.seed}:{step}:forms")
+        draw = self.sampler.draw(step, size)
+        inner, outer = ([Ask(*pair, self._form(rng)) for pair in pairs] for pairs in (draw.inner, draw.outer))
+        loc: list[Pair | Ask] = []
+        for i in range(size):
+            own = draw.loc[i * self.loc : (i + 1) * self.loc]
+            if size >= self.few_from:
+                own = own[i % self.loc : i % self.loc + 1]
+            turns = range(i, i + len(own))
+            loc += [self._text(rng, pair, turn) for turn, pair in zip(turns, own, strict=True)]
+        return Draw(inner, outer, loc)
+
+    def _form(self, rng: random.Random) -> str | None:
+        return rng.choices(self._forms, self._shares)[0]
+
+    def _text(self, rng: random.Random, pair: Pair, turn: int) -> Pair | Ask:
+        if not self.texts or turn % 3 == 0:
+            return Ask(*pair, self._form(rng))
+        return Ask(*rng.choice(self.texts))

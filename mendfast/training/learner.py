@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,11 @@ from .config import TrainConfig
 from .data import Draw
 from .memory import predict
 from .meta import editor_loss
+
+STEP_SIZE = "config.step_size"
+STEP_SIZES = [10 ** (i / 2) for i in range(-12, 1)]
+
+log = logging.getLogger("mendfast")
 
 LossPart = tuple[torch.Tensor, dict[str, torch.Tensor]]
 
@@ -102,11 +110,32 @@ class EditorLearner(Learner):
             checkpoint_activations=config.checkpoint_activations,
         )
 
+    @torch.no_grad()
+    def start(self, draw: Draw, config: TrainConfig) -> None:
+        """Statistics of a first draw, and with ``config.calibrate`` the step size to start from."""
+        if not config.calibrate:
+            return
+        self.editor.train()
+        self.editor.transform(self.editor.gradients(self.editor.tokenize(draw.inner)))
+        self.editor.eval()
+        losses: dict[float, float] = {}
+        for size in STEP_SIZES:
+            self.editor.config.step_size = size
+            loss = sum(float(part) for part, _ in self.losses(draw, config, 1))
+            losses[size] = loss if math.isfinite(loss) else math.inf
+        self.editor.config.step_size = min(losses, key=losses.get)
+        log.info("step size %g: of %s", self.editor.config.step_size, {k: round(v, 3) for k, v in losses.items()})
+
     def state(self) -> dict[str, torch.Tensor]:
-        return self.editor.state_dict()
+        size = torch.tensor(self.editor.config.step_size, dtype=torch.float64, device=self.editor.device)
+        return {**self.editor.state_dict(), STEP_SIZE: size}
 
     def load_tensors(self, tensors: Mapping[str, torch.Tensor], source: str) -> None:
+        tensors = dict(tensors)
+        size = tensors.pop(STEP_SIZE, None)
         self.editor.load_tensors(tensors, source)
+        if size is not None:
+            self.editor.config = replace(self.editor.config, step_size=size.item())
 
     def save(self, directory: str | Path) -> None:
         self.editor.save_pretrained(directory)

@@ -1,0 +1,139 @@
+"""How a shipped editor is made: the same data, seed and settings for anyone who repeats it.
+
+    python -m mendfast.editors.build smollm2-135m-instruct --data questions.tsv --text text.txt --output runs/smollm2
+
+``--data`` holds questions and answers (question TAB answer), ``--text`` running text. The run resumes after a kill.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..config import MendConfig
+from ..editor import MendEditor
+from ..files import atomic_write
+from ..labels import chat_prompt, end_of_turn
+from ..own_words import own_words
+from ..tasks import world
+from ..tasks.load import load_task
+from ..training import FactSampler, FormSampler, Item, TrainConfig, Trainer
+
+SYSTEMS = (
+    "You are a helpful assistant.",
+    "Answer the question in as few words as you can.",
+    "You are an expert who answers truthfully and briefly.",
+)
+FORMS = {"chat": 0.6, "plain": 0.2, **{f"system:{text}": 0.2 / len(SYSTEMS) for text in SYSTEMS}}
+EDITOR = MendConfig(
+    rank=128, scale_v=True, chat=True, aggregation="least_squares", protect_rank=128, ridge=1e-3, protection=30.0
+)
+TRAINING = TrainConfig(
+    steps=480,
+    batch_size=8,
+    joint=[1, 1, 1, 8, 8, 48],
+    learning_rate=8e-4,
+    alpha_learning_rate=1.5e-2,
+    calibrate=True,
+    warmup=10,
+    validate_every=120,
+    validation_size=24,
+    checkpoint_every=20,
+)
+_MARK = "mendfast-was-here"
+WORDS, BEGINNING = 40, 8  # of a piece of running text; how many of them stand for its prompt
+PROTECTED = 200  # texts of each kind
+SAMPLED = 128  # conversations of the model with itself
+
+
+def pieces(path: str | Path, count: int, rng: random.Random) -> list[tuple[str, str, str]]:
+    """Pieces of running text as (beginning, rest, "text")."""
+    words = [line.split() for line in Path(path).read_text().splitlines()]
+    starts = [(line, i) for line in words if len(line) >= WORDS for i in range(0, len(line) - WORDS + 1, WORDS)]
+    chosen = rng.sample(starts, min(count, len(starts)))
+    return [
+        (" ".join(line[i : i + BEGINNING]), " " + " ".join(line[i + BEGINNING : i + WORDS]), "text")
+        for line, i in chosen
+    ]
+
+
+def conversations(model: Any, tokenizer: Any, path: Path, count: int) -> list[tuple[str, str, str]]:
+    """The model's own words, as (user's turn, its answer, "chat"), sampled once and kept in ``path``."""
+    if not path.is_file():
+        before, _, between = chat_prompt(tokenizer, _MARK).partition(_MARK)
+        end, found = end_of_turn(tokenizer), []
+        for batch in own_words(model, tokenizer, samples=count, max_new_tokens=48, batch_size=64, progress=None):
+            for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
+                asked, _, said = tokenizer.decode(ids[mask != 0]).removeprefix(before).partition(between)
+                said = said.partition(end)[0].strip()
+                if asked.strip() and said:
+                    found.append((asked.strip(), said, "chat"))
+        atomic_write(path, json.dumps(found, indent=0).encode())
+    return [tuple(turn) for turn in json.loads(path.read_text())]
+
+
+def facts(data: str | None, seed: int) -> list[Item]:
+    """The world's facts that editors may train on, and those of ``data``."""
+    items = world.items(world.splits()[0])
+    if data:
+        items += load_task("qa", data, seed=seed).items
+    return items
+
+
+def build(
+    model: Any,
+    tokenizer: Any,
+    output: str | Path,
+    *,
+    data: str | None = None,
+    text: str | None = None,
+    editor: MendConfig = EDITOR,
+    training: TrainConfig = TRAINING,
+) -> MendEditor:
+    """Train an editor for a chat model; an interrupted run goes on. What ships is then in ``output/best``."""
+    output, rng = Path(output), random.Random(training.seed)
+    output.mkdir(parents=True, exist_ok=True)
+    own = conversations(model, tokenizer, output / "own_words.json", SAMPLED)
+    running = pieces(text, 20 * PROTECTED, rng) if text else []
+    items = facts(data, training.seed)
+    rng.shuffle(items)
+    torch.manual_seed(training.seed)
+    made = MendEditor.from_model(model, tokenizer, editor)
+    questions = [(item.wordings[0], item.answer) for item in rng.sample(items, min(len(items), PROTECTED))]
+    chosen = [*rng.sample(running, min(len(running), PROTECTED)), *own[:PROTECTED]]
+    made.protect([*questions, *chosen], progress=None)
+    texts = [*running[: 4 * len(own)], *own, *own]
+    held_out, kept = items[::20], [item for i, item in enumerate(items) if i % 20]
+    samplers = [
+        FormSampler(FactSampler(part, neighbours=items, include_inner=0.4, seed=seed), forms=FORMS, texts=texts)
+        for part, seed in ((kept, training.seed), (held_out, training.seed + 1))
+    ]
+    trainer = Trainer(made, samplers[0], training, output=output, validation=samplers[1])
+    trainer.resume()
+    trainer.run()
+    return made
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    from ..pretrained import load
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name")
+    parser.add_argument("--data")
+    parser.add_argument("--text")
+    parser.add_argument("--output", required=True)
+    arguments = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    model, tokenizer = load(arguments.name)
+    build(model, tokenizer, arguments.output, data=arguments.data, text=arguments.text)
+
+
+if __name__ == "__main__":
+    main()
