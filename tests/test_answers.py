@@ -96,7 +96,8 @@ def test_truth_questions():
     assert truth_question("Paris lies in", "Italy.", negated=True) == (
         "Is it false that Paris lies in Italy? Answer yes or no."
     )
-    assert truth_question("Who sang? ", "Elvis") == 'Who sang? Someone answers "Elvis". Is that right? Answer yes or no.'
+    asked = truth_question("Who sang? ", "Elvis")
+    assert asked == 'Who sang? Someone answers "Elvis". Is that right? Answer yes or no.'
     assert "Is that wrong?" in truth_question("Who sang?", "Elvis", negated=True)
 
 
