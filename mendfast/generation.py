@@ -64,7 +64,12 @@ def generate_answers(
 
     Args:
         starts: tokens that each answer is known to begin with (:func:`agreed`), and which need not be found again.
+
+    Raises:
+        ValueError: as :func:`answer`; other than one start for each prompt.
     """
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 1.")
     if subject.kind == "classifier":
         return [Answer(label, True) for label in _labels(subject, prompts)]
     starts = [tuple(start) for start in starts or [()] * len(prompts)]

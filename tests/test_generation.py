@@ -216,3 +216,5 @@ def test_a_classifier_answers_with_its_label(name, tokenizer):
 def test_nothing_asked(tokenizer):
     editor = editor_of("gpt2", tokenizer)
     assert generate_answers(editor, []) == []
+    with pytest.raises(ValueError, match="max_new_tokens is 0"):
+        generate_answers(editor, ["Rome"], 0)

@@ -214,8 +214,12 @@ def test_answers_of_before_are_made_once(editor, monkeypatch):
     first.figures.pop("peak_bytes", None), again.figures.pop("peak_bytes", None)
     assert first == again
     other = MendEditor.from_model(Bigram(BEFORE), editor.tokenizer, editor.config)
-    with pytest.raises(ValueError, match="before is of another model"):
+    with pytest.raises(ValueError, match="before is of another model or way of asking"):
         measure(Rewriting(other, {}), [("edit", "paris")], before=before)
+    ranked = MendEditor.from_model(editor.model, editor.tokenizer, MendConfig(layers=["head.weight"], rank=2))
+    assert before.serves(ranked) and not before.serves(other)
+    ranked.config.append_eos = True
+    assert not before.serves(ranked)
     with pytest.raises(ValueError, match="near has the kind 'colour'"):
         measure(Rewriting(editor, {}), [("edit", "paris")], near={"colour": ["far"]})
     with pytest.raises(ValueError, match="no requests"):

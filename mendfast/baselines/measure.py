@@ -66,7 +66,7 @@ class Outcome:
 
 
 class Before:
-    """What a model says unedited, kept from edit to edit; for systems that share a model and its configuration.
+    """What a model says unedited, kept from edit to edit, and from system to system of the same model.
 
     It must not be kept once the model itself has changed, as after training it.
 
@@ -80,6 +80,13 @@ class Before:
         self._told: dict[Pair, tuple[bool, torch.Tensor]] = {}
         self._batches = [to_device(batch, subject.device) for batch in subject.text_batches(texts)]
         self._texts: list[Rows] | None = None
+
+    def serves(self, subject: EditableModel) -> bool:
+        """Whether ``subject`` is the same model, asked in the same way."""
+        if self.subject.model is not subject.model:
+            return False
+        names = ("prompt_template", "separator", "append_eos", "chat")
+        return all(getattr(self.subject.config, name) == getattr(subject.config, name) for name in names)
 
     def answers(self, prompts: Sequence[str], max_new_tokens: int) -> list[Answer]:
         """Each prompt's generated answer."""
@@ -153,8 +160,8 @@ def measure(
     if not requests:
         raise ValueError("measure was given no requests; pass at least one (prompt, target).")
     before = before or Before(editor)
-    if before.subject.model is not editor.model or before.subject.config != editor.config:
-        raise ValueError("before is of another model or configuration than the system's; make one for its subject.")
+    if not before.serves(editor):
+        raise ValueError("before is of another model or way of asking than the system's; make one for its subject.")
     already, _ = before.told(requests)
     base = before.told(locality) if locality else None
     texts = before.texts()
