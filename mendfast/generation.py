@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -90,13 +90,23 @@ def generate_answers(
         if known.ended or len(known.ids) == room:
             found[i] = known
         elif causal:
+            starts[i] = known.ids
             waiting.append((ids + list(known.ids), room - len(known.ids), i))
         else:
             starts[i] = ()  # a decoder that goes on from several places at once would need positions of its own
             waiting.append((ids, room, i))
-    for batch in _batches(waiting, full=limit is None or not causal):
-        for (_, room, i), new in zip(batch, _generate(subject, batch, ends), strict=True):
-            found[i] = ends.cut((*starts[i], *new[:room]))
+    while waiting:
+        batches, waiting = _batches(waiting), []
+        for batch in batches:
+            steps = max(room for _, room, _ in batch)
+            if causal and limit is not None:  # no row may go beyond it: what the longest cuts off goes on next round
+                steps = min(steps, limit - max(len(ids) for ids, _, _ in batch))
+            said = _generate(subject, [ids for ids, _, _ in batch], [starts[i] for *_, i in batch], steps, ends)
+            for (ids, room, i), new in zip(batch, said, strict=True):
+                starts[i] = (*starts[i], *new[:room])
+                found[i] = ends.cut(starts[i])
+                if room > steps and not found[i].ended:
+                    waiting.append((ids + new, room - steps, i))
     return [found[i] for i in range(len(prompts))]
 
 
@@ -156,49 +166,49 @@ class _Ends:
     def _text(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(list(ids), skip_special_tokens=True)
 
-    def lines_ended(self, width: int) -> Any:
-        """A stopping criterion for the rows that have left their first line; ``width``: of what was read."""
+    def lines_ended(self, width: int, starts: Sequence[Sequence[int]]) -> Any:
+        """A stopping criterion for the rows that have left their first line, which ``starts`` begin.
+
+        ``width``: of what was read, the starts included.
+        """
 
         def criterion(ids: torch.Tensor, scores: Any, **options: Any) -> torch.Tensor:
-            ended = [self._line(row) is not None for row in ids[:, width:].tolist()]
-            return torch.tensor(ended, device=ids.device)
+            rows = zip(starts, ids[:, width:].tolist(), strict=True)
+            return torch.tensor([self._line((*start, *new)) is not None for start, new in rows], device=ids.device)
 
         return criterion
 
 
-def _batches(
-    waiting: Sequence[tuple[list[int], int, int]], full: bool
-) -> Iterator[list[tuple[list[int], int, int]]]:
-    """Batches of like lengths. Unless ``full``, with the same room: no row may go beyond the context."""
-    batch: list[tuple[list[int], int, int]] = []
+def _batches(waiting: Sequence[tuple[list[int], int, int]]) -> list[list[tuple[list[int], int, int]]]:
+    """Batches of like lengths."""
+    found: list[list[tuple[list[int], int, int]]] = [[]]
     for item in sorted(waiting, key=lambda item: (item[1], len(item[0]))):
-        tokens = (len(item[0]) + item[1]) * (len(batch) + 1)
-        if batch and (tokens > BATCH_TOKENS or (batch[0][1] != item[1] and not full)):
-            yield batch
-            batch = []
-        batch.append(item)
-    if batch:
-        yield batch
+        batch = [*found[-1], item]
+        width = max(len(ids) for ids, _, _ in batch) + max(room for _, room, _ in batch)
+        if found[-1] and width * len(batch) > BATCH_TOKENS:
+            found.append([])
+        found[-1].append(item)
+    return found
 
 
-def _generate(subject: EditableModel, batch: Sequence[tuple[list[int], int, int]], ends: _Ends) -> list[list[int]]:
-    """What follows each row; what is beyond its end means nothing."""
-    model, pad = subject.model, pad_token_id(subject.tokenizer)
-    rows, causal = [ids for ids, _, _ in batch], subject.kind == "causal"
+def _generate(
+    subject: EditableModel, rows: Sequence[list[int]], starts: Sequence[Sequence[int]], steps: int, ends: _Ends
+) -> list[list[int]]:
+    """What follows each row, whose answer has begun with ``starts``; what is beyond its end means nothing."""
+    model, pad, causal = subject.model, pad_token_id(subject.tokenizer), subject.kind == "causal"
     width = max(map(len, rows))
     ids, mask = torch.full((len(rows), width), pad), torch.zeros((len(rows), width), dtype=torch.long)
     for i, row in enumerate(rows):
         place = slice(width - len(row), None) if causal else slice(len(row))
         ids[i, place], mask[i, place] = torch.tensor(row), 1
-    start = width if causal else 1
+    first = width if causal else 1
     device = execution_device(model.get_input_embeddings())
     options = dict(_PLAINLY, pad_token_id=pad, eos_token_id=sorted(ends.ids) or None)
     if ends.at_line:
-        options["stopping_criteria"] = [ends.lines_ended(start)]
-    most = max(room for _, room, _ in batch)
+        options["stopping_criteria"] = [ends.lines_ended(first, starts)]
     with frozen(model):  # eval mode, and on a CPU the faster product of few rows
-        out = model.generate(ids.to(device), attention_mask=mask.to(device), max_new_tokens=most, **options)
-    return out[:, start:].tolist()
+        out = model.generate(ids.to(device), attention_mask=mask.to(device), max_new_tokens=steps, **options)
+    return out[:, first:].tolist()
 
 
 # -- teacher-forced along an answer ------------------------------------------------------------------------

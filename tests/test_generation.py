@@ -150,9 +150,14 @@ def test_generation_stops_at_a_lines_end(tokenizer):
         counting = editor.model.register_forward_hook(lambda *_: passes.append(1))
         (found,) = generate_answers(editor, PROMPTS[:1], 16)
         counting.remove()
+        more = []
+        counting = editor.model.register_forward_hook(lambda *_: more.append(1))
+        again = generate_answers(editor, PROMPTS[:1], 16, starts=[free[0][:2]])
+        counting.remove()
     finally:
         handle.remove()
     assert found.ids == (*free[0][:3], newline) and found.ended and len(passes) == 4
+    assert again == [found] and len(more) == 2
     assert found.text == tokenizer.decode(free[0][:3], skip_special_tokens=True).strip()
 
 
