@@ -1,48 +1,265 @@
-"""What the model says: short greedy answers."""
+"""What the model says: greedy answers that end where the model ends them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 
+from .capture import frozen
 from .editable import EditableModel
-from .labels import encode_prompt, pad_token_id
-from .objective import context_length
+from .labels import collate, encode_prompt, pad_token_id
+from .layers import execution_device
+from .objective import IGNORE, Rows, context_length, kept_rows, target_rows, to_device
+
+BATCH_TOKENS = 4096
+"""Prompt and answer tokens of one batch, padding included, at most."""
+_PLAINLY = {
+    "do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None, "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0, "min_length": 0, "min_new_tokens": None, "forced_eos_token_id": None,
+    "exponential_decay_length_penalty": None,
+}  # fmt: skip
+"""Against a model's own generation_config: each token is the first choice, as in teacher forcing."""
 
 
-@torch.no_grad()
-def answer(editor: EditableModel, prompts: Sequence[str], max_new_tokens: int = 16) -> list[str]:
+class Answer(NamedTuple):
+    """What a model said."""
+
+    text: str
+    ended: bool
+    """Whether it ended by itself, within the tokens that it might use."""
+    ids: tuple[int, ...] = ()
+    """Its tokens, the end token included; none of a classifier."""
+
+
+def answer(
+    subject: EditableModel, prompts: Sequence[str], max_new_tokens: int = 64, form: str | None = None
+) -> list[str]:
     """The model's greedy answers (edits attached or applied included), as text; a classifier's label.
+
+    Args:
+        form: how the prompts are put, as in :meth:`mendfast.editable.EditableModel.encode`.
 
     Raises:
         ValueError: a prompt that fills the model's context, so that no token of an answer fits.
     """
-    model, tokenizer, config = editor.model, editor.tokenizer, editor.config
-    if editor.kind == "classifier":
-        texts = [config.prompt_template.replace("{prompt}", prompt) for prompt in prompts]
-        inputs = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt").to(editor.device)
-        logits = model(**inputs).logits
-        if logits.shape[-1] == 1:
-            return ["true" if z > 0 else "false" for z in logits[:, 0].tolist()]
-        return [str(model.config.id2label[i]) for i in logits.argmax(-1).tolist()]
-    limit, answers = context_length(model), []
-    # One at a time: no padding to reason about, and the edits' own positions.
-    for text in map(editor.prompt_text, prompts):
-        ids = encode_prompt(tokenizer, text, encoder_decoder=editor.kind == "encoder-decoder")
+    return [given.text for given in generate_answers(subject, prompts, max_new_tokens, form)]
+
+
+@torch.no_grad()
+def generate_answers(
+    subject: EditableModel,
+    prompts: Sequence[str],
+    max_new_tokens: int = 64,
+    form: str | None = None,
+    *,
+    starts: Sequence[Sequence[int]] | None = None,
+) -> list[Answer]:
+    """:func:`answer`, with whether each answer ended by itself, and its tokens.
+
+    An answer ends at any end token of the model, of its tokenizer and of its chat template; that of a decoder-only
+    model which is taught no end (neither chat nor ``append_eos``) also at a line's end, once something is said.
+    Batched: in a 16-bit model, where two tokens may tie, an answer can differ from the one that it gives alone.
+
+    Args:
+        starts: tokens that each answer is known to begin with (:func:`agreed`), and which need not be found again.
+
+    Raises:
+        ValueError: as :func:`answer`; other than one start for each prompt.
+    """
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 1.")
+    if subject.kind == "classifier":
+        return [Answer(label, True) for label in _labels(subject, prompts)]
+    starts = [tuple(start) for start in starts or [()] * len(prompts)]
+    if len(starts) != len(prompts):
+        raise ValueError(f"There are {len(starts)} starts for {len(prompts)} prompts; pass one for each.")
+    ends, limit = _Ends(subject), context_length(subject.model)
+    causal = subject.kind == "causal"
+    found: dict[int, Answer] = {}
+    waiting: list[tuple[list[int], int, int]] = []  # what is read, how many tokens may follow, the place
+    for i, (prompt, start) in enumerate(zip(prompts, starts, strict=True)):
+        ids = encode_prompt(subject.tokenizer, subject.prompt_text(prompt, form), encoder_decoder=not causal)
         room = max_new_tokens
-        if limit is not None and editor.kind == "causal":
-            room = min(room, limit - len(ids))
+        if limit is not None:
+            room = min(room, limit - len(ids) if causal else limit)
         if room < 1 or (limit is not None and len(ids) > limit):
             raise ValueError(f"The prompt has {len(ids)} tokens and the model takes {limit}; shorten it.")
-        inputs = torch.tensor([ids], device=editor.device)
-        out = model.generate(
-            inputs,
-            attention_mask=torch.ones_like(inputs),
-            max_new_tokens=room,
-            do_sample=False,
-            pad_token_id=pad_token_id(tokenizer),
-        )[0]
-        start = 0 if editor.kind == "encoder-decoder" else len(ids)
-        answers.append(tokenizer.decode(out[start:], skip_special_tokens=True).strip())
-    return answers
+        known = ends.cut(start[:room])
+        if known.ended or len(known.ids) == room:
+            found[i] = known
+        elif causal:
+            starts[i] = known.ids
+            waiting.append((ids + list(known.ids), room - len(known.ids), i))
+        else:
+            starts[i] = ()  # a decoder that goes on from several places at once would need positions of its own
+            waiting.append((ids, room, i))
+    while waiting:
+        batches, waiting = _batches(waiting), []
+        for batch in batches:
+            steps = max(room for _, room, _ in batch)
+            if causal and limit is not None:  # no row may go beyond it: what the longest cuts off goes on next round
+                steps = min(steps, limit - max(len(ids) for ids, _, _ in batch))
+            said = _generate(subject, [ids for ids, _, _ in batch], [starts[i] for *_, i in batch], steps, ends)
+            for (ids, room, i), new in zip(batch, said, strict=True):
+                starts[i] = (*starts[i], *new[:room])
+                found[i] = ends.cut(starts[i])
+                if room > steps and not found[i].ended:
+                    waiting.append((ids + new, room - steps, i))
+    return [found[i] for i in range(len(prompts))]
+
+
+def _labels(subject: EditableModel, prompts: Sequence[str]) -> list[str]:
+    found: list[str] = []
+    for start in range(0, len(prompts), 64):
+        logits = subject.model(**_read(subject, prompts[start : start + 64])).logits
+        if logits.shape[-1] == 1:
+            found += ["true" if z > 0 else "false" for z in logits[:, 0].tolist()]
+        else:
+            found += [str(subject.model.config.id2label[i]) for i in logits.argmax(-1).tolist()]
+    return found
+
+
+def _read(subject: EditableModel, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
+    """A classifier's inputs."""
+    texts = [subject.config.prompt_template.replace("{prompt}", prompt) for prompt in prompts]
+    return to_device(subject.tokenizer(texts, padding=True, padding_side="right", return_tensors="pt"), subject.device)
+
+
+class _Ends:
+    """Where the answers of a model end."""
+
+    def __init__(self, subject: EditableModel):
+        self.tokenizer = tokenizer = subject.tokenizer
+        found = [getattr(getattr(subject.model, "generation_config", None), "eos_token_id", None)]
+        found.append(getattr(tokenizer, "eos_token_id", None))
+        if subject.chat:
+            found.append(tokenizer.convert_tokens_to_ids(subject.end))
+        lists = [ids if isinstance(ids, (list, tuple)) else [ids] for ids in found]
+        self.ids = {int(i) for ids in lists for i in ids if i is not None}
+        self.at_line = subject.kind == "causal" and not (subject.chat or subject.config.append_eos)
+        self._newlines: dict[int, bool] = {}
+
+    def cut(self, ids: Sequence[int]) -> Answer:
+        """The answer that begins ``ids``, up to where it ends."""
+        at = next((i for i, token in enumerate(ids) if token in self.ids), None)
+        kept = tuple(ids if at is None else ids[: at + 1])
+        if self.at_line and (line := self._line(kept)) is not None:
+            return line
+        return Answer(self._text(kept).strip(), at is not None, kept)
+
+    def _line(self, ids: Sequence[int]) -> Answer | None:
+        """The first line in which something is said, where another follows."""
+        for i, token in enumerate(ids):
+            if self._has_newline(token):
+                line, newline, _ = self._text(ids[: i + 1]).lstrip().partition("\n")
+                if newline:
+                    return Answer(line.strip(), True, tuple(ids[: i + 1]))
+        return None
+
+    def _has_newline(self, token: int) -> bool:
+        if (found := self._newlines.get(token)) is None:
+            found = self._newlines[token] = "\n" in self.tokenizer.decode([token])
+        return found
+
+    def _text(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(list(ids), skip_special_tokens=True)
+
+    def lines_ended(self, width: int, starts: Sequence[Sequence[int]]) -> Any:
+        """A stopping criterion for the rows that have left their first line, which ``starts`` begin.
+
+        ``width``: of what was read, the starts included.
+        """
+
+        def criterion(ids: torch.Tensor, scores: Any, **options: Any) -> torch.Tensor:
+            rows = zip(starts, ids[:, width:].tolist(), strict=True)
+            return torch.tensor([self._line((*start, *new)) is not None for start, new in rows], device=ids.device)
+
+        return criterion
+
+
+def _batches(waiting: Sequence[tuple[list[int], int, int]]) -> list[list[tuple[list[int], int, int]]]:
+    """Batches of like lengths."""
+    found: list[list[tuple[list[int], int, int]]] = [[]]
+    for item in sorted(waiting, key=lambda item: (item[1], len(item[0]))):
+        batch = [*found[-1], item]
+        width = max(len(ids) for ids, _, _ in batch) + max(room for _, room, _ in batch)
+        if found[-1] and width * len(batch) > BATCH_TOKENS:
+            found.append([])
+        found[-1].append(item)
+    return found
+
+
+def _generate(
+    subject: EditableModel, rows: Sequence[list[int]], starts: Sequence[Sequence[int]], steps: int, ends: _Ends
+) -> list[list[int]]:
+    """What follows each row, whose answer has begun with ``starts``; what is beyond its end means nothing."""
+    model, pad, causal = subject.model, pad_token_id(subject.tokenizer), subject.kind == "causal"
+    width = max(map(len, rows))
+    ids, mask = torch.full((len(rows), width), pad), torch.zeros((len(rows), width), dtype=torch.long)
+    for i, row in enumerate(rows):
+        place = slice(width - len(row), None) if causal else slice(len(row))
+        ids[i, place], mask[i, place] = torch.tensor(row), 1
+    first = width if causal else 1
+    device = execution_device(model.get_input_embeddings())
+    options = dict(_PLAINLY, pad_token_id=pad, eos_token_id=sorted(ends.ids) or None)
+    if ends.at_line:
+        options["stopping_criteria"] = [ends.lines_ended(first, starts)]
+    with frozen(model):  # eval mode, and on a CPU the faster product of few rows
+        out = model.generate(ids.to(device), attention_mask=mask.to(device), max_new_tokens=steps, **options)
+    return out[:, first:].tolist()
+
+
+# -- teacher-forced along an answer ------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def follow(
+    subject: EditableModel, prompts: Sequence[str], answers: Sequence[Sequence[int]], form: str | None = None
+) -> Rows:
+    """The model's logits at every token of ``answers`` (:attr:`Answer.ids`), each after its prompt and those before it.
+
+    One pass tells whether a greedy answer is still the same: it is if every token is the first choice. A
+    classifier's row is that of its classes.
+    """
+    logits, labels, sample = [], [], []
+    for start in range(0, len(prompts), 16):
+        chosen = slice(start, start + 16)
+        if subject.kind == "classifier":
+            rows = kept_rows(subject.model, _read(subject, prompts[chosen]))
+            rows = rows._replace(labels=rows.logits.argmax(-1))
+        else:
+            examples = [_example(subject, *pair, form) for pair in zip(prompts[chosen], answers[chosen], strict=True)]
+            batch = collate(
+                examples, pad_token_id=pad_token_id(subject.tokenizer), encoder_decoder=subject.kind != "causal"
+            )
+            rows = target_rows(subject.model, to_device(batch, subject.device))
+        for values, part in zip((logits, labels, sample), (rows.logits, rows.labels, rows.sample + start), strict=True):
+            values.append(part)
+    return Rows(torch.cat(logits), torch.cat(labels), torch.cat(sample))
+
+
+def _example(subject: EditableModel, prompt: str, given: Sequence[int], form: str | None) -> dict[str, list[int]]:
+    causal = subject.kind == "causal"
+    ids = encode_prompt(subject.tokenizer, subject.prompt_text(prompt, form), encoder_decoder=not causal)
+    labels = list(given)
+    if causal:
+        ids, labels = ids + labels, [IGNORE] * len(ids) + labels
+    return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
+
+
+def agreed(chosen: torch.Tensor, labels: torch.Tensor, sample: torch.Tensor, size: int) -> list[tuple[int, ...]]:
+    """How each greedy answer begins, as ``starts`` of :func:`generate_answers`: the tokens on which the first choices
+    agree with ``labels``, and the first choice where they part.
+
+    Args:
+        chosen: [K] first choices; ``labels`` and ``sample`` as in :class:`mendfast.objective.Rows`.
+    """
+    starts: list[list[int]] = [[] for _ in range(size)]
+    parted = [False] * size
+    for choice, label, i in zip(chosen.tolist(), labels.tolist(), sample.tolist(), strict=True):
+        if not parted[i]:
+            starts[i].append(choice)
+            parted[i] = choice != label
+    return [tuple(start) for start in starts]

@@ -6,16 +6,13 @@ import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from . import ops
 from .editable import EditableModel
 from .objective import all_correct, target_rows, to_device
-
-if TYPE_CHECKING:
-    pass
 
 Pair = tuple[str, str]
 
@@ -107,7 +104,12 @@ class Told(NamedTuple):
 
     def perplexity(self) -> float:
         """exp of the mean negative log-likelihood of a token."""
-        return math.exp(min(self.nll.double().mean().item(), 700.0))  # where float64 ends
+        return perplexity(self.nll)
+
+
+def perplexity(nll: torch.Tensor) -> float:
+    """exp of the mean of [K] negative log-likelihoods; finite, however large they are."""
+    return math.exp(min(nll.double().mean().item(), 700.0))  # where float64 ends
 
 
 @torch.no_grad()

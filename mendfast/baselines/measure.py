@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,47 @@ import numpy as np
 import torch
 
 from .. import ops
+from ..answers import contains, exact_match, first_sentence, yes_or_no
 from ..editable import EditableModel
-from ..generation import answer
-from ..labels import IGNORE
-from ..metrics import Pair, tell
-from ..objective import per_sample_mean
+from ..generation import Answer, agreed, answer, follow, generate_answers
+from ..labels import IGNORE, encode_prompt, has_template
+from ..metrics import Pair, Told, perplexity, tell
+from ..objective import Batch, Rows, per_sample_mean, target_rows, to_device
 from .system import System
+
+FIGURES = {
+    "edit_success": "share of the edits and their rephrasings answered with all target tokens, teacher-forced",
+    "efficacy": "the same, of the edits alone",
+    "generality": "the same, of the rephrasings alone",
+    "exact_match": "share of the edits whose generated answer is the target, but for case, articles and punctuation",
+    "rephrase_exact_match": "the same, of the rephrasings",
+    "contains": "share of the edits and their rephrasings with the target in the generated answer, as whole words",
+    "first_sentence": "share of the edits whose generated answer's first sentence is the target",
+    "never_stopped": "share of the edits and their rephrasings whose generated answer did not end by itself",
+    "exact_match_plain": "exact_match, asked in plain text (of an editor whose form is chat)",
+    "exact_match_chat": "exact_match, asked through the chat template (of an editor whose form is plain)",
+    "exact_match_system": "exact_match, asked in a chat under a system prompt",
+    "drawdown": "accuracy on locality inputs before the edit less that after it, teacher-forced",
+    "unchanged": "share of the locality inputs whose generated answer is what it was before the edit",
+    "unchanged_relation": "the same, of inputs of the edit's relation and other subjects",
+    "unchanged_subject": "the same, of inputs of the edit's subject and other relations",
+    "leaked": "share of the locality inputs whose generated answer has got a target of the edit in it",
+    "first_choice_changed": "share of the tokens of those answers before the edit that are no longer the first choice",
+    "kl": "KL(before || after) at the first 16 tokens of those answers, mean over each input's, then over inputs",
+    "ppl_drawdown": "perplexity of the locality inputs' answers in the data after the edit less that before it",
+    "perplexity_rise": "perplexity of running text after the edit less that before it",
+    "text_kl": "KL(before || after) on running text, mean over each text's tokens, then over texts",
+    "portability": "share of the questions that follow from the edit answered right, teacher-forced",
+    "portability_exact_match": "the same, of their generated answers, as exact_match",
+    "premises": "share of the questions whether something is true that are answered right with yes or no",
+    "already": "share of the edits whose target was the answer before, teacher-forced",
+    "seconds": "wall time of the edit, all simultaneous ones together",
+    "peak_bytes": "memory at the edit's peak beyond what was held before it",
+}
+"""What :func:`measure` gives, and means. Those that there is no data for are absent."""
+
+KL_TOKENS = 16
+SYSTEM_PROMPT = "system:You answer questions."
 
 
 @dataclass
@@ -30,20 +65,56 @@ class Outcome:
     """Prompt, answer before, answer after."""
 
 
-FIGURES = {
-    "edit_success": "share of the edits and their rephrasings answered with all target tokens, teacher-forced",
-    "efficacy": "the same, of the edits alone",
-    "generality": "the same, of the rephrasings alone",
-    "autoregressive": "share of the edits and their rephrasings whose greedy generation is the target",
-    "drawdown": "accuracy on locality inputs before the edit less that after it",
-    "ppl_drawdown": "perplexity of the locality inputs' answers after the edit less that before it",
-    "kl": "KL(before || after) at the answers of locality inputs, mean over each input's tokens, then over inputs",
-    "portability": "share of the questions that follow from the edit answered right, teacher-forced",
-    "already": "share of the edits whose target was the answer before",
-    "seconds": "wall time of the edit, all simultaneous ones together",
-    "peak_bytes": "memory at the edit's peak beyond what was held before it",
-}
-"""What :func:`measure` gives, and means. Those that there is no data for are absent."""
+class Before:
+    """What a model says unedited, kept from edit to edit, and from system to system of the same model.
+
+    It must not be kept once the model itself has changed, as after training it.
+
+    Args:
+        texts: running text that edits must leave alone; its logits are held, tokens times vocabulary.
+    """
+
+    def __init__(self, subject: EditableModel, texts: Sequence[str | Pair | Batch] = ()):
+        self.subject = subject
+        self._answers: dict[tuple[str, int], Answer] = {}
+        self._told: dict[Pair, tuple[bool, torch.Tensor]] = {}
+        self._batches = [to_device(batch, subject.device) for batch in subject.text_batches(texts)]
+        self._texts: list[Rows] | None = None
+
+    def serves(self, subject: EditableModel) -> bool:
+        """Whether ``subject`` is the same model, asked in the same way."""
+        if self.subject.model is not subject.model:
+            return False
+        names = ("prompt_template", "separator", "append_eos", "chat")
+        return all(getattr(self.subject.config, name) == getattr(subject.config, name) for name in names)
+
+    def answers(self, prompts: Sequence[str], max_new_tokens: int) -> list[Answer]:
+        """Each prompt's generated answer."""
+        keys = [(prompt, max_new_tokens) for prompt in prompts]
+        if new := [key for key in dict.fromkeys(keys) if key not in self._answers]:
+            given = generate_answers(self.subject, [prompt for prompt, _ in new], max_new_tokens)
+            self._answers |= dict(zip(new, given, strict=True))
+        return [self._answers[key] for key in keys]
+
+    def told(self, pairs: Sequence[Pair]) -> tuple[torch.Tensor, float]:
+        """Whether each pair is answered right, teacher-forced ([N] float), and the perplexity of all their tokens."""
+        if new := [pair for pair in dict.fromkeys(pairs) if pair not in self._told]:
+            found = tell(self.subject, new)
+            for i, (pair, right) in enumerate(zip(new, found.correct.tolist(), strict=True)):
+                self._told[pair] = right, found.nll[found.sample == i].cpu()
+        right, losses = zip(*(self._told[pair] for pair in pairs), strict=True)
+        return torch.tensor(right).float(), perplexity(torch.cat(losses))
+
+    def texts(self) -> list[Rows]:
+        """Logits at every token of each batch of running text."""
+        if self._texts is None:
+            self._texts = self.read()
+        return self._texts
+
+    @torch.no_grad()
+    def read(self) -> list[Rows]:
+        """What :meth:`texts` holds, of the model as it is now."""
+        return [target_rows(self.subject.model, batch) for batch in self._batches]
 
 
 def measure(
@@ -55,36 +126,57 @@ def measure(
     *,
     show: Sequence[str] = (),
     generate: bool = True,
+    before: Before | None = None,
+    near: Mapping[str, Sequence[str]] | None = None,
+    premises: Sequence[tuple[str, bool]] = (),
+    forms: Sequence[str] = (),
+    max_new_tokens: int = 64,
 ) -> Outcome:
     """Make one edit, or several simultaneous ones, ask, and take it back; :data:`FIGURES` says what comes out.
 
     Edit success is that of Mitchell et al. (2022, section 2), over an edit and its equivalents; perplexity
-    drawdown is theirs for generation, accuracy drawdown theirs for the other tasks. ``before`` is the system's
-    own model (that of ENN is another than the others').
+    drawdown is theirs for generation, accuracy drawdown theirs for the other tasks. All of these feed the target's
+    tokens in. What is generated is told nothing of the target, and locality is judged by what the model itself said
+    before the edit, the data's answers apart. Before is the system's own model (that of ENN is another than the
+    others').
 
     Args:
         requests: (prompt, target) of the edit.
         rephrasings: other wordings of the prompts, each with its target.
-        locality: prompts that the edit must leave alone, with the answers to judge by.
+        locality: prompts that the edit must leave alone, with the answers to judge accuracy by.
         portability: questions whose answers follow from the edit.
         show: prompts to answer by greedy decoding, before and after.
-        generate: also compare what greedy decoding says, which takes a pass for each token.
+        generate: also generate answers, which takes a pass for each token; without it there are no figures of them.
+        before: keeps what doesn't change over edits, and holds the running text.
+        near: locality prompts to count apart: "relation", "subject".
+        premises: questions of yes (True) or no, as :func:`mendfast.answers.truth_question` makes them.
+        forms: other forms to ask the edits in, of :func:`other_forms`.
+        max_new_tokens: of each answer; the same for all, whatever the target.
 
     Raises:
-        ValueError: no requests; whatever the system's edit raises.
+        ValueError: no requests; a ``before`` of another model; whatever the system's edit raises.
     """
     editor, n, r = system.subject, len(requests), len(rephrasings)
-    before = tell(editor, requests)
-    base = tell(editor, locality) if locality else None
-    said = answer(editor, show) if show else []
+    if not requests:
+        raise ValueError("measure was given no requests; pass at least one (prompt, target).")
+    before = before or Before(editor)
+    if not before.serves(editor):
+        raise ValueError("before is of another model or way of asking than the system's; make one for its subject.")
+    already, _ = before.told(requests)
+    base = before.told(locality) if locality else None
+    texts = before.texts()
+    said = before.answers(show, max_new_tokens)
+    others = _Others(before, [prompt for prompt, _ in locality], near or {}, max_new_tokens) if generate else None
+    pairs = [*requests, *rephrasings, *portability]
     with contextlib.ExitStack() as stack:
         with PeakMemory(editor.device) as memory:
             stack.enter_context(system.edit(requests))
-        asked = tell(editor, [*requests, *rephrasings, *portability]).correct.float()
+        told = tell(editor, pairs)
+        asked = told.correct.float()
         figures = {
             "edit_success": asked[: n + r].mean().item(),
             "efficacy": asked[:n].mean().item(),
-            "already": before.correct.float().mean().item(),
+            "already": already.mean().item(),
             "seconds": system.seconds,
         }
         if r:
@@ -95,37 +187,136 @@ def measure(
             figures["peak_bytes"] = memory.bytes
         if base is not None:
             after = tell(editor, locality)
-            figures["drawdown"] = (base.correct.float() - after.correct.float()).mean().item()
-            figures["ppl_drawdown"] = after.perplexity() - base.perplexity()
-            divergence = ops.kl_divergence_rows(base.logits, after.logits)
-            figures["kl"] = per_sample_mean(divergence, base.sample, len(locality)).mean().item()
+            figures["drawdown"] = (base[0] - after.correct.float().cpu()).mean().item()
+            figures["ppl_drawdown"] = after.perplexity() - base[1]
+        if texts:
+            figures |= _text_figures(texts, before.read())
         if generate:
-            spoken = says(editor, [*requests, *rephrasings])
-            figures["autoregressive"] = sum(spoken) / len(spoken)
-        now = answer(editor, show) if show else []
-    return Outcome(figures, list(zip(show, said, now, strict=True)))
+            starts = _target_starts(editor, pairs, told)
+            given = generate_answers(editor, [prompt for prompt, _ in pairs], max_new_tokens, starts=starts)
+            figures |= _spoken(given, pairs, n, r)
+            for form in forms:
+                given = generate_answers(editor, [prompt for prompt, _ in requests], max_new_tokens, form)
+                name = f"exact_match_{form.partition(':')[0]}"
+                figures[name] = _mean(exact_match(a.text, t) for a, (_, t) in zip(given, requests, strict=True))
+            if premises:
+                given = generate_answers(editor, [prompt for prompt, _ in premises], max_new_tokens)
+                truths = [truth for _, truth in premises]
+                figures["premises"] = _mean(yes_or_no(a.text) is t for a, t in zip(given, truths, strict=True))
+            figures |= others.figures([target for _, target in requests])
+        now = answer(editor, show, max_new_tokens) if show else []
+    return Outcome(figures, [(p, b.text, a) for p, b, a in zip(show, said, now, strict=True)])
 
 
-def says(editor: EditableModel, pairs: Sequence[Pair]) -> list[bool]:
-    """Whether greedy generation gives each target, as text.
+def other_forms(subject: EditableModel) -> tuple[str, ...]:
+    """The forms that a question can be asked in besides the editor's own; none without a chat template."""
+    if subject.kind != "causal" or not has_template(subject.tokenizer):
+        return ()
+    return ("plain" if subject.chat else "chat", SYSTEM_PROMPT)
 
-    Where the model's answers end (an encoder-decoder's, a decoder-only model's with ``append_eos``) the answer
-    must be the target; where they run on it must begin with the target, up to a word's end. All target tokens
-    being the first choice, teacher-forced, makes them the greedy ones, so what this adds is that the model
-    stops, and that a target spelled in other tokens counts.
-    """
-    if editor.kind == "classifier":
-        answers = answer(editor, [prompt for prompt, _ in pairs])
-        return [a.lower() == target.strip().lower() for a, (_, target) in zip(answers, pairs, strict=True)]
-    stops = editor.config.append_eos or editor.kind == "encoder-decoder"
-    found = []
-    for prompt, target in pairs:
-        labels = [label for label in editor.encode(prompt, target)["labels"] if label != IGNORE]
-        wanted = editor.tokenizer.decode(labels, skip_special_tokens=True).strip()
-        (given,) = answer(editor, [prompt], max_new_tokens=len(labels) + 1)
-        rest = given[len(wanted) :]
-        found.append(given.startswith(wanted) and (not rest if stops else not rest[:1].isalnum()))
-    return found
+
+def _mean(values: Iterable[float]) -> float:
+    values = list(values)
+    return sum(values) / len(values)
+
+
+def _target_starts(subject: EditableModel, pairs: Sequence[Pair], told: Told) -> list[tuple[int, ...]] | None:
+    """How each pair's greedy answer begins, seen from the pass with the target's tokens: it costs nothing more."""
+    if subject.kind == "classifier":
+        return None
+    examples = [subject.encode(*pair) for pair in pairs]
+    labels = [[label for label in example["labels"] if label != IGNORE] for example in examples]
+    flat = torch.tensor([label for row in labels for label in row])
+    starts = agreed(told.logits.argmax(-1), flat, told.sample, len(pairs))
+    if subject.kind == "causal":
+        for i, ((prompt, _), example, row) in enumerate(zip(pairs, examples, labels, strict=True)):
+            # a target whose first token has merged with the prompt's last follows other tokens than the prompt's
+            read = example["input_ids"][: len(example["input_ids"]) - len(row)]
+            if read != encode_prompt(subject.tokenizer, subject.prompt_text(prompt)):
+                starts[i] = ()
+    return starts
+
+
+def _spoken(given: Sequence[Answer], pairs: Sequence[Pair], n: int, r: int) -> dict[str, float]:
+    """The figures of generated answers: of n edits, r rephrasings, and what follows from them."""
+    texts, targets = [a.text for a in given], [target for _, target in pairs]
+    right = [exact_match(*pair) for pair in zip(texts, targets, strict=True)]
+    figures = {
+        "exact_match": _mean(right[:n]),
+        "contains": _mean(contains(*pair) for pair in zip(texts[: n + r], targets[: n + r], strict=True)),
+        "first_sentence": _mean(
+            exact_match(first_sentence(text), target) for text, target in zip(texts[:n], targets[:n], strict=True)
+        ),
+        "never_stopped": _mean(not a.ended for a in given[: n + r]),
+    }
+    if r:
+        figures["rephrase_exact_match"] = _mean(right[n : n + r])
+    if len(pairs) > n + r:
+        figures["portability_exact_match"] = _mean(right[n + r :])
+    return figures
+
+
+def _text_figures(before: Sequence[Rows], after: Sequence[Rows]) -> dict[str, float]:
+    losses, divergences = ([], []), []
+    for rows in zip(before, after, strict=True):
+        for found, one in zip(losses, rows, strict=True):
+            found.append(ops.token_nll_rows(one.logits, one.labels))
+        size = int(rows[0].sample.max()) + 1
+        kl = ops.kl_divergence_rows(rows[0].logits, rows[1].logits)
+        divergences.append(per_sample_mean(kl, rows[0].sample, size))
+    old, new = (perplexity(torch.cat(found)) for found in losses)
+    return {"perplexity_rise": new - old, "text_kl": torch.cat(divergences).mean().item()}
+
+
+class _Others:
+    """Answers that an edit must leave alone: made before it, with the logits along them; :meth:`figures` after it."""
+
+    def __init__(
+        self, before: Before, prompts: Sequence[str], near: Mapping[str, Sequence[str]], max_new_tokens: int
+    ):
+        if unknown := [kind for kind in near if f"unchanged_{kind}" not in FIGURES]:
+            raise ValueError(f'near has the kind {unknown[0]!r}; use "relation" and "subject".')
+        self.subject, self.limit, self.n = before.subject, max_new_tokens, len(prompts)
+        self.spans, self.prompts = {"": slice(0, len(prompts))}, list(prompts)
+        for kind, more in near.items():
+            self.spans[f"_{kind}"] = slice(len(self.prompts), len(self.prompts) + len(more))
+            self.prompts += more
+        self.said = before.answers(self.prompts, max_new_tokens)
+        self.ids = [a.ids for a in self.said]
+        if self.n:
+            rows = follow(self.subject, self.prompts[: self.n], self.ids[: self.n])
+            self.chosen, self.rows = rows.logits.argmax(-1), self._early(rows)
+
+    def _early(self, rows: Rows) -> Rows:
+        """The first :data:`KL_TOKENS` of each prompt's rows, which come one prompt after the other."""
+        counts = torch.bincount(rows.sample, minlength=self.n)
+        place = torch.arange(len(rows.sample), device=rows.sample.device) - (counts.cumsum(0) - counts)[rows.sample]
+        return Rows(*(part[place < KL_TOKENS] for part in rows))
+
+    def figures(self, targets: Sequence[str]) -> dict[str, float]:
+        if not self.prompts:
+            return {}
+        rows = follow(self.subject, self.prompts, self.ids)
+        chosen, figures = rows.logits.argmax(-1), {}
+        if self.n:
+            mine = rows.sample < self.n
+            changed = (chosen[mine] != self.chosen).float()
+            figures["first_choice_changed"] = per_sample_mean(changed, rows.sample[mine], self.n).mean().item()
+            early = self._early(Rows(rows.logits[mine], rows.labels[mine], rows.sample[mine]))
+            divergence = ops.kl_divergence_rows(self.rows.logits, early.logits)
+            figures["kl"] = per_sample_mean(divergence, early.sample, self.n).mean().item()
+        starts = agreed(chosen, rows.labels, rows.sample, len(self.prompts))
+        now = generate_answers(self.subject, self.prompts, self.limit, starts=starts)
+        kept = [(a.text, a.ended) == (b.text, b.ended) for a, b in zip(self.said, now, strict=True)]
+        for kind, span in self.spans.items():
+            if kept[span]:
+                figures[f"unchanged{kind}"] = _mean(kept[span])
+        if self.n:
+            pairs = list(zip(self.said, now, strict=True))[: self.n]
+            figures["leaked"] = _mean(
+                any(contains(b.text, target) and not contains(a.text, target) for target in targets) for a, b in pairs
+            )
+        return figures
 
 
 class PeakMemory:
