@@ -41,6 +41,7 @@ from .updates import (
     checksum,
     extend,
     folded,
+    foreign,
     measured,
     own_factors,
     read_flags,
@@ -349,14 +350,14 @@ class Ledger:
                 steps = (*weight.steps, Conversion(*kind))
                 weight = replace(weight, steps=steps, kind=kind)
                 if weight.backup is None:
-                    raise ValueError(_foreign(name))
+                    raise ValueError(foreign(name))
                 expected = checksum(folded(weight))
                 weight = replace(weight, sum=expected)
             result[name] = weight
             differs[name] = checksum(present) != expected.to(present.device)
         for name, differ in zip(differs, read_flags(list(differs.values())), strict=True):
             if differ:
-                raise ValueError(_foreign(name))
+                raise ValueError(foreign(name))
         return result
 
     # -- doing it ------------------------------------------------------------------------------------------
@@ -496,11 +497,3 @@ def forget_edits(model: nn.Module) -> None:
     """
     ledger_of(model).forget()
     ledger_of(model).free()
-
-
-def _foreign(name: str) -> str:
-    return (
-        f"{name} was written by something else since mendfast edited it (an optimiser step, load_state_dict, "
-        "another tool, a conversion to a narrower dtype and back), so the edits can't be told from that. Nothing was "
-        "changed; reload the model, or keep the weights as they are: mendfast.forget_edits(model)."
-    )

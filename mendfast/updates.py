@@ -219,3 +219,12 @@ def _rewrite(batch: Sequence[tuple[torch.Tensor, Update]]) -> None:
             rounding == "stochastic",
             backend,
         )
+
+
+def foreign(name: str) -> str:
+    """What to say where somebody else has written to an edited weight."""
+    return (
+        f"{name} was written by something else since mendfast edited it (an optimiser step, load_state_dict, "
+        "another tool, a conversion to a narrower dtype and back), so the edits can't be told from that. Nothing was "
+        "changed; reload the model, or keep the weights as they are: mendfast.forget_edits(model)."
+    )
