@@ -8,7 +8,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -19,6 +19,9 @@ from .layers import Layer, find_layers, unwrapped
 from .ledger import ledger_of, settle
 from .schema import brief, check_real, parse_json, shown, some
 from .updates import measured
+
+if TYPE_CHECKING:
+    from .compat.peft import PeftExport
 
 
 class Factor(NamedTuple):
@@ -246,6 +249,23 @@ class Edit:
         }
         requests = _checked_requests(parse_json(metadata["requests"], f"The list of requests in {path}"), str(path))
         return cls(factors, metadata["model_type"] or None, requests)
+
+    # -- elsewhere -----------------------------------------------------------------------------------------
+
+    def export_peft(
+        self, directory: str | Path, model: nn.Module, rank: int | None = None, *, overwrite: bool = False
+    ) -> PeftExport:
+        """Write a LoRA adapter that PEFT and vLLM load; see :func:`mendfast.compat.peft.export_peft`."""
+        from .compat.peft import export_peft
+
+        return export_peft(self, directory, model, rank, overwrite=overwrite)
+
+    @staticmethod
+    def from_peft(directory: str | Path, model: nn.Module) -> Edit:
+        """The edit that a LoRA adapter of ``model`` is; see :func:`mendfast.compat.peft.from_peft`."""
+        from .compat.peft import from_peft
+
+        return from_peft(directory, model)
 
 
 def _checked_factor(name: str, u: torch.Tensor, delta: torch.Tensor, alpha: torch.Tensor | float, where: str) -> Factor:
