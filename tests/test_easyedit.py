@@ -21,6 +21,7 @@ from mendfast.compat.easyedit import (
     ZsreDataset,
     apply_mend_to_model,
 )
+from mendfast.metrics import correct
 
 LAYERS = ["transformer.h.1.mlp.c_fc.weight", "transformer.h.1.mlp.c_proj.weight"]
 PROMPTS = ["Where was Anna Marsh born?", "What did Bela Novak do for a living?"]
@@ -49,7 +50,7 @@ results_dir: ./results
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """A model's directory and an untrained editor, whose plain gradient steps are large enough to be seen."""
+    """A model's directory and an untrained editor, whose plain gradient steps are just large enough."""
     texts = [w.format("Anna Marsh") for wordings in WORDINGS.values() for w in wordings]
     tokenizer = train_tokenizer([*texts, *PROMPTS, *(a for answers in ANSWERS.values() for a in answers)], 320)
     torch.manual_seed(0)
@@ -57,11 +58,17 @@ def base(tmp_path_factory):
     place = tmp_path_factory.mktemp("easyedit")
     model.save_pretrained(place / "model")
     tokenizer.save_pretrained(place / "model")
-    editor = MendEditor.from_model(
-        model, tokenizer, MendConfig(layers=LAYERS, rank=8, step_size=0.3, loss_reduction="batch", chat=False)
-    )
-    for network in editor.networks.values():  # as if trained: rows pass through unnormalised
-        network.count.fill_(100)
+    config = MendConfig(layers=LAYERS, rank=8, loss_reduction="batch", chat=False)
+    editor = MendEditor.from_model(model, tokenizer, config)
+    for step_size in (0.1 * 2**k for k in range(16)):
+        editor.config.step_size = step_size
+        learned = []
+        for pair in zip(PROMPTS, TARGETS, strict=True):
+            with editor.edit([pair]).attached(model):
+                learned.append(bool(correct(editor, [pair])))
+        if all(learned):
+            break
+    assert all(learned) and not correct(editor, list(zip(PROMPTS, TARGETS, strict=True))).any()
     editor.save_pretrained(place / "editor")
     save_mend_archive(editor, place / "archive.pt")
     return place, model, tokenizer
@@ -130,6 +137,8 @@ def test_the_readme_example(base, editor):
 
 def test_each_alone_and_one_after_another(base, editor):
     original = edited(base[1])
+    editor.edit(PROMPTS[0], TARGETS[0], verbose=False)
+    first = edited(base[1])
     alone, _, _ = editor.edit(PROMPTS, TARGETS, verbose=False)
     last = edited(base[1])
     editor.edit(PROMPTS[1], TARGETS[1], verbose=False)
@@ -138,12 +147,12 @@ def test_each_alone_and_one_after_another(base, editor):
     assert same(copy.values(), original)
     assert kept[0]["post"] == alone[0]["post"] and [m["pre"] for m in kept] == [m["pre"] for m in alone]
     both = edited(base[1])
-    sum_of_both = [o + (a - o) for o, a in zip(original, both, strict=True)]
-    assert not same(both, last) and all(torch.allclose(a, b) for a, b in zip(both, sum_of_both, strict=True))
+    parts = zip(original, first, last, both, strict=True)
+    assert all(torch.allclose(a + b - o, c, atol=1e-5) for o, a, b, c in parts)
     (again,), _, copy = editor.edit(PROMPTS[0], "Lima", verbose=False)
     assert same(copy.values(), both)  # what stays stays
     editor.edit(PROMPTS[0], TARGETS[0], sequential_edit=True, verbose=False)
-    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(edited(base[1]), both, strict=True))
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(edited(base[1]), both, strict=True))
 
 
 def test_weights_written_back_by_the_caller(base, editor):

@@ -24,7 +24,9 @@ _REFUSED = {
     "act": "the editor network's activation is relu",
     "mlp_class": "the editor network is IDMLP",
 }
-_MODEL = ("alg_name", "alg", "model_name", "tokenizer_name", "inner_params", "archive", "device", "fp16", "model_parallel")
+_MODEL = (
+    "alg_name", "alg", "model_name", "tokenizer_name", "inner_params", "archive", "device", "fp16", "model_parallel",
+)  # fmt: skip
 
 
 class HyperParams:
