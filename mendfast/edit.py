@@ -23,6 +23,7 @@ from .schema import brief, check_real, parse_json, shown, some
 from .updates import measured
 
 if TYPE_CHECKING:
+    from .adapters.peft import PeftExport
     from .editor import MendEditor
 
 
@@ -296,6 +297,34 @@ class Edit:
         requests = _checked_requests(parse_json(metadata["requests"], f"The list of requests in {path}"), str(path))
         base = Fingerprint.from_json(metadata.get("fingerprint"), str(path))
         return cls(factors, metadata["model_type"] or None, requests, base)
+
+    # -- elsewhere -----------------------------------------------------------------------------------------
+
+    def export_peft(
+        self, directory: str | Path, model: nn.Module, rank: int | None = None, *, overwrite: bool = False
+    ) -> PeftExport:
+        """Write a LoRA adapter that PEFT and vLLM load; see :func:`mendfast.adapters.peft.export_peft`."""
+        from .adapters.peft import export_peft
+
+        return export_peft(self, directory, model, rank, overwrite=overwrite)
+
+    @classmethod
+    def from_peft(cls, directory: str | Path, model: nn.Module) -> Edit:
+        """The edit that a LoRA adapter of ``model`` is, one of :meth:`export_peft` or of another origin.
+
+        Raises:
+            FileNotFoundError: there is no such adapter.
+            ValueError: it is no plain LoRA of matrices, is damaged, or is for another model.
+        """
+        from .adapters.peft import read_peft
+
+        factors, requests = read_peft(directory)
+        edit = cls(factors, getattr(getattr(unwrapped(model), "config", None), "model_type", None), requests)
+        try:
+            edit._layers(model)
+        except ValueError as error:
+            raise ValueError(f"{directory} is an adapter for another model. {error}") from error
+        return edit
 
 
 def disturbance_in_words(disturbance: Mapping[str, float]) -> str:
