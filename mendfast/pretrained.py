@@ -104,6 +104,7 @@ def load(
         _check_gguf(source, quantize)
         where["gguf_file"] = source.gguf
         dtype = torch.float32 if dtype == "auto" else dtype
+        options |= _unpacked()
     if quantize:
         options["quantization_config"] = _quantization(quantize)
         device_map = device_map or str(device)
@@ -131,7 +132,14 @@ def _from_pretrained(source: Source, where: dict[str, Any], options: dict[str, A
         kind = hf.AutoModelForSeq2SeqLM
     # The tokenizer first: what is wrong with it shows before gigabytes are read.
     tokenizer = hf.AutoTokenizer.from_pretrained(source.place, **where)
-    return kind.from_pretrained(source.place, **where, **options), tokenizer
+    model = kind.from_pretrained(source.place, **where, **options)
+    if source.gguf and getattr(model, "hf_quantizer", None) is not None:
+        # Its weights are plain by now; what is left of the quantiser only forbids saving them.
+        model.hf_quantizer = None
+        del model.config.quantization_config
+    if source.gguf:
+        model.config.architectures = [type(model).__name__]
+    return model, tokenizer
 
 
 def _dtype_argument() -> str:
@@ -146,6 +154,13 @@ def _check_gguf(source: Source, quantize: str | None) -> None:
         raise ValueError(f"quantize is {quantize!r}, and {source} is read into plain weights; leave quantize out.")
     if missing := [package for package in ("gguf", "accelerate") if find_spec(package) is None]:
         raise RuntimeError(f"{source} is read by the package {missing[0]}: pip install {' '.join(missing)}")
+
+
+def _unpacked() -> dict[str, Any]:
+    """Newer versions of transformers keep a GGUF file's weights packed unless told so."""
+    import transformers as hf
+
+    return {"quantization_config": hf.GgufConfig(dequantize=True)} if hasattr(hf, "GgufConfig") else {}
 
 
 def _quantization(quantize: str) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 
 from safetensors import SafetensorError
 
@@ -50,7 +51,7 @@ def sentence(error: BaseException) -> str:
 
 
 def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
+    return re.sub(r"\s*\n\s*", " ", str(error)).strip()
 
 
 def _of_the_system(error: OSError) -> str:
