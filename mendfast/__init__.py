@@ -12,6 +12,7 @@ from .config import MendConfig
 from .edit import Edit, EditRequest
 from .editor import MendEditor
 from .ledger import forget_edits, revert_all
+from .memory import EditMemory
 
 __version__ = "0.1.0"
-__all__ = ["Edit", "EditRequest", "MendConfig", "MendEditor", "backend", "forget_edits", "revert_all"]
+__all__ = ["Edit", "EditMemory", "EditRequest", "MendConfig", "MendEditor", "backend", "forget_edits", "revert_all"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -35,6 +35,23 @@ def wanted(rows: Mapping[str, Transformed], alphas: torch.Tensor) -> dict[str, W
         name: Wanted(r.u, wanted_changes(r.u, r.new_u, r.new_delta, alpha.to(r.u.device)), r.sample)
         for (name, r), alpha in zip(rows.items(), alphas, strict=True)
     }
+
+
+def summands(rows: Mapping[str, Transformed], alphas: torch.Tensor) -> dict[str, Wanted]:
+    """u~_i and -alpha delta~_i of every layer: the rows whose sum of products is the sum of the edits' updates."""
+    return {
+        name: Wanted(r.new_u, -alpha.to(r.new_delta.device) * r.new_delta, r.sample)
+        for (name, r), alpha in zip(rows.items(), alphas, strict=True)
+    }
+
+
+def concatenated(passes: Sequence[Mapping[str, Transformed]], size: int) -> dict[str, Transformed]:
+    """The rows of several batches of ``size`` samples each as those of one."""
+    result = {}
+    for name in passes[0]:
+        parts = [p[name]._replace(sample=p[name].sample + i * size) for i, p in enumerate(passes)]
+        result[name] = parts[0] if len(parts) == 1 else Transformed(*map(torch.cat, zip(*parts, strict=True)))
+    return result
 
 
 def grouped(sample: torch.Tensor, group_size: int, groups: int, *sides: torch.Tensor) -> list[torch.Tensor]:

@@ -115,14 +115,20 @@ def _refused_dtypes(serves: Serves, dtypes: Sequence[torch.dtype]) -> str | None
     return f"it serves {served}, and there is {named}"
 
 
-@torch.compiler.assume_constant_result
+def _constant(function: Callable) -> Callable:
+    """torch.compiler.assume_constant_result, whose call would load the whole compiler at import."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@_constant
 def _capability(kind: str, index: int | None) -> tuple[int, int] | None:
     if kind != "cuda":
         return None
     return torch.cuda.get_device_capability(index)
 
 
-@torch.compiler.assume_constant_result
+@_constant
 def _missing(name: str) -> str | None:
     return MISSING[name]() if name in MISSING else None
 

@@ -19,7 +19,7 @@ from torch import nn
 
 from . import ops
 from .layers import Layer, unwrapped
-from .ledger import settle
+from .ledger import ledger_of, settle
 from .locks import exclusive, holding
 from .ops.frozen_linear import frozen_forwards
 
@@ -199,12 +199,31 @@ def lowrank_updates(
         yield
 
 
+_here = threading.local()
+
+
+@contextlib.contextmanager
+def without_edits(model: nn.Module) -> Iterator[None]:
+    """Within the block this thread's passes see the model as it is without edits, neither applied nor attached.
+
+    Applied ones are taken out of the weights, and come back bit for bit; meanwhile no other thread edits the model.
+    """
+    with ledger_of(model).lifted():
+        _here.bare = before = getattr(_here, "bare", 0) + 1
+        try:
+            yield
+        finally:
+            _here.bare = before - 1
+
+
 def _lowrank_hook(layer: Layer, u: torch.Tensor, delta: torch.Tensor, alpha: torch.Tensor | float) -> Callable:
     placed = {u.device: (u, delta, alpha)}  # the editor's; from the second call on also where the layer is
 
     def hook(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
         # deepcopy copies hooks along, DataParallel's replicas need them
         if module is not layer.module and not getattr(module, "_is_replica", False):
+            return output
+        if getattr(_here, "bare", 0):
             return output
         device = output.device
         if (found := placed.get(device)) is None:

@@ -8,7 +8,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -19,6 +19,9 @@ from .layers import Layer, find_layers, unwrapped
 from .ledger import ledger_of, settle
 from .schema import brief, check_real, parse_json, shown, some
 from .updates import measured
+
+if TYPE_CHECKING:
+    from .editor import MendEditor
 
 
 class Factor(NamedTuple):
@@ -177,6 +180,27 @@ class Edit:
         return ledger_of(model).fidelity(self, lambda edit: edit._digest(model))
 
     @torch.no_grad()
+    def disturbance(self, editor: MendEditor) -> dict[str, float]:
+        """Per weight E|S x|^2 / E|W x|^2 over the text that ``editor`` protects: what the edit S may change elsewhere.
+
+        W are the weights without edits. :func:`disturbance_in_words` says it to people.
+
+        Raises:
+            ValueError: nothing is protected; the edit is of another model.
+        """
+        if editor.metric is None:
+            raise ValueError(
+                "Nothing is protected, so there is no telling what this edit disturbs: call editor.protect(texts), or "
+                "editor.protect() for the model's own words."
+            )
+        layers = self._layers(editor.model)
+        with ledger_of(editor.model).lifted():
+            return {
+                layer.name: editor.metric.disturbance(layer.name, *factor, layer.weight, layer.layout)
+                for layer, factor in zip(layers, self.factors.values(), strict=True)
+            }
+
+    @torch.no_grad()
     def _digest(self, model: nn.Module) -> tuple | None:
         layers = find_layers(model, list(self.factors))
         named = zip(layers, self.factors.values(), strict=True)
@@ -246,6 +270,16 @@ class Edit:
         }
         requests = _checked_requests(parse_json(metadata["requests"], f"The list of requests in {path}"), str(path))
         return cls(factors, metadata["model_type"] or None, requests)
+
+
+def disturbance_in_words(disturbance: Mapping[str, float]) -> str:
+    """What :meth:`Edit.disturbance` found, in a sentence: the root mean square change of the outputs, as a share."""
+    if not disturbance:
+        return "The edit changes no layer."
+    name, worst = max(disturbance.items(), key=lambda item: item[1])
+    percent = 100 * math.sqrt(worst)
+    share = "less than 0.001" if percent < 0.001 else f"{percent:.0f}" if percent >= 10 else f"{percent:.2g}"
+    return f"On protected text the edited layers' outputs change by {share} % at most ({name})."
 
 
 def _checked_factor(name: str, u: torch.Tensor, delta: torch.Tensor, alpha: torch.Tensor | float, where: str) -> Factor:

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from .aggregate import Transformed, Wanted, least_squares, sums, wanted
+from .aggregate import Transformed, Wanted, concatenated, least_squares, summands, sums, wanted
 from .capture import Factors
 from .config import MendConfig
-from .edit import Edit, EditRequest
+from .edit import Edit
 from .editable import EditableModel
+from .editors import directory as shipped_directory
 from .files import read_shapes, read_tensors, write_tensors
 from .layers import device_of, find_layers
 from .metric import Metric, observe
@@ -23,11 +24,13 @@ from .network import Gather, make_networks, planned_networks
 from .objective import Batch
 from .ops import all_finite
 from .own_words import own_words
+from .requests import as_requests
 from .schema import check_dtypes, differences, shown
 from .types import Spectrum
 
 log = logging.getLogger("mendfast")
 
+EDITS_PER_PASS = 32
 WEIGHTS_FILE, CONFIG_FILE, METRIC_FILE = "editor.safetensors", "mend_config.json", "metric.safetensors"
 
 
@@ -80,8 +83,11 @@ class MendEditor(EditableModel, nn.Module):
 
     @classmethod
     def from_pretrained(cls, source: str | Path, model: nn.Module, tokenizer: Any = None) -> MendEditor:
-        """The editor that :meth:`save_pretrained` wrote to a directory, or that a Hub repository holds."""
+        """The editor that :meth:`save_pretrained` wrote to a directory, that ships under a name (see
+        :func:`mendfast.editors.shipped`), or that a Hub repository holds."""
         directory = Path(source)
+        if not directory.is_dir():
+            directory = shipped_directory(str(source)) or directory
         if not directory.is_dir():
             from huggingface_hub import snapshot_download
 
@@ -110,15 +116,24 @@ class MendEditor(EditableModel, nn.Module):
             editor.protect_with(Metric.load(directory / METRIC_FILE))
         return editor
 
-    def save_pretrained(self, directory: str | Path) -> None:
-        """Write the editor (not the model) as safetensors and JSON."""
+    def save_pretrained(self, directory: str | Path, *, dtype: torch.dtype | None = None) -> None:
+        """Write the editor (not the model) as safetensors and JSON.
+
+        Args:
+            dtype: of the networks' large matrices in the file: torch.bfloat16 halves it. They are float32 again when
+                read; statistics and step sizes always are.
+        """
         directory = Path(directory)
         metadata = {
             "format": "mendfast.editor",
             "format_version": "1",
             "model_type": self.model.config.model_type,
         }
-        write_tensors(directory / WEIGHTS_FILE, self.state_dict(), metadata)
+        tensors = {
+            name: tensor.to(dtype) if dtype is not None and tensor.dim() == 2 else tensor
+            for name, tensor in self.state_dict().items()
+        }
+        write_tensors(directory / WEIGHTS_FILE, tensors, metadata)
         if self.metric is not None:
             self.metric.save(directory / METRIC_FILE)
         self.config.save(directory / CONFIG_FILE)
@@ -224,28 +239,28 @@ class MendEditor(EditableModel, nn.Module):
 
     # -- editing (Algorithm 2) -----------------------------------------------------------------------------
 
-    def edit(self, prompt: str | Sequence[EditRequest | tuple[str, str]], target: str | None = None) -> Edit:
+    @torch.inference_mode(False)
+    def edit(self, prompt: Any, target: str | None = None) -> Edit:
         """The edit that makes the model answer ``prompt`` with ``target``; the model is untouched.
 
-        ``edit(prompt, target)`` or ``edit([EditRequest(prompt, target), ...])``, which gives the sum of the
-        separate edits. Use the result with ``attached``, ``apply_`` and ``revert_``.
+        ``edit(prompt, target)``, or ``edit([(prompt, target), ...])``, all of which one edit then holds, by
+        ``config.aggregation``; every form of a request is read that :func:`mendfast.requests.as_requests` names. Of
+        many requests at most ``EDITS_PER_PASS`` go through the model at a time. Use the result with ``attached``,
+        ``apply_`` and ``revert_``.
 
         Raises:
             ValueError: an empty target, one that becomes no tokens, one that is longer than the context, a
-                model that holds NaN.
+                model that holds NaN, a dictionary that is no request.
             TypeError: no tokenizer, or something that is not text.
         """
-        if isinstance(prompt, str):
-            if target is None:
-                raise TypeError("edit(prompt, target) needs the target: what the model should answer.")
-            requests = [EditRequest(prompt, target)]
-        elif target is not None:
-            raise TypeError("edit takes one prompt and its target, or a list of EditRequest(prompt, target).")
-        else:
-            requests = [EditRequest(*request) for request in prompt]
+        requests = as_requests(prompt, target)
         if not requests:
             raise ValueError("edit was given no requests; pass at least one.")
-        edit = self.edit_tokens(self.tokenize(requests))
+        # by tokens of the whole batch, an edit's weight depends on the others
+        most = len(requests) if self.config.loss_reduction == "batch" else EDITS_PER_PASS
+        batches = [self.tokenize(requests[i : i + most]) for i in range(0, len(requests), most)]
+        with torch.no_grad():
+            edit = self._edit_of(concatenated([self._rows_of(batch) for batch in batches], most))
         edit.requests = tuple(requests)
         return edit
 
@@ -262,17 +277,22 @@ class MendEditor(EditableModel, nn.Module):
             ValueError: labels that are all -100, inputs longer than the context, NaN in the model.
         """
         with torch.no_grad():
-            factors = self._aggregated(self._rows_of(batch), 1 << 62, 1)
+            return self._edit_of(self._rows_of(batch))
+
+    def _edit_of(self, rows: Mapping[str, Transformed]) -> Edit:
+        factors = self._aggregated(rows, 1 << 62, 1)
         return Edit({name: (u[0], d[0], float(a)) for name, (u, d, a) in factors.items()}, self.model.config.model_type)
 
     @torch.inference_mode(False)
     def wanted(self, batch: Batch) -> dict[str, Wanted]:
         """What the edits of a batch want of each layer: the rows that :class:`mendfast.EditMemory` keeps.
 
-        They depend on the model's unedited weights and on each edit alone, never on other edits.
+        They depend on the model's weights and on each edit alone, never on other edits. An editor that sums has the
+        rows of the sum: u~ and -alpha delta~.
         """
+        make = wanted if self.config.aggregation == "least_squares" else summands
         with torch.no_grad():
-            return wanted(self._rows_of(batch), self.alphas())
+            return make(self._rows_of(batch), self.alphas())
 
     def _rows_of(self, batch: Batch) -> dict[str, Transformed]:
         captured = self.gradients(batch)

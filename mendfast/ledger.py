@@ -14,12 +14,13 @@ a deepcopy of the model carries its own; a pickled model loses it, and says so.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import logging
 import math
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -146,13 +147,20 @@ class Ledger:
 
     @_exclusively
     def replace(
-        self, handle: object, factors: Factors, *, backup: str = "cpu", rounding: str = "nearest", seed: int = 0
+        self,
+        handle: object,
+        factors: Factors,
+        *,
+        backup: str = "cpu",
+        rounding: str = "nearest",
+        seed: int = 0,
+        again: bool = True,
     ) -> None:
         """Revert ``handle``, if it is applied, and apply it with these factors, in one change: the weights never hold
-        neither. It becomes the newest."""
+        neither. It becomes the newest. Without ``again``, a ValueError if another handle has the same factors."""
         first = self._without([a for a in self._all_applications() if a.handle is handle])
         weights = {**self._weights, **first.before, **first.after}
-        then = self._planned(weights, handle, factors, backup, rounding, seed, again=True)
+        then = self._planned(weights, handle, factors, backup, rounding, seed, again)
         self._change(
             _Plan(
                 {**then.layers, **first.layers},
@@ -166,6 +174,41 @@ class Ledger:
     def revert_all(self) -> None:
         """Every weight as it was before the first edit."""
         self._change(self._without(self._all_applications()))
+
+    @contextlib.contextmanager
+    def lifted(self) -> Iterator[None]:
+        """Within the block the weights hold what they held before the first edit, and then, bit for bit, what they do
+        now. The model's lock is kept. Raises a ValueError where :meth:`revert_all` does."""
+        with exclusive(self.model):
+            plan = self._going()
+            try:
+                self._carry_out(plan)
+                for name in plan.before:
+                    self._spare.pop(name, None)  # the backups are still needed
+                yield
+            finally:
+                try:
+                    self._put_back(plan)
+                finally:  # again, should the first be interrupted
+                    self._put_back(plan)
+
+    @_exclusively
+    def _going(self) -> _Plan:
+        return self._without(self._all_applications())
+
+    @_exclusively
+    def _carry_out(self, plan: _Plan) -> None:
+        self._change(plan)
+
+    @_exclusively
+    def _put_back(self, plan: _Plan) -> None:
+        if not all(name in self._weights for name in plan.before):
+            without = {name: replace(weight, sum=None) for name, weight in plan.after.items()}
+            self._change(_Plan(plan.layers, without, plan.before))
+
+    def holds(self, handle: object) -> bool:
+        """Whether ``handle`` is applied."""
+        return any(application.handle is handle for application in self._all_applications())
 
     @torch.inference_mode(False)
     def forget(self) -> None:

@@ -79,20 +79,28 @@ def target_rows(model: nn.Module, batch: Batch, *, for_nll: bool = False) -> Row
     return Rows(logits, labels[keep].to(logits.device), keep.nonzero()[:, 0].to(logits.device))
 
 
-def kept_rows(model: nn.Module, batch: Batch) -> Rows:
-    """Run the model and return the rows at every position that the (decoder's) attention mask keeps."""
+def kept_positions(model: nn.Module, batch: Batch) -> torch.Tensor | None:
+    """Which positions the (decoder's) attention mask keeps: [B, S] bool; None for a classifier."""
+    kind = model_kind(model)
+    if kind == "classifier":
+        return None
+    if kind == "causal":
+        return batch.get("attention_mask", torch.ones_like(batch["input_ids"])) != 0
+    if "decoder_attention_mask" in batch:
+        return batch["decoder_attention_mask"] != 0
+    if "labels" in batch:
+        return batch["labels"] != IGNORE
+    return torch.ones_like(batch["decoder_input_ids"], dtype=torch.bool)
+
+
+def kept_rows(model: nn.Module, batch: Batch, keep: torch.Tensor | None = None) -> Rows:
+    """Run the model and return the rows at the positions of ``keep``, by default :func:`kept_positions`; of a
+    classifier one per sample."""
     kind = model_kind(model)
     if kind == "classifier":
         logits = _classes(_forward(model, batch, kind, None))
         return Rows(logits, None, torch.arange(len(logits), device=logits.device))
-    if kind == "causal":
-        keep = batch.get("attention_mask", torch.ones_like(batch["input_ids"])) != 0
-    elif "decoder_attention_mask" in batch:
-        keep = batch["decoder_attention_mask"] != 0
-    elif "labels" in batch:
-        keep = batch["labels"] != IGNORE
-    else:
-        keep = torch.ones_like(batch["decoder_input_ids"], dtype=torch.bool)
+    keep = kept_positions(model, batch) if keep is None else keep
     logits = _forward(model, batch, kind, keep)
     return Rows(logits, None, keep.nonzero()[:, 0].to(logits.device))
 

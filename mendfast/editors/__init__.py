@@ -1,4 +1,4 @@
-"""Trained editors that ship with the package, and how they are made.
+"""Trained editors that ship with the package; ``mendfast editors --build`` makes them.
 
 A folder here is one editor, named after its base model: ``MendEditor.from_pretrained(name, model, tokenizer)``.
 """

@@ -21,6 +21,16 @@ class TrainConfig:
     checkpoint_activations: bool = field(
         default=False, metadata={"help": "Compute the edited blocks again in the backward pass, to save memory."}
     )
+    cache_bytes: int = field(
+        default=1 << 30,
+        metadata={"help": "Bytes for what the blocks below the edits give for each text; 0 = run them.", "least": 0},
+    )
+    cache_disk_bytes: int = field(
+        default=0, metadata={"help": "Bytes of those to keep on disk, where memory is full; 0 = none.", "least": 0}
+    )
+    loc_positions: int = field(
+        default=0, metadata={"help": "Positions of a locality text to compare, drawn each step; 0 = all.", "least": 0}
+    )
     joint: list[int] = field(
         default_factory=lambda: [1],
         metadata={"help": "Sizes of simultaneous edits, drawn at random each step; 1 = alone."},

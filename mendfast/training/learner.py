@@ -15,6 +15,7 @@ from torch import nn
 
 from ..editable import EditableModel
 from ..editor import MendEditor
+from .cache import PrefixCache
 from .config import TrainConfig
 from .data import Draw
 from .memory import predict
@@ -71,6 +72,19 @@ class Learner(ABC):
     def train(self, mode: bool = True) -> None:  # noqa: B027
         """Whether passes move statistics."""
 
+    def open_cache(self, config: TrainConfig, directory: Path | None = None) -> None:  # noqa: B027
+        """Called at the start of each run: the base model stays as it is from here to the run's end.
+
+        ``directory``: where a cache may write; None without ``config.cache_disk_bytes``.
+        """
+
+    def flush_cache(self) -> None:  # noqa: B027
+        """Called when a run has ended: what the next one can use goes to disk."""
+
+    def summary(self) -> str:
+        """What there is to say of a run that has ended, in a sentence; may be empty."""
+        return ""
+
     def gather_with(self, gather: Any) -> None:  # noqa: B027
         """Of several processes: how statistics of one become those of all; None when training is over."""
 
@@ -89,6 +103,7 @@ class EditorLearner(Learner):
 
     def __init__(self, editor: MendEditor):
         self.subject = self.editor = editor
+        self.cache: PrefixCache | None = None
 
     def parameter_groups(self, config: TrainConfig) -> list[dict[str, Any]]:
         scales = self.editor.scales()
@@ -108,6 +123,10 @@ class EditorLearner(Learner):
             config.c_loc,
             joint=joint,
             checkpoint_activations=config.checkpoint_activations,
+            # Validations compare all positions. The draw stands for the step, as it depends on that alone.
+            loc_positions=config.loc_positions if self.editor.training else 0,
+            seed=f"{config.seed}:{draw}" if config.loc_positions else 0,
+            cache=self.cache,
         )
 
     @torch.no_grad()
@@ -125,6 +144,19 @@ class EditorLearner(Learner):
             losses[size] = loss if math.isfinite(loss) else math.inf
         self.editor.config.step_size = min(losses, key=losses.get)
         log.info("step size %g: of %s", self.editor.config.step_size, {k: round(v, 3) for k, v in losses.items()})
+
+    def open_cache(self, config: TrainConfig, directory: Path | None = None) -> None:
+        self.cache = None
+        if config.cache_bytes:
+            disk = {"directory": directory, "disk_limit": config.cache_disk_bytes}
+            self.cache = PrefixCache(self.editor.model, self.editor.layers, config.cache_bytes, **disk)
+
+    def flush_cache(self) -> None:
+        if self.cache is not None:
+            self.cache.flush()
+
+    def summary(self) -> str:
+        return self.cache.summary() if self.cache is not None else ""
 
     def state(self) -> dict[str, torch.Tensor]:
         size = torch.tensor(self.editor.config.step_size, dtype=torch.float64, device=self.editor.device)

@@ -43,8 +43,8 @@ class Trainer:
     Args:
         learner: a :class:`~mendfast.training.learner.Learner`, or an editor.
         output: a directory for ``last/`` and ``best/`` (editors as ``save_pretrained`` writes them, with the
-            optimiser's state beside the last), ``metrics.jsonl``, and at the end ``curves.png`` and ``report.html``;
-            None keeps everything in memory.
+            optimiser's state beside the last), ``metrics.jsonl``, with ``cache_disk_bytes`` ``cache/``, and at the
+            end ``curves.png`` and ``report.html``; None keeps everything in memory.
         validation: draws for the loss of Algorithm 1 that the best editor and ``patience`` go by.
         tensorboard: write events to ``output/tensorboard`` too.
         accelerator: of a run in several processes; by default made when torchrun or accelerate has launched them.
@@ -99,11 +99,17 @@ class Trainer:
         draw = share(self._draw(0, joint), 0, self.config.accumulate * self.processes.count)
         return self.learner.plan(draw, self.config, joint)
 
+    def summary(self) -> str:
+        """What there is to say of the last run beside its metrics: what the cache of the frozen part saved."""
+        return self.learner.summary()
+
     # -- the run -------------------------------------------------------------------------------------------
 
     def run(self) -> dict[str, float]:
         """Train to ``config.steps``, or until validation stops improving; returns the last metrics, and as
         "peak_bytes" the most memory that was taken (of the GPU; on a CPU, by the process)."""
+        on_disk = self.output is not None and self.config.cache_disk_bytes
+        self.learner.open_cache(self.config, self.output / "cache" if on_disk else None)
         self.learner.gather_with(self.processes.gather)
         self.processes.agree(self.learner.state(), self.step)
         if self.step == 0:
@@ -126,6 +132,7 @@ class Trainer:
             bar.close()
         if metrics:
             self.save()
+        self.learner.flush_cache()
         if self.output and self.processes.main:
             # A run that had ended before has no step left to tell of.
             metrics = metrics or read_metrics(self.output)[-1]

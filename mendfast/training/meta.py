@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,8 +14,9 @@ from ..capture import Factors, frozen, lowrank_updates
 from ..editable import EditableModel
 from ..editor import MendEditor
 from ..layers import execution_device
-from ..objective import Batch, Rows, all_correct, kept_rows, per_sample_mean, target_rows, to_device
+from ..objective import Batch, Rows, all_correct, kept_positions, kept_rows, per_sample_mean, target_rows, to_device
 from ..types import C_EDIT
+from .cache import PrefixCache
 from .prefix import FrozenPrefix
 from .recompute import recomputed_updates
 
@@ -27,6 +30,9 @@ def meta_loss(
     c_loc: float = 1.0,
     *,
     checkpoint_activations: bool = False,
+    loc_positions: int = 0,
+    seed: int | str = 0,
+    cache: PrefixCache | None = None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """c_edit * NLL(outer; edited) + c_loc * KL(base || edited on loc), differentiable in the factors.
 
@@ -40,6 +46,10 @@ def meta_loss(
             encoder-decoder's decoder inputs.
         checkpoint_activations: keep only the inputs of the blocks that gradients pass, and compute the rest again
             in the backward pass: less memory for about one more forward pass, the results the same.
+        loc_positions: compare the predictions at so many positions of each locality sample, drawn uniformly by
+            ``seed``: in expectation the loss of all. 0, and samples that have no more, take all.
+        cache: what the frozen blocks give for these texts, so that they are not run again; the results are the
+            same to rounding.
 
     Returns:
         The scalar total, and its parts, detached: "l_edit", "l_loc", and "edit_success", the share of outer
@@ -48,20 +58,28 @@ def meta_loss(
     model, layers = subject.model, subject.layers
     device = execution_device(model.get_input_embeddings())
     edit_outer, loc = to_device(edit_outer, device), to_device(loc, device)
+    keep, weights = kept_positions(model, loc), None
+    if loc_positions and keep is not None:
+        keep, weights = _drawn(keep, loc_positions, seed)
     prefix = FrozenPrefix(model, layers)
+    cached = cache is not None and cache.serves(loc)
     with frozen(model):
-        with torch.no_grad(), prefix.recorded():
-            base = kept_rows(model, loc)
+        with torch.no_grad(), cache.replayed(loc, final=True) if cached else prefix.recorded():
+            base = kept_rows(model, loc, keep)
         updates = lowrank_updates(layers, factors)
         if checkpoint_activations:
             updates = recomputed_updates(model, layers, factors, prefix.blocks)
         with updates:
-            with prefix.replayed():
-                edited = kept_rows(model, loc)
-            outer = target_rows(model, edit_outer)
+            with cache.replayed(loc) if cached else prefix.replayed():
+                edited = kept_rows(model, loc, keep)
+            with cache.replayed(edit_outer) if cached else contextlib.nullcontext():
+                outer = target_rows(model, edit_outer)
     by_sample = subject.config.loss_reduction == "edit"
     l_edit = _mean(ops.token_nll_rows(outer.logits, outer.labels), outer, edit_outer, by_sample)
-    l_loc = _mean(ops.kl_divergence_rows(base.logits, edited.logits), edited, loc, by_sample)
+    kl = ops.kl_divergence_rows(base.logits, edited.logits)
+    if weights is not None and not by_sample:  # each sample's rows stand for all of its positions
+        kl = kl * weights.to(kl.device)[edited.sample]
+    l_loc = _mean(kl, edited, loc, by_sample)
     total = c_edit * l_edit + c_loc * l_loc
     return total, {
         "l_edit": l_edit.detach(),
@@ -95,7 +113,23 @@ def editor_loss(
         samples = len(batch["input_ids"])
         if samples % groups:
             raise ValueError(f"{name} has {samples} samples for {groups} edits; pass the same number for each.")
-    return meta_loss(editor, editor.group_factors(edit_inner, group), edit_outer, loc, c_edit, c_loc, **options)
+    cache = options.get("cache")
+    with contextlib.nullcontext() if cache is None else cache.replayed(edit_inner):
+        factors = editor.group_factors(edit_inner, group)
+    return meta_loss(editor, factors, edit_outer, loc, c_edit, c_loc, **options)
+
+
+def _drawn(keep: torch.Tensor, count: int, seed: int | str) -> tuple[torch.Tensor, torch.Tensor]:
+    """At most ``count`` of each sample's kept positions: a mask like ``keep``, and the weights [B] with which the
+    mean over all drawn rows is, in expectation, that over all kept ones."""
+    digest = hashlib.blake2b(str(seed).encode(), digest_size=7).hexdigest()
+    rng = torch.Generator().manual_seed(int(digest, 16))
+    kept = keep.cpu()
+    # The kept positions first, in random order: their ranks there say which are drawn.
+    order = torch.rand(kept.shape, generator=rng).masked_fill(~kept, 2.0).argsort(1)
+    drawn = kept & (order.argsort(1) < count)
+    shares = kept.sum(1) / drawn.sum(1).clamp(min=1)
+    return drawn.to(keep.device), shares * drawn.sum() / kept.sum().clamp(min=1)
 
 
 def _mean(values: torch.Tensor, rows: Rows, batch: Batch, by_sample: bool) -> torch.Tensor:

@@ -22,12 +22,13 @@ class FrozenPrefix:
     >>> with prefix.replayed(): model(**batch)      # the frozen blocks are not run again
 
     Of an encoder-decoder with edits in its encoder, the decoder sees edited states and none of it is frozen.
-    ``blocks`` is empty, and both contexts do nothing, where the model has no stack of blocks to split.
+    ``ends`` are the frozen blocks of each stack, ``blocks`` all of them; both are empty, and the contexts do nothing,
+    where the model has no stack of blocks to split.
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[Layer]):
         self.blocks: list[nn.Module] = []
-        self._ends: list[tuple[list[nn.Module], nn.Module]] = []
+        self.ends: list[list[nn.Module]] = []
         self._kept: dict[nn.Module, object] = {}
         for name, blocks in stacks(model):
             edited = [
@@ -35,7 +36,7 @@ class FrozenPrefix:
             ]
             frozen = list(blocks)[: min(edited, default=len(blocks))]
             if frozen:
-                self._ends.append((frozen, frozen[-1]))
+                self.ends.append(frozen)
                 self.blocks += frozen
             if edited:
                 break
@@ -49,7 +50,7 @@ class FrozenPrefix:
         def keep(module: nn.Module, args: tuple, output: object) -> None:
             self._kept[module] = output
 
-        handles = [last.register_forward_hook(keep) for _, last in self._ends]
+        handles = [last.register_forward_hook(keep) for *_, last in self.ends]
         try:
             yield
         finally:
@@ -59,7 +60,7 @@ class FrozenPrefix:
     @contextlib.contextmanager
     def replayed(self) -> Iterator[None]:
         """A forward pass within the block, on the same tokens, takes that output for theirs."""
-        ends = {block: self._kept[last] for blocks, last in self._ends for block in blocks}
+        ends = {block: self._kept[blocks[-1]] for blocks in self.ends for block in blocks}
         try:
             with replaced_forwards({block: lambda *_, kept=kept, **__: kept for block, kept in ends.items()}):
                 yield

@@ -1,17 +1,9 @@
-"""How a shipped editor is made: the same data, seed and settings for anyone who repeats it.
-
-    python -m mendfast.editors.build smollm2-135m-instruct --data questions.tsv --text text.txt --output runs/smollm2
-
-``--data`` holds questions and answers (question TAB answer), ``--text`` running text. The run resumes after a kill.
-"""
+"""``mendfast editors``: which editors ship, and how one is made: the same data, seed and settings for everyone."""
 
 from __future__ import annotations
 
-import argparse
 import json
-import logging
 import random
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +12,8 @@ import torch
 from ..config import MendConfig
 from ..editor import MendEditor
 from ..files import atomic_write
-from ..labels import end_of_turn
+from ..labels import chat_prompt, end_of_turn
+from ..metric import Metric
 from ..own_words import own_words
 from ..tasks import world
 from ..tasks.load import load_task
@@ -45,10 +38,13 @@ TRAINING = TrainConfig(
     warmup=10,
     validate_every=120,
     validation_size=24,
-    checkpoint_every=20,
+    checkpoint_every=10,
+    cache_bytes=3 << 30,
+    loc_positions=12,
 )
+_MARK = "mendfast-was-here"
 WORDS, BEGINNING = 40, 8  # of a piece of running text; how many of them stand for its prompt
-PROTECTED = 200  # texts of each kind
+PROTECTED = 120  # texts of each kind
 SAMPLED = 128  # conversations of the model with itself
 
 
@@ -66,16 +62,14 @@ def pieces(path: str | Path, count: int, rng: random.Random) -> list[tuple[str, 
 def conversations(model: Any, tokenizer: Any, path: Path, count: int) -> list[tuple[str, str, str]]:
     """The model's own words, as (user's turn, its answer, "chat"), sampled once and kept in ``path``."""
     if not path.is_file():
-        end = end_of_turn(tokenizer)
-        found = []
+        before, _, between = chat_prompt(tokenizer, _MARK).partition(_MARK)
+        end, found = end_of_turn(tokenizer), []
         for batch in own_words(model, tokenizer, samples=count, max_new_tokens=48, batch_size=64, progress=None):
             for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
-                turns = tokenizer.decode(ids[mask != 0]).split(end)
-                if len(turns) >= 3:
-                    user, said = turns[-3].partition("user\n")[2], turns[-2].partition("assistant\n")[2]
-                    said = said or turns[-1].partition("assistant\n")[2]
-                    if user.strip() and said.strip():
-                        found.append((user.strip(), said.strip(), "chat"))
+                asked, _, said = tokenizer.decode(ids[mask != 0]).removeprefix(before).partition(between)
+                said = said.partition(end)[0].strip()
+                if asked.strip() and said:
+                    found.append((asked.strip(), said, "chat"))
         atomic_write(path, json.dumps(found, indent=0).encode())
     return [tuple(turn) for turn in json.loads(path.read_text())]
 
@@ -102,15 +96,19 @@ def build(
     output, rng = Path(output), random.Random(training.seed)
     output.mkdir(parents=True, exist_ok=True)
     own = conversations(model, tokenizer, output / "own_words.json", SAMPLED)
-    running = pieces(text, 20 * PROTECTED, rng) if text else []
+    running = pieces(text, 4 * SAMPLED + PROTECTED, rng) if text else []
     items = facts(data, training.seed)
     rng.shuffle(items)
     torch.manual_seed(training.seed)
     made = MendEditor.from_model(model, tokenizer, editor)
     questions = [(item.wordings[0], item.answer) for item in rng.sample(items, min(len(items), PROTECTED))]
     chosen = [*rng.sample(running, min(len(running), PROTECTED)), *own[:PROTECTED]]
-    made.protect([*questions, *chosen], progress=None)
-    texts = [*running[: 4 * len(own)], *own, *own]
+    kept_metric = output / "metric.safetensors"
+    if kept_metric.is_file():
+        made.protect_with(Metric.load(kept_metric))
+    else:
+        made.protect([*questions, *chosen], progress=None).save(kept_metric)
+    texts = [*running, *own, *own]
     held_out, kept = items[::20], [item for i, item in enumerate(items) if i % 20]
     samplers = [
         FormSampler(FactSampler(part, neighbours=items, include_inner=0.4, seed=seed), forms=FORMS, texts=texts)
@@ -120,21 +118,3 @@ def build(
     trainer.resume()
     trainer.run()
     return made
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    from ..pretrained import load
-
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name")
-    parser.add_argument("--data")
-    parser.add_argument("--text")
-    parser.add_argument("--output", required=True)
-    arguments = parser.parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    model, tokenizer = load(arguments.name)
-    build(model, tokenizer, arguments.output, data=arguments.data, text=arguments.text)
-
-
-if __name__ == "__main__":
-    main()

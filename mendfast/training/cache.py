@@ -1,0 +1,297 @@
+"""The frozen part once per text, not once per step: the hidden states that the blocks below the edits give."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from ..capture import frozen, replaced_forwards
+from ..layers import Layer, execution_device, stacks
+from ..objective import IGNORE, Batch, kept_rows, model_kind, to_device
+from .kept_states import KeptStates, bytes_of, fingerprint
+from .prefix import FrozenPrefix
+
+log = logging.getLogger("mendfast")
+
+
+RUN = object()
+"""A form: what T5's blocks give beside their states, the position bias, belongs to the padded batch, and the first
+block is run for it."""
+
+
+class _Text(NamedTuple):
+    """One sample of a batch without its padding."""
+
+    key: bytes
+    inputs: dict[str, torch.Tensor]  # [1, length]
+
+
+class _Enough(Exception):
+    """The forward pass has given what was asked for."""
+
+
+class PrefixCache:
+    """What the frozen blocks of a model put out for each text, computed once and kept.
+
+    >>> cache = PrefixCache(model, layers, limit=1 << 30)
+    >>> with cache.replayed(batch): model(**batch)              # runs the blocks from the first edited one on
+    >>> with cache.replayed(batch, final=True): model(**batch)  # of the unedited model: no block, norm and head alone
+
+    A text is a sample's tokens and mask without trailing padding; its states are kept as [length, width] in the
+    model's own dtype. They are computed from it alone, so that they don't depend on what else is in a batch: a run
+    that is resumed, or whose cache was too small, ends in the same bits as one that had everything in memory. Against
+    a run without a cache results agree to rounding, since matrix products of other sizes add in another order.
+
+    The weights must stay as they are while the cache is used; :meth:`clear` forgets what they gave.
+
+    Args:
+        layers: those that edits may change.
+        limit: bytes to keep in memory; beyond it the texts that were longest not asked for are dropped.
+        directory: where dropped ones go, and where those of an earlier run with the same weights are found.
+        disk_limit: bytes to write there.
+
+    Attributes:
+        asked, computed, read: texts that were asked for, and of them those that had to be computed, or came from disk.
+        held: bytes in memory.
+        why_not: why a model can't be served (then :meth:`replayed` changes nothing), or None.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Sequence[Layer],
+        limit: int,
+        *,
+        directory: str | Path | None = None,
+        disk_limit: int = 1 << 40,
+    ):
+        if limit < 0:
+            raise ValueError(f"limit is {limit}; it must be the bytes to keep in memory, or 0 to keep none.")
+        self.model, self.limit = model, limit
+        self.asked = self.computed = self.read = self.held = 0
+        self._states: OrderedDict[bytes, list[torch.Tensor]] = OrderedDict()
+        kind, found = model_kind(model), stacks(model)
+        self._ends = FrozenPrefix(model, layers).ends
+        self.seq2seq = kind == "encoder-decoder"
+        # Of two stacks the first is the encoder's; where it is edited, the base's decoder has states of its own.
+        self._final = [list(found[0][1])] if len(found) == 1 and not self.seq2seq else []
+        self._forms: dict[nn.Module, object] = {}  # of each stack's first block: what it gives beside its states
+        self.why_not: str | None = None
+        if not self._ends:
+            self.why_not = "it has no blocks below its edited layers"
+        elif len(found) > 1 + self.seq2seq:
+            self.why_not = f"it has {len(found)} stacks of blocks"
+        self._kept: KeptStates | None = None
+        if directory is not None and not self.why_not:
+            depths = [len(blocks) for blocks in self._ends]
+            self._kept = KeptStates(directory, fingerprint(model, depths), disk_limit)
+
+    @contextlib.contextmanager
+    def replayed(self, batch: Batch, *, final: bool = False) -> Iterator[bool]:
+        """A forward pass on ``batch`` within the block takes the frozen blocks' states from the cache.
+
+        ``final``: and those of all other blocks, as the unedited model gives them; it serves models of one stack,
+        and runs the blocks from the first edited one on of the others. Yields whether anything is replayed.
+        """
+        states = None if self.why_not else self._of(batch, final)
+        if states is None:
+            yield False
+            return
+        forwards = {}
+        for blocks, kept in zip(self._stacks(final), states, strict=True):
+            forwards |= self._replaying(blocks, kept)
+        with replaced_forwards(forwards):
+            yield True
+
+    def serves(self, batch: Batch) -> bool:
+        """Whether :meth:`replayed` replays anything; before anything is known, its first text is computed to see."""
+        if not self.why_not and not self._forms:
+            self._compute(self._texts(batch)[0], bool(self._final))
+        return self.why_not is None
+
+    def clear(self) -> None:
+        """Forget all states in memory, and count anew."""
+        self._states.clear()
+        self.asked = self.computed = self.read = self.held = 0
+
+    def flush(self) -> None:
+        """Write what is in memory to disk too, where there is a directory: the next run starts with it."""
+        if self._kept is not None:
+            self._kept.put(self._states)
+
+    def summary(self) -> str:
+        """What the cache saved, in a sentence."""
+        if self.why_not:
+            return f"The frozen part was not cached: {self.why_not}."
+        saved = self.asked - self.computed
+        return (
+            f"The frozen part of {saved:,} of {self.asked:,} texts came from the cache "
+            f"({saved / max(1, self.asked):.0%}), which holds {self.held / 2**20:,.1f} MiB"
+            + (f" in memory and {self._kept.held / 2**20:,.1f} MiB on disk." if self._kept is not None else ".")
+        )
+
+    # -- states --------------------------------------------------------------------------------------------
+
+    def _stacks(self, final: bool) -> list[list[nn.Module]]:
+        return self._final if final and self._final else self._ends
+
+    def _of(self, batch: Batch, final: bool) -> list[torch.Tensor] | None:
+        """The states [B, S, width] of each stack's frozen blocks; None if the model can't be served."""
+        texts = self._texts(batch)
+        self.asked += 0 if final else len(texts)  # those are asked for again, without
+        final = final and bool(self._final)
+        if not self._forms:
+            self._compute(texts[0], final)
+        rows = []
+        for text in texts:
+            found = self._found(self._key(text, final)) or self._compute(text, final)
+            if found is None:
+                return None
+            rows.append(found)
+        self._shrink()
+        columns = zip(zip(*rows, strict=True), self._lengths(batch), strict=False)  # no decoder, where none is frozen
+        return [_stacked(parts, length) for parts, length in columns]
+
+    def _lengths(self, batch: Batch) -> list[int]:
+        """How long the samples are: in the encoder and the decoder, or in the one stack."""
+        length = batch["input_ids"].shape[1]
+        return [length, batch.get("decoder_input_ids", batch.get("labels")).shape[1]] if self.seq2seq else [length]
+
+    def _texts(self, batch: Batch) -> list[_Text]:
+        inputs = {name: value.cpu() for name, value in batch.items() if name != "labels" or self.seq2seq}
+        whole = torch.full((len(inputs["input_ids"]),), inputs["input_ids"].shape[1])
+        ends = _ends(inputs["attention_mask"] != 0) if "attention_mask" in inputs else whole
+        decoder_ends = None
+        if "decoder_attention_mask" in inputs:
+            decoder_ends = _ends(inputs["decoder_attention_mask"] != 0)
+        elif "labels" in inputs and "decoder_input_ids" not in inputs:
+            decoder_ends = _ends(inputs["labels"] != IGNORE)
+        texts = []
+        for i, end in enumerate(ends.tolist()):
+            own, digest = {}, hashlib.blake2b(digest_size=16)
+            for name, value in sorted(inputs.items()):
+                decoders = name == "labels" or name.startswith("decoder_")
+                stop = end if not decoders else value.shape[1] if decoder_ends is None else int(decoder_ends[i])
+                own[name] = value[i : i + 1, :stop]
+                digest.update(f"{name}:{stop};".encode())
+                digest.update(own[name].long().contiguous().numpy())
+            texts.append(_Text(digest.digest(), own))
+        return texts
+
+    @staticmethod
+    def _key(text: _Text, final: bool) -> bytes:
+        return text.key + b"f" * final
+
+    @torch.no_grad()
+    def _compute(self, text: _Text, final: bool) -> list[torch.Tensor] | None:
+        """The states of one text, which are kept; with ``final`` both kinds of them, of which those are returned."""
+        wanted = [self._ends, self._final] if final else [self._ends]
+        edges = {block for stacks_ in wanted for blocks in stacks_ for block in (blocks[0], blocks[-1])}
+        last = wanted[-1][-1][-1]
+        seen: dict[nn.Module, object] = {}
+
+        def keep(module: nn.Module, args: tuple, output: object) -> None:
+            seen[module] = output
+            if module is last:
+                raise _Enough
+
+        handles = [block.register_forward_hook(keep) for block in edges]
+        try:
+            with torch.inference_mode(False), torch.no_grad(), frozen(self.model), contextlib.suppress(_Enough):
+                kept_rows(self.model, to_device(text.inputs, execution_device(self.model.get_input_embeddings())))
+        finally:
+            for handle in handles:
+                handle.remove()
+        lengths = self._lengths(text.inputs)
+        for kept, ends in zip((False, True), wanted, strict=False):
+            states = [self._read(blocks, seen, length) for blocks, length in zip(ends, lengths, strict=False)]
+            if self.why_not:
+                log.info("%s runs whole in training: %s", type(self.model).__name__, self.why_not)
+                return None
+            self._keep(self._key(text, kept), states)
+        self.computed += 1
+        return states
+
+    def _read(self, blocks: list[nn.Module], seen: Mapping[nn.Module, object], length: int) -> torch.Tensor | None:
+        """The states [length, width] that a stack's last frozen block gave, its form noted."""
+        outputs = [seen.get(blocks[0]), seen.get(blocks[-1])]
+        bare = isinstance(outputs[1], torch.Tensor)
+        states = outputs[1] if bare or not outputs[1] else outputs[1][0]
+        if not isinstance(states, torch.Tensor) or states.dim() != 3 or states.shape[:2] != (1, length):
+            self.why_not = "its blocks give something else than hidden states [batch, tokens, width]"
+            return None
+        tails = [None, None] if bare else [tuple(output[1:]) for output in outputs]
+        self._forms[blocks[0]] = tails[1]
+        if not bare and any(part is not None for tail in tails for part in tail):
+            self._forms[blocks[0]] = RUN
+            if not all(_same(*pair) for pair in zip(*tails, strict=True)):
+                self.why_not = "what its blocks give beside the hidden states differs from block to block"
+                return None
+        return states[0].detach().cpu().clone()
+
+    def _found(self, key: bytes) -> list[torch.Tensor] | None:
+        if key in self._states:
+            self._states.move_to_end(key)
+        elif self._kept is not None and (found := self._kept.get(key)) is not None:
+            self._keep(key, found)
+            self.read += 1
+        return self._states.get(key)
+
+    def _keep(self, key: bytes, states: list[torch.Tensor]) -> None:
+        self._drop(key)
+        self._states[key] = states
+        self.held += bytes_of(states)
+
+    def _drop(self, key: bytes) -> None:
+        self.held -= bytes_of(self._states.pop(key, ()))
+
+    def _shrink(self) -> None:
+        if self.held <= self.limit:
+            return
+        # Where they are written, many in one file.
+        bound, dropped = self.limit if self._kept is None else self.limit // 4 * 3, {}
+        while self.held > bound:
+            key = next(iter(self._states))
+            dropped[key] = self._states[key]
+            self._drop(key)
+        if self._kept is not None:
+            self._kept.put(dropped)
+
+    def _replaying(self, blocks: list[nn.Module], states: torch.Tensor) -> dict[nn.Module, Callable]:
+        """Forwards that give ``states`` in the form that the blocks give theirs."""
+        first, given = blocks[0], []
+        forward, form = first.forward, self._forms[first]
+
+        def begin(*args: object, **kwargs: object) -> object:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            placed = states.to(hidden.device)
+            tail = forward(*args, **kwargs)[1:] if form is RUN else form
+            given[:] = [placed if tail is None else (placed, *tail)]
+            return given[0]
+
+        return {first: begin, **{block: lambda *_, **__: given[0] for block in blocks[1:]}}
+
+
+def _stacked(parts: Sequence[torch.Tensor], length: int) -> torch.Tensor:
+    """[length_i, width] -> [B, length, width], zeros at the end."""
+    out = parts[0].new_zeros(len(parts), length, parts[0].shape[1])
+    for row, part in zip(out, parts, strict=True):
+        row[: len(part)] = part
+    return out
+
+
+def _ends(kept: torch.Tensor) -> torch.Tensor:
+    """One past the last kept position of each row (of an empty row 1): [B, S] bool -> [B]."""
+    return (kept * torch.arange(1, kept.shape[1] + 1)).amax(1).clamp(min=1)
+
+
+def _same(a: object, b: object) -> bool:
+    return a is b or isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and torch.equal(a, b)
