@@ -1,4 +1,4 @@
-"""The command line: ``mendfast demo | train | edit | eval | doctor``.
+"""The command line: ``mendfast demo | train | edit | eval | editors | doctor``.
 
 Each verb is a file of :mod:`mendfast.commands`: a dataclass of settings, whose fields become the options here, and a
 function that takes them and returns figures. A new verb is such a file, and a line in :data:`VERBS`.
@@ -54,6 +54,11 @@ VERBS = {
         "Compare systems on edits that none has seen: edit success, generality, drawdown, time and memory.",
         "mendfast eval --model runs/qa/model --editor runs/qa/best --data dev.jsonl --known train.tsv",
         "evaluate", "EvalSettings", "compare",
+    ),
+    "editors": Verb(
+        "List the editors that ship with the package, or make one with the settings that made those.",
+        "mendfast editors --build smollm2 --data questions.tsv --text text.txt --output runs/smollm2",
+        "editors", "EditorsSettings", "editors",
     ),
     "doctor": Verb(
         "Say what is installed, which backend serves each op here and why, and run one real edit.",

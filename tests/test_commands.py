@@ -92,6 +92,8 @@ MODEL = ["--model", "here", "--editor", "there"]
         ([*EVAL, *MODEL, "--option", "enn.batch_size=0"], "batch_size is 0"),
         ([*EVAL, *MODEL, "--option", "enn.first_order=1"], "the value must be true or false"),
         ([*EVAL, *MODEL, "--option", f"ft.max_steps={'9' * 5000}"], "the value is no number"),
+        (["editors", "--data", "x"], "--data goes with --build MODEL"),
+        (["editors", "--build", "smollm2"], "--build needs --output DIR"),
         # usage
         ([], "the following arguments are required"),
         (["sing"], "invalid choice: 'sing'"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -144,5 +143,4 @@ def load_editor(settings: EditorSettings) -> MendEditor:
         from ..demo import build
 
         return build.load()
-    source: str | Path = editors.directory(settings.editor) or settings.editor
-    return MendEditor.from_pretrained(source, *load_model(settings))
+    return MendEditor.from_pretrained(settings.editor, *load_model(settings))
