@@ -177,7 +177,7 @@ def test_directories_are_tried_first(tmp_path, capsys):
             assert main([*arguments, "--output", place]) == 2
             said = capsys.readouterr().err
             assert "--output can't be written" in said and says in said
-    assert main(["train", "--data", "x", "--output", "new/dir"]) == 2
+    assert main(["train", "--data", "x.tsv", "--output", "new/dir"]) == 2
     assert not Path("new").exists()
 
 
@@ -199,7 +199,7 @@ def test_a_write_that_fails_after_the_work_is_a_sentence(monkeypatch, tmp_path, 
     Path("place").mkdir()
     monkeypatch.setattr(cli.import_module("mendfast.commands.doctor"), "doctor", removed)
     assert main(["doctor", "--json", "place/figures.json"]) == 2
-    assert "as if that were a directory" in capsys.readouterr().err or Path("place").is_file()
+    assert "'place' is there already, as a file" in capsys.readouterr().err
 
 
 def test_figures_larger_than_files_may_be(monkeypatch, capsys):
@@ -272,9 +272,9 @@ def test_what_was_typed_is_no_markup(capsys):
     assert prompt in shown and "[/b] :heart:" in shown
     make_console().print(text("[/] ", ("[red]", "bold")))
     assert capsys.readouterr().out == "[/] [red]\n"
-    Path("[bold]x[/].tsv").write_text("[/b] broken\n")
-    assert main(["eval", "--data", "[bold]x[/].tsv"]) == 2
-    assert "[bold]x[/].tsv" in capsys.readouterr().err
+    Path("[bold]x.tsv").write_text("[b]Who[/i]\n[/b]Who?\tI\n")
+    assert main(["train", "--data", "[bold]x.tsv", "--output", "out", "--base", "bert"]) == 2
+    assert "[bold]x.tsv:1" in capsys.readouterr().out
 
 
 def test_the_module_and_its_version():

@@ -74,7 +74,7 @@ def options() -> dict[str, list]:
 
 def draw(rng: random.Random, known: dict[str, list]) -> list[str]:
     """A command line that is right but for a few options."""
-    verb = rng.choice(("train", "train", "train", "eval", "eval", "eval", "edit", "edit", "demo", "doctor"))
+    verb = rng.choice(("train", "train", "train", "eval", "eval", "eval", "edit", "edit", "demo", "doctor", "editors"))
     line: dict[str, list[str]] = {}
     if verb in ("train", "eval"):
         line["--data"] = ["qa.tsv"]
@@ -98,9 +98,9 @@ def draw(rng: random.Random, known: dict[str, list]) -> list[str]:
             continue
         few = {None: 1, 0: 0}.get(action.nargs, rng.choice((1, 2)))
         line[name] = [rng.choice(WORDS) for _ in range(few)]
-    for name in ("--base-steps", "--base-width", "--base-depth", "--base-vocabulary", "--rank", "--unrelated"):
-        if name in line and line[name] and line[name][0].isdigit() and len(line[name][0]) > 4:
-            line[name] = [KEPT[name]]  # right, and larger than a test may be
+    for name, values in line.items():  # right, and larger than a test may be
+        if name not in ("--seed", "--limit", "--prompt", "--target", "--ask"):
+            line[name] = [KEPT.get(name, "1") if 4 < len(v) < 4000 and v.isdigit() else v for v in values]
     words = [verb, *(word for name, values in line.items() for word in (name, *values))]
     if rng.random() < 0.05:
         words.insert(rng.randrange(len(words) + 1), rng.choice(WORDS))
@@ -110,8 +110,8 @@ def draw(rng: random.Random, known: dict[str, list]) -> list[str]:
 
 
 def is_long(words: list[str]) -> bool:
-    """Whether the line is right and takes seconds: the doctor's and demo's work, an evaluation."""
-    return words[:1] in (["doctor"], ["demo"]) and len(words) == 1
+    """Whether the line is right, or may be, and does more than a test may: the demo, the making of an editor."""
+    return (words[:1] == ["demo"] and "--assets" not in words) or "--build" in words
 
 
 def test_command_lines(ground, capsys, monkeypatch):
