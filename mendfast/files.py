@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import struct
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -114,3 +115,28 @@ def read_json_bytes(path: str | Path, most: int = MAX_JSON_BYTES) -> bytes:
     if len(content) > most:
         raise ValueError(f"{path} has more than {most:,} bytes; settings of mendfast are shorter.")
     return content
+
+
+@contextlib.contextmanager
+def atomic_directory(path: str | Path) -> Iterator[Path]:
+    """A new directory to write into, which becomes ``path`` when the block ends well, and is gone when it doesn't.
+
+    ``path`` must not exist, or be empty.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    try:
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                with file.open("rb+") as handle:
+                    os.fsync(handle.fileno())
+        os.chmod(temporary, 0o777 & ~_umask())
+        with contextlib.suppress(FileNotFoundError):
+            path.rmdir()  # an empty one is in the way on Windows
+        os.replace(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    _sync_directory(path.parent)

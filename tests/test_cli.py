@@ -26,7 +26,7 @@ def mendfast(*arguments: str, typed: str | None = None) -> subprocess.CompletedP
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("command", ["demo", "train", "edit", "eval", "doctor"])
+@pytest.mark.parametrize("command", ["demo", "train", "edit", "eval", "editors", "doctor"])
 def test_help_shows_an_example(command, capsys):
     with pytest.raises(SystemExit) as stopped:
         main([command, "--help"])

@@ -21,7 +21,7 @@ from mendfast import MendConfig, MendEditor
 from mendfast.base_model import make_base
 from mendfast.baselines import SYSTEMS
 from mendfast.baselines.mend import Mend, NoSharing
-from mendfast.cli import main, parser
+from mendfast.cli import main, read
 from mendfast.commands import eval_report
 from mendfast.commands.evaluate import evaluate
 
@@ -74,7 +74,7 @@ def run(editor, data, *more, steps: int = 2):
     small = ["--steps", steps, "--batch-size", 2, "--validate-every", 1, "--unrelated", 3, "--fine-tuning-rate", 1e-2,
              "--option", "ke.hidden=8", "--option", "ke.condition=16", "--option", "ft.max_steps=4",
              "--option", "ft_kl.max_steps=2", "--option", "ft_kl.batch_size=2"]  # fmt: skip
-    return evaluate(editor, parser().parse_args(["eval", "--data", str(data), *map(str, [*small, *more])]))
+    return evaluate(editor, read(["eval", "--data", str(data), *map(str, [*small, *more])]).settings)
 
 
 def certain(rows: list[dict]) -> list[dict]:

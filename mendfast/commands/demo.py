@@ -7,6 +7,7 @@ import random
 import statistics
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +21,10 @@ from ..demo import build
 from ..editor import MendEditor
 from ..generation import answer
 from ..metrics import Score, Scorer
+from ..schema import check_fields, shown
 from ..tasks import world
+from .console import make_console, text
+from .outputs import check_directory, check_file
 
 DOZEN, FULL_EDITS, UNRELATED = 12, 220, 64
 SIMULTANEOUS = (1, 5, 25, 75, 125)
@@ -28,6 +32,38 @@ FINE_TUNING_RATE = 3e-3  # of 3e-4, 1e-3 and 3e-3 the one whose generality is be
 FIGURES = ("edit_success", "generality", "drawdown")
 SEED = 7
 DOZEN_SEED = 6  # a dozen that spans eleven relations
+
+
+@dataclass(kw_only=True)
+class DemoSettings:
+    """What ``mendfast demo`` is asked."""
+
+    full: bool = field(default=False, metadata={"help": "add figures over 220 edits, and simultaneous edits"})
+    plot: str = field(
+        default="mendfast-demo.png", metadata={"help": "where --full draws its plot", "metavar": "PNG"}
+    )
+    retrain: bool = field(default=False, metadata={"help": "make the model and the editor anew (an hour)"})
+    assets: str | None = field(
+        default=None, metadata={"help": "where model and editor are; default: in the package", "metavar": "DIR"}
+    )
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.full:
+            check_file("--plot", self.plot)
+            if not self.plot.lower().endswith(".png"):
+                raise ValueError(f"--plot is {shown(self.plot)}; name a file that ends in .png.")
+        if self.retrain:
+            check_directory("--assets", self.assets or str(build.ASSETS))
+
+
+def demo(settings: DemoSettings) -> dict[str, Any]:
+    """What the command does; returns the figures."""
+    assets = Path(settings.assets) if settings.assets else build.ASSETS
+    if settings.retrain:
+        build.retrain(assets)
+    plot = settings.plot if settings.full else None
+    return run(full=settings.full, assets=assets, plot=plot, console=make_console())
 
 
 class Case(NamedTuple):
@@ -132,7 +168,7 @@ def run(
         _print_batched(figures["batched"], console)
         if plot:
             _plot(figures["batched"], plot)
-            console.print(f"Plot: {plot}")
+            console.print(text(f"Plot: {plot}"))
     figures["seconds"] = round(time.perf_counter() - started, 2)
     console.print(f"{figures['seconds']:.0f} s")
     return figures

@@ -6,6 +6,7 @@ import importlib.metadata
 import platform
 import re
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,19 @@ from rich.table import Table
 from .. import backends, ops
 from ..build_info import build_info
 from ..ops import few_rows
+from .console import make_console, plain, text
 
 PACKAGES = ("mendfast", "torch", "triton", "transformers", "safetensors", "datasets", "accelerate")
+
+
+@dataclass(kw_only=True)
+class DoctorSettings:
+    """Nothing."""
+
+
+def doctor(settings: DoctorSettings) -> dict[str, Any]:
+    """What the command does."""
+    return examine(make_console())
 
 
 def examine(console: Console) -> dict[str, Any]:
@@ -36,18 +48,21 @@ def examine(console: Console) -> dict[str, Any]:
     console.print(f"Python {findings['python']}, " + ", ".join(f"{k} {v}" for k, v in versions.items()))
     console.print(f"Device: {findings['device']}")
     built = findings["extension"]
+    targets = ", ".join(built["targets"]) if built["built"] else ""
     console.print(
-        f"CUDA extension: built by nvcc {built['nvcc']} for {', '.join(built['targets'])}"
-        if built["built"]
-        else f"CUDA extension: left out, {built['reason']}"
+        text(
+            f"CUDA extension: built by nvcc {built['nvcc']} for {targets}"
+            if built["built"]
+            else f"CUDA extension: left out, {built['reason']}"
+        )
     )
     problem = findings["cpu_extension"]["problem"]
-    console.print("CPU extension: " + (f"can't serve, {problem}" if problem else "built, for AVX2"))
+    console.print(text("CPU extension: " + (f"can't serve, {problem}" if problem else "built, for AVX2")))
     table = Table(title=f"Backends on {device}")
     for column in ("op", "backend", "better ones, and why they were left"):
         table.add_column(column)
     for row in findings["ops"]:
-        table.add_row(row["op"], row["backend"], row["left"])
+        table.add_row(row["op"], row["backend"], plain(row["left"]))
     console.print(table)
     findings |= _one_edit(device)
     mark = "[green]✓[/]" if findings["works"] else "[red]✗[/]"

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from .. import pretrained
 from ..config import MendConfig
 from ..editor import MendEditor
+from ..editors import shipped
 from ..files import atomic_write
 from ..labels import chat_prompt, end_of_turn
 from ..metric import Metric
 from ..own_words import own_words
+from ..schema import check_fields
 from ..tasks import world
 from ..tasks.load import load_task
 from ..training import FactSampler, FormSampler, Item, TrainConfig, Trainer
+from .console import make_console, plain
+from .outputs import check_directory
 
 SYSTEMS = (
     "You are a helpful assistant.",
@@ -118,3 +124,42 @@ def build(
     trainer.resume()
     trainer.run()
     return made
+
+
+@dataclass(kw_only=True)
+class EditorsSettings:
+    """What ``mendfast editors`` is asked."""
+
+    build: str | None = field(
+        default=None, metadata={"help": "make the editor of this chat model, anew or going on", "metavar": "MODEL"}
+    )
+    data: str | None = field(default=None, metadata={"help": "for --build: questions and answers"})
+    text: str | None = field(default=None, metadata={"help": "for --build: a file of running text", "metavar": "FILE"})
+    output: str | None = field(default=None, metadata={"help": "for --build: where the run goes", "metavar": "DIR"})
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.build is None:
+            if given := [name for name in ("data", "text", "output") if getattr(self, name) is not None]:
+                raise ValueError(f"--{given[0]} goes with --build MODEL; pass both, or neither to list what ships.")
+            return
+        if not self.output:
+            raise ValueError("--build needs --output DIR, where the run goes.")
+        pretrained.resolve(self.build)
+        if self.text is not None and not Path(self.text).is_file():
+            raise FileNotFoundError(f"There is no file {self.text}.")
+        check_directory("--output", self.output)
+
+
+def editors(settings: EditorsSettings) -> dict[str, Any]:
+    """List the editors that ship, or make one."""
+    console = make_console()
+    if settings.build is None:
+        names = shipped()
+        for name in names or ["none"]:
+            console.print(plain(name))
+        return {"editors": names}
+    model, tokenizer = pretrained.load(settings.build)
+    build(model, tokenizer, settings.output, data=settings.data, text=settings.text)
+    console.print(plain(f"What ships is {Path(settings.output) / 'best'}"))
+    return {"output": settings.output}

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from ..baselines.measure import FIGURES
 from ..files import atomic_write
+from .console import plain
 
 
 class Column(NamedTuple):
@@ -105,11 +106,11 @@ def console_table(result: dict[str, Any]) -> Table:
     """The table for a terminal: the figures that systems are told apart by."""
     names = ("edit_success", "generality", "autoregressive", _drawdown(result), "portability", "seconds")
     header, *rows = _cells(result, [name for name in names if name in _columns(result)])
-    table = Table(title=caption(result))
+    table = Table(title=plain(caption(result)))
     for i, title in enumerate(header):
         table.add_column(title, justify="right" if i else "left")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(plain, row))
     return table
 
 

@@ -7,6 +7,8 @@ from rich.console import Console
 from ..edit import Edit
 from ..editor import MendEditor
 from ..generation import answer
+from .console import text
+from .failures import EXPECTED, sentence
 
 HELP = """[bold]?[/] question          ask the model
 [bold]edit[/]                make an edit: it asks for question and answer
@@ -29,8 +31,8 @@ def interact(editor: MendEditor, console: Console) -> None:
                 return
             try:
                 _step(editor, console, made, line)
-            except (ValueError, TypeError, OSError) as error:
-                console.print(f"[red]{error}[/]")
+            except EXPECTED as error:
+                console.print(text((sentence(error), "red")))
     finally:
         for edit in reversed(made):
             edit.revert_(editor.model)
@@ -42,7 +44,7 @@ def _step(editor: MendEditor, console: Console, made: list[Edit], line: str) -> 
         edit = editor.edit(prompt, target)
         old = answer(editor, [prompt])[0]
         made.append(edit.apply_(editor.model))
-        console.print(f"[dim]{old}[/] -> [bold]{answer(editor, [prompt])[0]}[/]")
+        console.print(text((old, "dim"), " -> ", (answer(editor, [prompt])[0], "bold")))
     elif line == "undo":
         if not made:
             raise ValueError("There is no edit to take out.")
@@ -53,8 +55,8 @@ def _step(editor: MendEditor, console: Console, made: list[Edit], line: str) -> 
         if not made or not path:
             raise ValueError("Make an edit first, and name a file: save fact.safetensors")
         Edit.sum(made).save(path)
-        console.print(f"saved {path}")
+        console.print(text(f"saved {path}"))
     elif line.startswith("?"):
-        console.print(answer(editor, [line.removeprefix("?").strip()])[0])
+        console.print(text(answer(editor, [line.removeprefix("?").strip()])[0]))
     elif line:
         console.print(HELP)

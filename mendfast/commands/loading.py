@@ -2,59 +2,145 @@
 
 from __future__ import annotations
 
-import argparse
-from typing import Any
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .. import editors, pretrained
+from ..schema import brief, check_fields
+
+if TYPE_CHECKING:
+    from ..editor import MendEditor
+
+HOW = ("device", "dtype", "device_map", "quantize", "revision", "trust_remote_code")
+"""What says how ``model`` is loaded."""
 
 
-def quiet(arguments: argparse.Namespace) -> None:
+@dataclass(kw_only=True)
+class LoadSettings:
+    """Which base model, and how it is loaded."""
+
+    model: str | None = field(
+        default=None,
+        metadata={"help": "base model: a directory, a Hub name, a FILE.gguf, or smollm2; default: the demo's"},
+    )
+    device: str | None = field(
+        default=None, metadata={"help": "of --model: cpu, cuda, cuda:1, ...; default: cuda where there is one"}
+    )
+    dtype: str = field(default="auto", metadata={"help": "of --model", "choices": pretrained.DTYPES})
+    device_map: str | None = field(
+        default=None, metadata={"help": "of --model: auto, balanced, ... splits it over devices (accelerate)"}
+    )
+    quantize: str | None = field(
+        default=None, metadata={"help": "of --model, by bitsandbytes on a GPU", "choices": pretrained.QUANTIZED}
+    )
+    revision: str | None = field(default=None, metadata={"help": "of --model on the Hub: branch, tag or commit"})
+    trust_remote_code: bool = field(default=False, metadata={"help": "run the code that --model brings"})
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.model is not None and not self.model.strip():
+            raise ValueError("--model is empty; name a directory, a Hub name or a FILE.gguf.")
+        if self.model is None:
+            if given := [name for name in HOW if getattr(self, name) not in (None, False, "auto")]:
+                raise ValueError(
+                    f"{option(given[0])} says how --model is loaded, and no --model is given; "
+                    "pass one, or leave the option out."
+                )
+            return
+        if self.device and self.device_map:
+            raise ValueError("--device and --device-map both say where --model goes; pass one of them.")
+        if self.device:
+            check_device(self.device)
+        if self.device_map:
+            _needs("accelerate", "--device-map")
+        if self.quantize:
+            _needs("bitsandbytes", "--quantize")
+        source = pretrained.resolve(self.model)
+        if self.revision and source.local:
+            raise ValueError(f"--revision names a version on the Hub, and {brief(source, 200)} is on this machine.")
+        if source.gguf and (self.quantize or self.trust_remote_code):
+            given = "--quantize" if self.quantize else "--trust-remote-code"
+            raise ValueError(f"{given} does not go with a GGUF file ({brief(source, 200)}); leave it out.")
+
+
+@dataclass(kw_only=True)
+class EditorSettings(LoadSettings):
+    """A base model and its editor; by default the demo's."""
+
+    editor: str | None = field(
+        default=None, metadata={"help": "directory or Hub name of the editor; default: the demo's"}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.editor is None and self.model is not None:
+            short = pretrained.resolve(self.model).short
+            if short and editors.directory(short):
+                self.editor = short
+        if (self.model is None) != (self.editor is None):
+            raise ValueError(
+                "Pass both --model and --editor, since an editor serves one model; or neither: the demo's."
+            )
+
+
+def option(name: str) -> str:
+    """How the command line spells a field."""
+    return f"--{name.replace('_', '-')}"
+
+
+def check_device(name: str) -> torch.device:
+    """The device of that name; a ValueError says why there is none."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device is {brief(repr(name))}; name cpu, cuda, cuda:1, ...") from None
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= count:
+            here = f"there are {count} CUDA devices, from 0" if count else "there is no CUDA device here"
+            raise ValueError(f"--device is {name}, and {here}; leave it out, or take another.")
+        return device
+    try:
+        if device.type == "meta":
+            raise RuntimeError
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError):
+        raise ValueError(f"--device is {name}, and there is none here that holds numbers; leave it out.") from None
+    return device
+
+
+def _needs(package: str, given: str) -> None:
+    if find_spec(package) is None:
+        raise ValueError(f"{given} needs {package}: pip install {package}")
+
+
+def quiet() -> None:
     """No progress bars for what loads in a moment."""
     from transformers.utils import logging as hf_logging
 
-    if not arguments.verbose:
-        hf_logging.disable_progress_bar()
+    hf_logging.disable_progress_bar()
 
 
-def load_editor(arguments: argparse.Namespace) -> Any:
-    """The editor and model that the options name, the demo's by default."""
-    from ..demo import build
+def load_model(settings: LoadSettings, device: str | None = None) -> tuple[Any, Any]:
+    """The base model that ``settings`` name, and its tokenizer.
 
-    if (arguments.model is None) != (arguments.editor is None):
-        raise ValueError("Pass both --model and --editor, since an editor serves one model; or neither: the demo's.")
-    quiet(arguments)
-    if arguments.model is None:
-        return build.load()
+    Args:
+        device: of this process, where the settings name none.
+    """
+    device = settings.device or device or ("cuda" if torch.cuda.is_available() else "cpu")
+    how = {name: getattr(settings, name) for name in HOW}
+    return pretrained.load(settings.model, **{**how, "device": device})
+
+
+def load_editor(settings: EditorSettings) -> MendEditor:
+    """The editor and model that ``settings`` name, the demo's by default."""
     from ..editor import MendEditor
 
-    model, tokenizer = load_model(arguments.model, arguments)
-    return MendEditor.from_pretrained(arguments.editor, model, tokenizer)
+    if settings.model is None:
+        from ..demo import build
 
-
-def load_model(name: str, arguments: argparse.Namespace) -> tuple[Any, Any]:
-    """A Hugging Face model of whichever kind its configuration names, and its tokenizer."""
-    import torch
-    import transformers as hf
-
-    try:
-        config = hf.AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise FileNotFoundError(f"{name!r} is no model here, and the Hub did not give it either: {error}") from error
-    names = config.architectures or []
-    kind = hf.AutoModelForCausalLM
-    if any("SequenceClassification" in n for n in names):
-        kind = hf.AutoModelForSequenceClassification
-    elif config.is_encoder_decoder:
-        kind = hf.AutoModelForSeq2SeqLM
-    dtype = arguments.dtype if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
-    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    options: dict[str, Any] = {"device_map": getattr(arguments, "device_map", None)}
-    if quantize := getattr(arguments, "quantize", None):
-        options["quantization_config"] = hf.BitsAndBytesConfig(**{f"load_in_{quantize}": True})
-        options["device_map"] = options["device_map"] or device
-    try:
-        model = kind.from_pretrained(name, dtype=dtype, **options)
-    except ImportError as error:
-        raise RuntimeError(f"{name} can't be loaded so: {error}") from error
-    # A device map has placed the model already.
-    return (model if options["device_map"] else model.to(device)).eval(), hf.AutoTokenizer.from_pretrained(name)
-
-
+        return build.load()
+    return MendEditor.from_pretrained(settings.editor, *load_model(settings))

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import time
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import MISSING, dataclass, field, fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +14,112 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from ..base_model import fit_base_model, make_base
+from ..base_model import SHAPES
 from ..config import MendConfig
 from ..editor import MendEditor
 from ..metrics import correct
-from ..tasks.load import load_task
-from ..tasks.task import FactTask, Task
+from ..tasks.load import TASKS, load_task
+from ..tasks.task import FactTask
 from ..training import TrainConfig, Trainer
 from ..training.processes import launched
-from .evaluate import tell
-from .loading import load_model
+from .base import base_model
+from .console import make_console, plain
+from .evaluate import SEEDS, tell
+from .loading import LoadSettings, load_model, option
+from .outputs import check_directory
 
-PRETRAINED_RATE = 2e-4
 CHECKED = 1000  # known facts that the base model is asked before training
+HEAD_WIDTH = 32  # of the small base models' attention
 
 
-def train(arguments: argparse.Namespace) -> dict[str, Any]:
+@dataclass(kw_only=True)
+class TrainSettings(LoadSettings):
+    """What ``mendfast train`` is asked."""
+
+    task: str = field(default="qa", metadata={"help": "what is edited", "choices": TASKS})
+    data: str = field(metadata={"help": "a file or Hub name; for fact_checking also world:train"})
+    output: str = field(metadata={"help": "where model, editor and metrics go", "metavar": "DIR"})
+    model: str | None = field(
+        default=None,
+        metadata={
+            "help": "base model to edit: a directory, a Hub name, a FILE.gguf, or smollm2; default: a small one is "
+            "trained on the data"
+        },
+    )
+    base: str | None = field(
+        default=None, metadata={"help": "shape of that small model (the task's first)", "choices": tuple(SHAPES)}
+    )
+    base_from: str | None = field(
+        default=None, metadata={"help": "fine-tune this pretrained model on the data instead", "metavar": "MODEL"}
+    )
+    base_width: int = field(default=160, metadata={"help": "its width", "least": 1, "most": 1 << 14})
+    base_depth: int = field(default=4, metadata={"help": "its number of blocks", "least": 1, "most": 1 << 10})
+    base_vocabulary: int = field(
+        default=4000, metadata={"help": "its number of tokens", "least": 1, "most": 1 << 20}
+    )
+    base_steps: int = field(default=2600, metadata={"help": "optimiser steps of its training", "least": 1})
+    limit: int | None = field(default=None, metadata={"help": "use the first so many facts", "least": 1})
+    from_editor: str | None = field(
+        default=None, metadata={"help": "go on from this editor of --model, its settings kept"}
+    )
+    layers: list[str] | None = field(
+        default=None, metadata={"help": "weights to edit; default: the MLPs of the last blocks"}
+    )
+    rank: int = field(default=1920, metadata={"help": "rank of the editor's blocks", "least": 1})
+    step_size: float = field(
+        default=2e-3, metadata={"help": "the edit's step size at initialisation", "least": 0}
+    )
+    tensorboard: bool = field(default=False, metadata={"help": "write events to OUTPUT/tensorboard too"})
+    dry_run: bool = field(default=False, metadata={"help": "print layers, parameters and bytes, and stop"})
+    training: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.editor_config(append_eos=False)
+        alone = ["base", "base_from", "base_width", "base_depth", "base_vocabulary", "base_steps"]
+        if self.model:
+            self._refuse(alone, "makes a base model, and --model is given")
+        if self.base_from:
+            self._refuse(["base_width", "base_depth", "base_vocabulary"], "is of a new model, and --base-from has one")
+        if self.from_editor:
+            if not self.model:
+                raise ValueError("--from-editor is an editor of --model; pass both.")
+            self._refuse(["layers", "rank", "step_size"], "is of a new editor, and --from-editor keeps its own")
+        heads = max(1, self.base_width // HEAD_WIDTH)
+        if self.base_width % heads:
+            raise ValueError(
+                f"base_width is {self.base_width}, which {heads} heads can't share; "
+                f"take {self.base_width // heads * heads}, or a multiple of {HEAD_WIDTH}."
+            )
+        low, high = SEEDS["least"], SEEDS["most"]
+        if not low <= self.training.seed <= high:
+            raise ValueError(f"seed is {self.training.seed}; it must be from {low} to {high}.")
+        for joint in self.training.joint:
+            if self.training.groups(joint) % self.training.accumulate:
+                raise ValueError(
+                    f"batch_size {self.training.batch_size} makes {self.training.groups(joint)} edits of {joint} at "
+                    f"once, which accumulate {self.training.accumulate} can't share evenly; use a batch_size that is "
+                    f"a multiple of {joint * self.training.accumulate}."
+                )
+        if self.tensorboard and find_spec("tensorboard") is None:
+            raise ValueError("--tensorboard needs tensorboard: pip install tensorboard")
+        check_directory("--output", self.output)
+        check_directory("--output", str(Path(self.output) / "model"))
+
+    def editor_config(self, append_eos: bool) -> MendConfig:
+        """The new editor's configuration."""
+        return MendConfig(
+            layers=self.layers, rank=self.rank, step_size=self.step_size, scale_v=True, append_eos=append_eos
+        )
+
+    def _refuse(self, names: list[str], why: str) -> None:
+        """Refuse options that would be ignored."""
+        for f in fields(self):
+            if f.name in names and f.default is not MISSING and getattr(self, f.name) != f.default:
+                raise ValueError(f"{option(f.name)} {why}; leave one of the two out.")
+
+
+def train(settings: TrainSettings) -> dict[str, Any]:
     """What the command does; returns the last metrics.
 
     Raises:
@@ -37,48 +127,40 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
     """
     accelerator = launched()
     main = accelerator is None or accelerator.is_main_process
-    console, output = Console(quiet=not main), Path(arguments.output)
-    if accelerator is not None and arguments.device is None:
-        arguments.device = str(accelerator.device)
-    read = {"limit": arguments.limit, "seed": arguments.seed}
-    task = load_task(arguments.task, arguments.data, **read)
+    console, output = make_console(quiet=not main), Path(settings.output)
+    config = settings.training
+    read = {"limit": settings.limit, "seed": config.seed}
+    task = load_task(settings.task, settings.data, **read)
     tell(task.problems, console)
     if isinstance(task, FactTask):
         rephrased = sum(len(item.wordings) > 1 for item in task.items)
         console.print(f"{len(task.items):,} facts, {rephrased:,} of them in several wordings")
-    if arguments.model:
-        model, tokenizer = load_model(arguments.model, arguments)
+    if settings.model:
+        model, tokenizer = load_model(settings, str(accelerator.device) if accelerator else None)
     else:
         with accelerator.main_process_first() if accelerator else contextlib.nullcontext():
-            model, tokenizer = base_model(task, arguments, output / "model", progress=main)
+            model, tokenizer = base_model(task, settings, output / "model", progress=main)
     if not isinstance(task, FactTask):  # cut in the model's own tokens
-        task = load_task(arguments.task, arguments.data, tokenizer=tokenizer, **read)
-    torch.manual_seed(arguments.seed)
-    if arguments.from_editor:
-        editor = MendEditor.from_pretrained(arguments.from_editor, model, tokenizer)
+        task = load_task(settings.task, settings.data, tokenizer=tokenizer, **read)
+    torch.manual_seed(config.seed)
+    if settings.from_editor:
+        editor = MendEditor.from_pretrained(settings.from_editor, model, tokenizer)
     else:
-        config = MendConfig(
-            layers=arguments.layers,
-            rank=arguments.rank,
-            step_size=arguments.step_size,
-            scale_v=True,
-            append_eos=task.ends and not arguments.model,
-        )
-        editor = MendEditor.from_model(model, tokenizer, config)
+        append_eos = task.ends and not settings.model
+        editor = MendEditor.from_model(model, tokenizer, settings.editor_config(append_eos))
     task.check(model, editor.kind)
-    settings = TrainConfig(**{f.name: getattr(arguments, f.name) for f in fields(TrainConfig)})
     trainer = Trainer(
         editor,
-        task.sampler(settings.seed),
-        settings,
+        task.sampler(config.seed),
+        config,
         output=output,
-        validation=task.sampler(settings.seed + 1, held_out=True),
-        tensorboard=arguments.tensorboard,
+        validation=task.sampler(config.seed + 1, held_out=True),
+        tensorboard=settings.tensorboard,
         accelerator=accelerator,
     )
     planned = trainer.plan()
     show_plan(editor, planned, console)
-    if arguments.dry_run:
+    if settings.dry_run:
         return {
             "layers": editor.config.layers,
             "parameters": sum(p.numel() for p in editor.parameters()),
@@ -98,43 +180,6 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
     return {**metrics, **figures, "seconds": time.perf_counter() - started}
 
 
-def base_model(task: Task, arguments: argparse.Namespace, output: Path, progress: bool = True) -> tuple[Any, Any]:
-    """A small model that knows the task's data, or a pretrained one fine-tuned on it; made once per ``output``."""
-    import transformers as hf
-
-    shape = arguments.base or task.bases[0]
-    if shape not in task.bases:
-        raise ValueError(f"--base {shape} can't serve the task {task.key}; choose {' or '.join(task.bases)}.")
-    kind = {
-        "gpt2": hf.AutoModelForCausalLM,
-        "t5": hf.AutoModelForSeq2SeqLM,
-        "bert": hf.AutoModelForSequenceClassification,
-    }[shape]
-    if (output / "model.safetensors").is_file():
-        return kind.from_pretrained(output).eval(), hf.AutoTokenizer.from_pretrained(output)
-    options = {"steps": arguments.base_steps, "seed": arguments.seed, "append_eos": task.ends, "progress": progress}
-    if arguments.base_from:
-        head = {"num_labels": 1} if shape == "bert" else {}
-        torch.manual_seed(arguments.seed)  # of the new head
-        tokenizer = hf.AutoTokenizer.from_pretrained(arguments.base_from)
-        model = kind.from_pretrained(arguments.base_from, **head)
-        fit_base_model(
-            model, tokenizer, task.base_pairs(), learning_rate=PRETRAINED_RATE, matrix_rate=None, **options
-        )
-    else:
-        model, tokenizer = make_base(
-            shape,
-            task.base_pairs(),
-            vocabulary=arguments.base_vocabulary,
-            width=arguments.base_width,
-            depth=arguments.base_depth,
-            **options,
-        )
-    tokenizer.save_pretrained(output)
-    model.save_pretrained(output)
-    return model, tokenizer
-
-
 def show_plan(editor: MendEditor, planned: Mapping[str, int], console: Console) -> None:
     """Print the layers, the networks, and the bytes that training is predicted to hold."""
     table = Table(title="What is trained")
@@ -142,7 +187,7 @@ def show_plan(editor: MendEditor, planned: Mapping[str, int], console: Console) 
         table.add_column(column)
     for key, network in editor.networks.items():
         names = [layer.name for layer in editor._groups[key]]
-        table.add_row(key, ", ".join(names), f"{sum(p.numel() for p in network.parameters()):,}")
+        table.add_row(key, plain(", ".join(names)), f"{sum(p.numel() for p in network.parameters()):,}")
     console.print(table)
     parameters = sum(p.numel() for p in editor.parameters())
     kinds = ", ".join(f"{kind} {size / 2**20:,.1f}" for kind, size in planned.items() if kind != "total")

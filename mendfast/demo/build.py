@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, GPT2LMHeadModel, PreTrainedTokenizerBase
 from ..base_model import fit_base_model, small_gpt2, train_tokenizer
 from ..config import MendConfig
 from ..editor import MendEditor
+from ..files import atomic_directory
 from ..metrics import correct
 from ..tasks import world
 from ..training import FactSampler, TrainConfig, Trainer
@@ -95,8 +96,9 @@ def retrain(
         tokenizer = AutoTokenizer.from_pretrained(model_path)
     else:
         model, tokenizer = build_base(steps=base_steps)
-        model.save_pretrained(model_path)
-        tokenizer.save_pretrained(model_path)
+        with atomic_directory(model_path) as place:
+            model.save_pretrained(place)
+            tokenizer.save_pretrained(place)
     editor = build_editor(model, tokenizer, work / "editor", config)
     questions = [(world.question(f, -1), f.answer) for f in world.load_facts()]
     known = correct(editor, questions).float().mean().item()

@@ -1,0 +1,127 @@
+"""The base model that ``mendfast train`` makes where none is given: taught the data, made once, whole or absent."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..base_model import SHAPES, fit_base_model, make_base
+from ..files import atomic_directory, read_json_bytes
+from ..layers import find_layers
+from ..schema import brief, check_object, parse_json
+from ..tasks.task import Task
+
+if TYPE_CHECKING:
+    from .train import TrainSettings
+
+PRETRAINED_RATE = 2e-4
+MADE = "made_by_mendfast.json"  # of what, beside the model
+_WHOLE = (("config.json",), ("model.safetensors", "model.safetensors.index.json"), ("tokenizer_config.json",))
+
+
+def base_model(task: Task, settings: TrainSettings, directory: Path, progress: bool = True) -> tuple[Any, Any]:
+    """A small model that knows the task's data, or a pretrained one fine-tuned on it; made once per ``directory``.
+
+    Raises:
+        ValueError: a shape that can't serve the task, layers that it won't have, a directory with another model or
+            with something else; all before anything is trained.
+    """
+    import transformers as hf
+
+    shape = settings.base or task.bases[0]
+    if shape not in task.bases:
+        raise ValueError(f"--base {shape} can't serve the task {task.key}; choose {' or '.join(task.bases)}.")
+    kind = {
+        "gpt2": hf.AutoModelForCausalLM,
+        "t5": hf.AutoModelForSeq2SeqLM,
+        "bert": hf.AutoModelForSequenceClassification,
+    }[shape]
+    made = _made(settings, shape)
+    if _is_whole(directory, made):
+        return _load(kind, directory)
+    seed = settings.training.seed
+    options = {"steps": settings.base_steps, "seed": seed, "append_eos": task.ends, "progress": progress}
+    if settings.base_from:
+        model, tokenizer = _pretrained(kind, settings.base_from, shape, seed)
+        find_layers(model, settings.layers)
+        pairs = task.base_pairs()
+        fit_base_model(model, tokenizer, pairs, learning_rate=PRETRAINED_RATE, matrix_rate=None, **options)
+    else:
+        size = {"width": settings.base_width, "depth": settings.base_depth}
+        with torch.device("meta"):
+            planned = SHAPES[shape][0](8, heads=max(1, settings.base_width // 32), **size)
+        find_layers(planned, settings.layers)
+        model, tokenizer = make_base(shape, task.base_pairs(), vocabulary=settings.base_vocabulary, **size, **options)
+    _remove_halves(directory)
+    with atomic_directory(directory) as place:
+        tokenizer.save_pretrained(place)
+        model.save_pretrained(place)
+        (place / MADE).write_text(json.dumps(made, indent=2) + "\n")
+    return model, tokenizer
+
+
+def _made(settings: TrainSettings, shape: str) -> dict[str, Any]:
+    """What a base model is made of, as far as the options say."""
+    names = ("task", "data", "limit", "base_from", "base_steps")
+    sizes = () if settings.base_from else ("base_width", "base_depth", "base_vocabulary")
+    return {"base": shape, "seed": settings.training.seed, **{n: getattr(settings, n) for n in (*names, *sizes)}}
+
+
+def _is_whole(directory: Path, made: dict[str, Any]) -> bool:
+    """Whether the model is there already, made as it would be now."""
+    if not directory.is_dir() or not any(directory.iterdir()):
+        return False
+    if missing := [names[0] for names in _WHOLE if not any((directory / name).is_file() for name in names)]:
+        raise ValueError(
+            f"{directory} holds no whole base model ({', '.join(missing)} missing); "
+            "remove it, or choose another --output."
+        )
+    if not (directory / MADE).is_file():  # of a version that did not say
+        return True
+    before = check_object(parse_json(read_json_bytes(directory / MADE), str(directory / MADE)), str(directory / MADE))
+    if changed := [f"{n} was {before.get(n)!r}, now {v!r}" for n, v in made.items() if before.get(n) != v]:
+        raise ValueError(
+            f"{directory} holds a base model made with other settings ({'; '.join(changed)}); pass the same ones, "
+            f"--model {directory} to take it as it is, or another --output."
+        )
+    return True
+
+
+def _load(kind: Any, directory: Path) -> tuple[Any, Any]:
+    import transformers as hf
+
+    try:
+        return kind.from_pretrained(directory).eval(), hf.AutoTokenizer.from_pretrained(directory)
+    except MemoryError:
+        raise
+    except Exception as error:  # another library on damaged files
+        raise ValueError(
+            f"The base model in {directory} is damaged ({type(error).__name__}: {brief(error)}); remove it, or choose "
+            "another --output."
+        ) from error
+
+
+def _pretrained(kind: Any, source: str, shape: str, seed: int) -> tuple[Any, Any]:
+    import transformers as hf
+
+    torch.manual_seed(seed)  # of the new head
+    head = {"num_labels": 1} if shape == "bert" else {}
+    try:
+        return kind.from_pretrained(source, **head), hf.AutoTokenizer.from_pretrained(source)
+    except MemoryError:
+        raise
+    except Exception as error:  # another library on files of unknown origin
+        raise ValueError(
+            f"--base-from {source} gives no {shape} model to start from ({type(error).__name__}: {brief(error)})"
+        ) from error
+
+
+def _remove_halves(directory: Path) -> None:
+    """Remove what a killed run left of the directory that it was writing."""
+    for half in directory.parent.glob(f".{directory.name}.*"):
+        if half.is_dir():
+            shutil.rmtree(half, ignore_errors=True)
