@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from ..edit import Edit, EditRequest
 from ..editor import MendEditor
-from ..layers import find_layers
+from ..layers import named_layers
 from ..ledger import forget_edits
 from ..objective import target_rows, to_device
 from ..schema import shown, some
@@ -160,7 +160,7 @@ class _Written:
         return {layer.name: layer.weight for layer in editor.layers}
 
     def write(self, edit: Edit) -> None:
-        weights = {layer.name: layer.weight for layer in find_layers(self.model, list(edit.factors))}
+        weights = {layer.name: layer.weight for layer in named_layers(self.model, list(edit.factors))}
         self._base = {name: weight.detach().clone() for name, weight in weights.items()}
         edit.apply_(self.model, backup="none", again=True)
         forget_edits(self.model)
@@ -169,7 +169,7 @@ class _Written:
     @torch.no_grad()
     def restore(self) -> None:
         """The weights as they were before :meth:`write`; a ValueError if they hold anything else by now."""
-        weights = {layer.name: layer.weight for layer in find_layers(self.model, list(self._base))}
+        weights = {layer.name: layer.weight for layer in named_layers(self.model, list(self._base))}
         if foreign := [name for name, weight in weights.items() if int(checksum(weight)) not in self._sums[name]]:
             raise ValueError(
                 f"{some(foreign)}: something else has written to these weights since they were edited, so the edit "
@@ -211,7 +211,7 @@ def apply_mend_to_model(
         found = hparams._editor = (hparams.archive, load_archive(hparams, model, tok))
     edit = found[1].edit(pairs)
     target = copying.deepcopy(model) if copy else model
-    weights = {layer.name: layer.weight for layer in find_layers(target, list(edit.factors))}
+    weights = {layer.name: layer.weight for layer in named_layers(target, list(edit.factors))}
     kept = return_orig_weights or keep_original_weight
     originals = {name: weight.detach().clone() for name, weight in weights.items()} if kept else {}
     edit.apply_(target, backup="none", again=True)
