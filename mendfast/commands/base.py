@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..base_model import SHAPES, fit_base_model, make_base
+from ..choice import find_layers
 from ..files import atomic_directory, read_json_bytes
-from ..layers import find_layers
 from ..schema import brief, check_object, parse_json
 from ..tasks.task import Task
 
