@@ -321,7 +321,7 @@ def test_the_same_memory_twice_is_not_applied_twice(editor, tmp_path):
 
 @pytest.mark.parametrize("what", ["apply", "add"])
 def test_an_interrupt_leaves_all_as_it_was(tokenizer, what):
-    """At every 23rd line, a prime, so that all kinds of lines are struck."""
+    """At every 61st line, a prime, so that all kinds of lines are struck."""
     editor = make(tokenizer)
     model, base, memory = editor.model, state(editor.model), EditMemory(editor)
     memory.add(REQUESTS[:2])
@@ -343,7 +343,7 @@ def test_an_interrupt_leaves_all_as_it_was(tokenizer, what):
             edited = state(model)
             done.append(at)
         sizes.add(len(memory))
-        at += 23
+        at += 61
     assert at > 200 and len(done) == (what == "apply") and sizes == ({4} if what == "apply" else {2, 4})
     memory.apply_()
     memory.revert_()
