@@ -1,5 +1,7 @@
 """EditMemory on the disk: saved, loaded, resumed after a kill, cut anywhere."""
 
+# ruff: noqa: F811 (fixtures of another file are imported by name, and asked for by name)
+
 from __future__ import annotations
 
 import json
