@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from ..edit import Edit
+from ..files import _umask
 from ..layers import unwrapped
 from ..schema import shown, some
 from .lora import check_free, lora_of
@@ -82,6 +83,7 @@ def export_gguf_lora(
         writer.close()
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
