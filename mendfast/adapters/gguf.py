@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import nn
 
+from ..files import _umask
 from ..layers import unwrapped
 from ..schema import shown, some
 from .lora import check_free, lora_of
@@ -84,6 +85,7 @@ def export_gguf_lora(
         writer.close()
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)

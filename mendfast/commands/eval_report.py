@@ -30,11 +30,21 @@ COLUMNS = {
     "edit_success": Column("edit success"),
     "efficacy": Column("edit alone"),
     "generality": Column("generality"),
-    "autoregressive": Column("generated"),
+    "autoregressive": Column("generated"),  # of results from before answers were generated without the target's length
+    "exact_match": Column("exact match"),
+    "rephrase_exact_match": Column("exact, rephrased"),
+    "contains": Column("contains"),
+    "never_stopped": Column("never stopped"),
     "drawdown": Column("drawdown"),
+    "unchanged": Column("unchanged"),
+    "leaked": Column("leaked"),
+    "first_choice_changed": Column("first choice changed"),
     "ppl_drawdown": Column("perplexity drawdown", form=".2g"),
     "kl": Column("KL", form=".2g"),
+    "perplexity_rise": Column("perplexity rise", form=".2g"),
+    "text_kl": Column("KL on text", form=".2g"),
     "portability": Column("portable"),
+    "portability_exact_match": Column("portable, exact"),
     "already": Column("right before"),
     "seconds": Column("ms", 1e3, ".0f"),
     "peak_bytes": Column("peak MiB", 2**-20, ",.0f"),
@@ -104,7 +114,7 @@ def caption(result: dict[str, Any]) -> str:
 
 def console_table(result: dict[str, Any]) -> Table:
     """The table for a terminal: the figures that systems are told apart by."""
-    names = ("edit_success", "generality", "autoregressive", _drawdown(result), "portability", "seconds")
+    names = ("edit_success", "generality", "exact_match", _drawdown(result), "unchanged", "seconds")
     header, *rows = _cells(result, [name for name in names if name in _columns(result)])
     table = Table(title=plain(caption(result)))
     for i, title in enumerate(header):
@@ -229,7 +239,7 @@ def page(result: dict[str, Any], picture: bytes) -> str:
     """The HTML report: table with intervals, plot, examples before and after, published figures, what was left out."""
     source = base64.b64encode(picture).decode()
     environment = ", ".join(f"{name} {value}" for name, value in result["environment"].items())
-    defined = "".join(f"<dt>{COLUMNS[n].title}</dt><dd>{_e(FIGURES[n])}</dd>" for n in _columns(result))
+    defined = "".join(f"<dt>{COLUMNS[n].title}</dt><dd>{_e(FIGURES.get(n, ""))}</dd>" for n in _columns(result))
     parts = [
         f"<h1>mendfast eval: {_e(result['table'])}, {_e(result['task'])}</h1>",
         f"<p>{_e(caption(result))} Below each mean its 95 % interval by bootstrap over edits.</p>",

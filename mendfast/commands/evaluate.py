@@ -19,7 +19,7 @@ from rich.console import Console
 from tqdm import tqdm
 
 from ..baselines import SYSTEMS, System, make_system
-from ..baselines.measure import measure, summarise
+from ..baselines.measure import Before, measure, summarise
 from ..baselines.mend import Identity, Mend
 from ..editor import MendEditor
 from ..files import atomic_write, read_json_bytes
@@ -283,6 +283,7 @@ def _evaluate_system(
         return
     system = _prepare(key, editor, fitting, settings)
     journal.add_system(system)
+    before = Before(system.subject)
     for size in sizes:
         bar = tqdm(range(groups[size]), f"{system.name}, {size} at once" if size > 1 else system.name, disable=None)
         for i in bar:
@@ -290,13 +291,19 @@ def _evaluate_system(
                 group = examples[i * size : (i + 1) * size]
                 rng = random.Random(f"{settings.seed}:{size}:{i}")
                 show = i < SHOWN and size == sizes[0]
-                row = measure_group(system, group, _locality(group, known, settings.unrelated, rng), show=show)
+                others = _locality(group, known, settings.unrelated, rng)
+                row = measure_group(system, group, others, show=show, before=before)
                 journal.add({"system": key, "k": size, "group": i, **row})
             bar.set_postfix(journal.running(key, size))
 
 
 def measure_group(
-    system: System, group: Sequence[Example], locality: Sequence[tuple[str, str]], *, show: bool = False
+    system: System,
+    group: Sequence[Example],
+    locality: Sequence[tuple[str, str]],
+    *,
+    show: bool = False,
+    before: Before | None = None,
 ) -> dict[str, Any]:
     """One simultaneous edit by all of ``group`` as a line of the journal; an edit that fails is a line too."""
     first = group[0]
@@ -309,6 +316,7 @@ def measure_group(
             locality,
             [pair for example in group for pair in example.portability],
             show=asked if show else (),
+            before=before,
         )
     except (ValueError, RuntimeError, ArithmeticError) as error:  # of the data, of memory: not of the program
         return {"error": f"{type(error).__name__}: {error}"}

@@ -32,7 +32,7 @@ def load_model(hparams: HyperParams) -> tuple[nn.Module, Any]:
     parallel = bool(getattr(hparams, "model_parallel", False))
     model = kind.from_pretrained(
         name,
-        torch_dtype=torch.float16 if getattr(hparams, "fp16", False) else torch.float32,
+        dtype=torch.float16 if getattr(hparams, "fp16", False) else torch.float32,
         device_map="auto" if parallel else None,
     )
     tokenizer = hf.AutoTokenizer.from_pretrained(hparams.tokenizer_name or name)
