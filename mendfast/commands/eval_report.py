@@ -239,7 +239,7 @@ def page(result: dict[str, Any], picture: bytes) -> str:
     """The HTML report: table with intervals, plot, examples before and after, published figures, what was left out."""
     source = base64.b64encode(picture).decode()
     environment = ", ".join(f"{name} {value}" for name, value in result["environment"].items())
-    defined = "".join(f"<dt>{COLUMNS[n].title}</dt><dd>{_e(FIGURES.get(n, ""))}</dd>" for n in _columns(result))
+    defined = "".join(f"<dt>{COLUMNS[n].title}</dt><dd>{_e(FIGURES.get(n, ''))}</dd>" for n in _columns(result))
     parts = [
         f"<h1>mendfast eval: {_e(result['table'])}, {_e(result['task'])}</h1>",
         f"<p>{_e(caption(result))} Below each mean its 95 % interval by bootstrap over edits.</p>",
