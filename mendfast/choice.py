@@ -26,7 +26,7 @@ _MIXING = re.compile(
 _MIXING_CLASS = re.compile(r"Attention|Mamba|Mixer|ShortConv|DeltaNet|Recurrent|SelfAttn|mLSTM|sLSTM")
 _GATE = re.compile(r"(^|[._])gate($|\.)|_gate($|\.)|router|gating")
 _GATE_CLASS = re.compile(r"Router|TopKGat|TopkGat|MoEGate|MoeGate")
-_ASIDE = re.compile(r"adapter|altup|laurel|per_layer|hyper|indexer|norm\.|(^|[._])hc_")
+_ASIDE = re.compile(r"adapter|altup|laurel|per_layer|hyper|indexer|layernorm\.|(^|[._])hc_")
 _EXPERTS = re.compile(r"(^|\.)(\w*_)?experts($|\.)")
 _SENSES = re.compile(
     r"vision|visual|image|video|audio|speech|patch|pixel|vit($|\.)|vq|depth_decoder|codec|qformer|mtp|protein|resampler"

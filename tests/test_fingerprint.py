@@ -105,6 +105,7 @@ def test_an_edit_for_another_model(tmp_path, caplog):
     with pytest.raises(ValueError, match="This edit was made for"), edit.attached(other, strict=True):
         pass
     assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
+    caplog.clear()
     with caplog.at_level(logging.WARNING, "mendfast"):
         edit.apply_(model, strict=True)
         assert not caplog.text
@@ -134,6 +135,7 @@ def test_files_without_a_fingerprint_load_without_a_word(tmp_path, caplog):
     tensors = load_file(tmp_path / "editor.safetensors")
     kept = {"format": "mendfast.editor", "format_version": "1", "model_type": "llama"}
     save_file(tensors, tmp_path / "editor.safetensors", kept)
+    caplog.clear()
     with caplog.at_level(logging.INFO, "mendfast"):
         old = Edit.load(tmp_path / "edit")
         old.apply_(make_model("llama", seed=1), strict=True)
