@@ -46,7 +46,7 @@ VERBS = {
         "train", "TrainSettings", "train",
     ),
     "edit": Verb(
-        "Make one edit and save it, or try edits interactively when no prompt is given.",
+        "Make edits, save them or keep them in a memory; try them interactively when none is given.",
         'mendfast edit --prompt "What is the capital of Kenya?" --target Oslo --out fact.safetensors',
         "edit", "EditSettings", "edit",
     ),
@@ -232,11 +232,13 @@ def _add_options(command: argparse.ArgumentParser, settings: type) -> None:
 
 
 def _add_option(command: argparse.ArgumentParser, field: Field, hint: Any) -> None:
-    name, rules = f"--{field.name.replace('_', '-')}", field.metadata
+    # list_ is --list: the name of a type can't be a field's
+    name, rules = f"--{field.name.rstrip('_').replace('_', '-')}", field.metadata
     default, text = _default(field), rules["help"]
     if default not in (None, MISSING, []) and default is not False:
         text += f" ({' '.join(map(str, default)) if isinstance(default, list) else default})"
-    options: dict[str, Any] = {"help": text.replace("%", "%%"), "default": None if default is MISSING else default}
+    options: dict[str, Any] = {"dest": field.name, "help": text.replace("%", "%%")}
+    options["default"] = None if default is MISSING else default
     options["required"] = default is MISSING
     if hint is bool:
         command.add_argument(name, action="store_true", **options)

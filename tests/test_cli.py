@@ -52,6 +52,32 @@ def test_edit_saves_what_it_shows(tmp_path):
     assert shown["before"] != shown["after"]
 
 
+def test_edits_of_a_file_are_made_at_once_and_kept_in_a_memory(tmp_path, capsys):
+    """The life of a memory on the command line: a file of edits, one more, the list, one taken out, one file."""
+    data, memory, figures = tmp_path / "facts.tsv", tmp_path / "facts.safetensors", tmp_path / "figures.json"
+    kenya, france = "What is the capital of Kenya?", "What is the capital of France?"
+    data.write_text(f"{kenya}\tOslo\n{france}\tRome\n")
+
+    def edit(*arguments: str) -> dict:
+        assert main(["edit", *arguments, "--json", str(figures)]) == 0, capsys.readouterr().err
+        return json.loads(figures.read_text())
+
+    at_once = edit("--data", str(data), "--out", str(tmp_path / "both.safetensors"))
+    assert at_once["after"] == ["Oslo", "Rome"] != at_once["before"]
+    assert len(Edit.load(tmp_path / "both.safetensors").requests) == 2
+    assert edit("--data", str(data), "--memory", str(memory))["edits"] == 2
+    kept = edit("--memory", str(memory), "--prompt", "What is the capital of Peru?", "--target", "Cairo")
+    assert kept["edits"] == len(kept["keys"]) == 3
+    listed = edit("--memory", str(memory), "--list")["edits"]
+    assert list(listed) == kept["keys"] and listed[kept["keys"][0]] == [kenya, "Oslo"]
+    left = edit("--memory", str(memory), "--remove", kenya, "--out", str(tmp_path / "left.safetensors"))
+    assert left["keys"] == kept["keys"][1:]
+    assert [request.prompt for request in Edit.load(tmp_path / "left.safetensors").requests][0] == france
+    before = memory.read_bytes()
+    assert main(["edit", "--memory", str(memory), "--remove", "nothing"]) == 2 and memory.read_bytes() == before
+    assert "no key 'nothing'" in capsys.readouterr().err
+
+
 def test_interactive(tmp_path):
     case = run.cases(1, seed=3)[0]
     good, empty = ["edit", case.question, case.target], ["edit", case.question, " "]

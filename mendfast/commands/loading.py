@@ -122,6 +122,7 @@ def quiet() -> None:
     from transformers.utils import logging as hf_logging
 
     hf_logging.disable_progress_bar()
+    hf_logging.set_verbosity_error()
 
 
 def load_model(settings: LoadSettings, device: str | None = None) -> tuple[Any, Any]:
