@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 import pytest
 import torch
 
-from mendfast import EditMemory, EditRequest, MendConfig, MendEditor
+from mendfast import EditMemory, EditRequest, MendEditor
 from mendfast.base_model import train_tokenizer
 from mendfast.memory_file import Record, key_of
 from mendfast.metric import Metric
@@ -27,7 +28,7 @@ def _editor(shape, device: str, dtype: torch.dtype) -> MendEditor:
     """The row's editor, by least squares, with a tokenizer and a metric of random text."""
     plain = edited_model(shape, device, dtype)
     tokenizer = train_tokenizer(["Who is number 0123456789?"], 300)
-    config = MendConfig(**{**plain.config.to_dict(), "format_version": None} | {"aggregation": "least_squares"})
+    config = replace(plain.config, aggregation="least_squares")
     editor = MendEditor.from_model(plain.model, tokenizer, config)
     editor.load_state_dict(plain.state_dict(), strict=False)
     generator = torch.Generator().manual_seed(0)
@@ -66,7 +67,8 @@ def test_adding(contest, case):
 
     contestants = {"mendfast": Contestant(add, finish=lambda request: memory.remove(request.prompt))}
     row = {"shape": contest.size(case.shape).name, "edits": count}
-    contest(row, lambda seed: EditRequest(f"Who is number {seed}?", "12345"), contestants, reference=None, memory=False)
+    answer = "label_1" if memory.editor.kind == "classifier" else "12345"
+    contest(row, lambda seed: EditRequest(f"Who is number {seed}?", answer), contestants, reference=None, memory=False)
     assert len(memory) == count - 1
 
 

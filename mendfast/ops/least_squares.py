@@ -272,14 +272,14 @@ def _bwd(grad, u, vectors, scales, rest, p, solved, whole, by_rows):
             return -leading, torch.zeros_like(rest) if full else leading.sum() - n.trace()
         f = grad @ q
         a = (f / scales) @ p.mT
-        if not full:
-            a += (grad @ u.double().mT - f @ p.mT) / rest
+        if not full:  # what lies outside the leading directions of each; differences of products would cancel
+            grad_out, u_out, k_out = grad - f @ q.T, u.double() - p @ q.T, whole - solved @ q.T
+            a += grad_out @ u_out.mT / rest
         r = f / scales - a @ solved
         leading = -(r * solved).sum((0, 1))
         if full:
             return leading, torch.zeros_like(rest)
-        outside = ((grad * whole).sum() - (f * solved).sum()) / rest
-        return leading, (a * (whole @ whole.mT - solved @ solved.mT)).sum() - outside
+        return leading, (a * (k_out @ k_out.mT)).sum() - (grad_out * k_out).sum() / rest
 
 
 def _fwd_fake(u, vectors, scales, rest, by_rows):
