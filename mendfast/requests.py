@@ -86,5 +86,5 @@ def _checked(prompt: Any, target: Any, what: str) -> EditRequest:
         except (TypeError, ValueError) as error:
             raise type(error)(f"{what}: {error}") from None
     if not target.strip():
-        raise ValueError(f"{what}: the target is {target!r}, which says nothing; pass the answer to be learned.")
+        raise ValueError(f"{what}: The target is {target!r}, which says nothing; pass the answer to be learned.")
     return EditRequest(prompt, target)

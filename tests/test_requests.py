@@ -49,7 +49,7 @@ def test_more_forms():
         ([PAIR[0], None], TypeError, "Request 1 is None"),
         ([PAIR[0], ("a", "b", "c")], ValueError, "Request 1 has 3 parts"),
         ([PAIR[0], ("a", 5)], TypeError, "Request 1: The target is 5, of type int"),
-        ([("a", " ")], ValueError, "Request 0: the target is ' ', which says nothing"),
+        ([("a", " ")], ValueError, "Request 0: [Tt]he target is ' ', which says nothing"),
         ([("a", "\ud800")], ValueError, "Request 0: The target .*surrogate"),
         ({"question": "a", "answer": "b"}, ValueError, "The request lacks prompt; it has question, answer"),
         ([{"prompt": "a"}], ValueError, "Request 0 lacks target_new; it has prompt"),
