@@ -8,7 +8,7 @@ import os
 import shutil
 import struct
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -140,3 +140,21 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     _sync_directory(path.parent)
+
+
+def json_lines(path: str | Path) -> Iterator[tuple[str, Any]]:
+    """Lines of a file that grows by whole lines of JSON, each with what it holds; one that a kill cut short is none."""
+    for line in Path(path).read_text(errors="replace").splitlines():
+        with contextlib.suppress(ValueError, RecursionError):
+            yield line, json.loads(line)
+
+
+def keep_json_lines(path: str | Path, keep: Callable[[Any], bool]) -> None:
+    """Rewrite such a file with the lines alone that are whole and that ``keep`` takes; those of another program raise
+    in it, and go."""
+    kept = []
+    for line, value in json_lines(path):
+        with contextlib.suppress(LookupError, TypeError, AttributeError, ValueError):
+            if keep(value):
+                kept.append(f"{line}\n")
+    atomic_write(path, "".join(kept).encode())

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from . import types
 from .schema import shown, some
 
 
@@ -41,8 +42,8 @@ def named_layers(model: nn.Module, names: Sequence[str]) -> list[Layer]:
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """Hugging Face's Conv1D, known by its name: importing transformers to ask takes longer than all else here."""
-    return any(c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils" for c in type(module).__mro__)
+    """Hugging Face's Conv1D, or a class that is made of it."""
+    return any(types.is_conv1d(kind) for kind in type(module).__mro__)
 
 
 def is_matrix(module: nn.Module) -> bool:

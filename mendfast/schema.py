@@ -233,3 +233,13 @@ def check_dtypes(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch
                 f"{what}: {brief(name, 60)} is {shown(found[name])}; it must be "
                 f"{str(own.dtype).removeprefix('torch.')}. It is damaged, or another program wrote it."
             )
+
+
+def check_settings(
+    what: str, before: Mapping[str, Any], now: Mapping[str, Any], advice: str, *, named: bool = True
+) -> None:
+    """A ValueError where something that is gone on with, or taken again, was made with other settings, which are
+    ``named``."""
+    if changed := [name for name, value in now.items() if before.get(name) != value]:
+        names = f" ({some(changed, 8)})" if named else ""
+        raise ValueError(f"{what} with other settings{names}; {advice}")

@@ -54,3 +54,8 @@ class Spectrum(NamedTuple):
 
     def to(self, device: torch.device | str) -> Spectrum:
         return Spectrum(*(part.to(device) for part in self))
+
+
+def is_conv1d(kind: type) -> bool:
+    """Hugging Face's Conv1D, known by its name: importing transformers to ask takes longer than all else here."""
+    return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"

@@ -12,7 +12,7 @@ import torch
 from ..base_model import SHAPES, fit_base_model, make_base
 from ..choice import find_layers
 from ..files import atomic_directory, read_json_bytes
-from ..schema import brief, check_object, parse_json
+from ..schema import brief, check_object, check_settings, parse_json
 from ..tasks.task import Task
 
 if TYPE_CHECKING:
@@ -83,11 +83,8 @@ def _is_whole(directory: Path, made: dict[str, Any]) -> bool:
     if not (directory / MADE).is_file():  # of a version that did not say
         return True
     before = check_object(parse_json(read_json_bytes(directory / MADE), str(directory / MADE)), str(directory / MADE))
-    if changed := [f"{n} was {before.get(n)!r}, now {v!r}" for n, v in made.items() if before.get(n) != v]:
-        raise ValueError(
-            f"{directory} holds a base model made with other settings ({'; '.join(changed)}); pass the same ones, "
-            f"--model {directory} to take it as it is, or another --output."
-        )
+    advice = f"pass the same ones, --model {directory} to take it as it is, or another --output."
+    check_settings(f"{directory} holds a base model made", before, made, advice)
     return True
 
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ..editor import MendEditor
 
 SHOWN = 20  # edits of a file whose answers are shown
+LINES = 3  # questions that are shown a line each, and not as a table
 
 
 @dataclass(kw_only=True)
@@ -121,8 +122,9 @@ def _shown(editor: MendEditor, made: Edit, questions: Sequence[str], console: Co
     before = answer(editor, questions)
     with made.attached(editor.model):
         after = answer(editor, questions)
-    if len(questions) == 1:
-        console.print(text(f"{questions[0]}  ", (before[0], "dim"), " -> ", (after[0], "bold")))
+    if len(questions) <= LINES:
+        for question, old, new in zip(questions, before, after, strict=True):
+            console.print(text(f"{question}  ", (old, "dim"), " -> ", (new, "bold")))
     else:
         table = Table(expand=True)
         for name, ratio in (("question", 5), ("before", 2), ("after", 2)):

@@ -23,7 +23,7 @@ from ..baselines.measure import Before, measure, summarise
 from ..baselines.mend import Identity, Mend
 from ..editor import MendEditor
 from ..files import atomic_write, read_json_bytes
-from ..schema import parse_json, shown
+from ..schema import check_object, check_settings, parse_json, shown
 from ..tasks.load import TASKS, load_task
 from ..tasks.records import Example, Problem
 from ..tasks.task import Known, Task, refusal, usable
@@ -367,8 +367,8 @@ class _Fitting:
         made = json.loads(json.dumps({"options": options, "config": asdict(config), "data": settings.train_data}))
         if directory and (directory / "fitted.json").is_file():
             fitted = directory / "fitted.json"
-            if parse_json(read_json_bytes(fitted), str(fitted)) != made:
-                raise ValueError(f"{directory} was trained with other settings; choose another --output.")
+            before = check_object(parse_json(read_json_bytes(fitted), str(fitted)), str(fitted))
+            check_settings(f"{directory} was trained", before, made, "choose another --output.", named=False)
             system.load(directory / "final")
             return system
         system.fit(

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ..baselines import System
-from ..files import atomic_write, read_json_bytes
-from ..schema import check_object, parse_json
+from ..files import atomic_write, keep_json_lines, read_json_bytes
+from ..schema import check_object, check_settings, parse_json
 
 ADDED = {"dtype": "auto", "quantize": None, "revision": None}
 """Settings that older journals do not name, and what they were then."""
@@ -38,28 +38,18 @@ class Journal:
         saved = self._path.with_name("settings.json")
         if saved.is_file():
             before = ADDED | check_object(parse_json(read_json_bytes(saved), str(saved)), str(saved))
-            if changed := [name for name, value in self.settings.items() if before.get(name) != value]:
-                raise ValueError(
-                    f"{directory} holds an evaluation with other settings ({', '.join(changed)}); "
-                    "go on with the same ones, or choose another --output."
-                )
+            advice = "go on with the same ones, or choose another --output."
+            check_settings(f"{directory} holds an evaluation", before, self.settings, advice)
             self._read()
         else:
             atomic_write(saved, json.dumps(self.settings, indent=2).encode() + b"\n")
 
     def _read(self) -> None:
-        if not self._path.is_file():
-            return
-        whole = []
-        for line in self._path.read_bytes().splitlines():
-            try:
-                self._take(json.loads(line))
-            except (ValueError, LookupError, TypeError, AttributeError):
-                continue  # the line that a kill cut short, or one of another program
-            whole.append(line + b"\n")
-        atomic_write(self._path, b"".join(whole))
+        if self._path.is_file():
+            keep_json_lines(self._path, self._take)
 
-    def _take(self, line: dict[str, Any]) -> None:
+    def _take(self, line: dict[str, Any]) -> bool:
+        """Count a line in; raises for one that is none of ours."""
         if "parameters" in line:
             self._systems[line["system"]] = line
         else:
@@ -68,6 +58,7 @@ class Journal:
                 if value is not None:
                     total, count = self._totals[line["system"], line["k"], name]
                     self._totals[line["system"], line["k"], name] = total + value, count + 1
+        return True
 
     def _write(self, line: dict[str, Any]) -> None:
         self._take(json.loads(json.dumps(line)))

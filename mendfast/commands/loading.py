@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -44,7 +44,7 @@ class LoadSettings:
         if self.model is not None and not self.model.strip():
             raise ValueError("--model is empty; name a directory, a Hub name or a FILE.gguf.")
         if self.model is None:
-            if given := [name for name in HOW if getattr(self, name) not in (None, False, "auto")]:
+            if given := [f.name for f in fields(self) if f.name in HOW and getattr(self, f.name) != f.default]:
                 raise ValueError(
                     f"{option(given[0])} says how --model is loaded, and no --model is given; "
                     "pass one, or leave the option out."

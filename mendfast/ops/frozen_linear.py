@@ -10,6 +10,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from .. import backends
+from ..types import is_conv1d
 from . import few_rows
 
 
@@ -56,7 +57,7 @@ def untouched(layer: nn.Module) -> bool:
 
 @functools.cache
 def _is_linear(kind: type) -> bool:
-    return kind is nn.Linear or kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
+    return kind is nn.Linear or is_conv1d(kind)
 
 
 def frozen_forwards(model: nn.Module) -> dict[nn.Module, Callable[..., torch.Tensor]]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..files import read_tensors, write_tensors
-from ..schema import brief, check_object, parse_json, shape_of, shown, some
+from ..schema import brief, check_object, check_settings, parse_json, shape_of, shown, some
 
 COUNTS = ("step", "skipped", "stale")
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
@@ -49,12 +49,8 @@ def read(
     settings = check_object(parse_json(found["config"], f"The configuration in {path}"), f"The configuration in {path}")
     progress = check_object(parse_json(found["progress"], f"The progress in {path}"), f"The progress in {path}")
     saved = {**defaults, **settings, **{name: found.get(name) for name in metadata}}
-    changed = [name for name, value in {**asdict(config), **metadata}.items() if saved[name] != value]
-    if changed:
-        raise ValueError(
-            f"{path.parent} was trained with other settings ({', '.join(changed)}); "
-            "resume with the same ones, or choose another output directory."
-        )
+    advice = "resume with the same ones, or choose another output directory."
+    check_settings(f"{path.parent} was trained", saved, {**asdict(config), **metadata}, advice)
     _check_progress(progress, path)
     state = optimizer.state_dict()
     parameters = {}

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..files import atomic_write
+from ..files import keep_json_lines
 
 
 class Record:
@@ -26,14 +26,7 @@ class Record:
             return
         self._path.parent.mkdir(parents=True, exist_ok=True)
         if self._path.is_file():
-            kept = []
-            for line in self._path.read_text(errors="replace").splitlines():
-                try:
-                    if json.loads(line)["step"] <= step:
-                        kept.append(line)
-                except (ValueError, KeyError, TypeError, RecursionError):
-                    continue  # the line that a kill cut short
-            atomic_write(self._path, "".join(f"{line}\n" for line in kept).encode())
+            keep_json_lines(self._path, lambda metrics: metrics["step"] <= step)
         if self._summary_writer is not None:
             self._writer = self._summary_writer(self._path.parent / "tensorboard", purge_step=step + 1)
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import base64
 import html
 import io
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..files import atomic_write
+from ..files import atomic_write, json_lines
 
 PANELS = (
     ("loss", ("loss", "val_loss")),
@@ -21,7 +20,7 @@ PANELS = (
 
 def read_metrics(directory: str | Path) -> list[dict[str, float]]:
     """The lines of a run's ``metrics.jsonl``."""
-    return [json.loads(line) for line in (Path(directory) / "metrics.jsonl").read_text().splitlines()]
+    return [metrics for _, metrics in json_lines(Path(directory) / "metrics.jsonl")]
 
 
 def write_report(directory: str | Path) -> Path:
