@@ -6,6 +6,7 @@ alone: on its own it may get a BOS, lose the space before it, or split into othe
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -236,8 +237,12 @@ def _target_ids(tokenizer: Any, target: str, **options: Any) -> list[int]:
 def _front(tokenizer: Any, text: str, bare: list[int]) -> list[int]:
     """The special tokens that the tokenizer puts before ``text``, whose ids without any are ``bare``."""
     whole = list(tokenizer(text, padding=False, truncation=False)["input_ids"])
-    at = next((i for i in range(len(whole) - len(bare) + 1) if whole[i : i + len(bare)] == bare), 0)
-    front = whole[:at]
+    at = next((i for i in range(len(whole) - len(bare) + 1) if whole[i : i + len(bare)] == bare), None)
+    if at is None:  # a text that is split otherwise after a BOS
+        special = set(tokenizer.all_special_ids)
+        front = list(itertools.takewhile(special.__contains__, whole))
+    else:
+        front = whole[:at]
     # A prompt that is spelled with its BOS (a chat template's output) has it already.
     return front[:-1] if front and front[-1] == bare[0] else front
 

@@ -370,3 +370,16 @@ def test_half_a_surrogate_pair_is_named(encoder_decoder):
             encode_pair(tokenizer, *pair, encoder_decoder=encoder_decoder)
     with pytest.raises(ValueError, match="half a surrogate pair"):
         encode_prompt(tokenizer, "\ud800", encoder_decoder=encoder_decoder)
+
+
+class SplitsOtherwise:
+    """As tokenizers do that put a space before a text, but not after a BOS: "ab" is one token alone and two after it."""
+
+    all_special_ids, bos_token_id = [1], 1
+
+    def __call__(self, text, add_special_tokens=True, **options):
+        return {"input_ids": [1, 7, 8] if add_special_tokens else [9]}
+
+
+def test_a_bos_is_kept_where_the_text_is_split_otherwise_after_it():
+    assert encode_prompt(SplitsOtherwise(), "ab") == [1, 9]
