@@ -373,7 +373,7 @@ def test_half_a_surrogate_pair_is_named(encoder_decoder):
 
 
 class SplitsOtherwise:
-    """As tokenizers do that put a space before a text, but not after a BOS: "ab" is one token alone and two after it."""
+    """As tokenizers do that put a space before a text, but not after a BOS: "ab" is one token alone, two after it."""
 
     all_special_ids, bos_token_id = [1], 1
 
