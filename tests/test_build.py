@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import re
@@ -221,4 +222,6 @@ def test_imports_without(missing):
 
 
 def test_version():
-    assert f'version = "{mendfast.__version__}"' in (ROOT / "pyproject.toml").read_text()
+    """One source: the package's metadata, too, are made from ``mendfast.__version__``."""
+    assert 'version = { attr = "mendfast.__version__" }' in (ROOT / "pyproject.toml").read_text()
+    assert importlib.metadata.version("mendfast") == mendfast.__version__

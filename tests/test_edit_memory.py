@@ -53,6 +53,11 @@ def all_300(editor) -> EditMemory:
     return memory
 
 
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "facts.safetensors"
+
+
 def of(memory: EditMemory, records) -> EditMemory:
     """A memory of some of the records, made before."""
     other = EditMemory(memory.editor)

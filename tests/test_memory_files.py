@@ -10,17 +10,12 @@ import logging
 import pytest
 from interrupts import Interrupt
 from safetensors.torch import load_file
-from test_edit_memory import LAYERS, REQUESTS, all_300, close, editor, make, of, same_rows  # noqa: F401
+from test_edit_memory import LAYERS, REQUESTS, all_300, close, editor, make, of, path, same_rows  # noqa: F401
 
 from mendfast import EditMemory, EditRequest, MendEditor
 from mendfast import memory as memory_module
 from mendfast.memory import read_requests, update_file
 from mendfast.memory_file import journal_of, key_of
-
-
-@pytest.fixture
-def path(tmp_path):
-    return tmp_path / "facts.safetensors"
 
 
 def test_save_and_load_keep_every_bit(editor, all_300, path):
