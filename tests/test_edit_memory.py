@@ -385,7 +385,7 @@ class TestBadInput:
         memory = EditMemory(editor)
         memory.add(REQUESTS[:2], save_to=path)
         before = path.read_bytes()
-        for bad, says in ((("a", " "), "Request 7: the target"), (("word " * 80, "a"), "Request 7, 'word .*64")):
+        for bad, says in ((("a", " "), "Request 7: The target"), (("word " * 80, "a"), "Request 7, 'word .*64")):
             with pytest.raises(ValueError, match=says):
                 memory.add([*REQUESTS[2:9], bad, *REQUESTS[9:20]], save_to=path)
         with pytest.raises(TypeError, match="Request 1 is 'ab'"):
