@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 import transformers as hf
@@ -140,7 +142,11 @@ def tokenizer() -> hf.PreTrainedTokenizerFast:
 
 def pytest_configure(config) -> None:
     config.addinivalue_line("markers", "gpu: needs a CUDA device; skipped, with the reason, where there is none")
-    torch.set_num_threads(min(2, torch.get_num_threads()))
+    threads = min(2, torch.get_num_threads())
+    if "PYTEST_XDIST_WORKER" in os.environ:  # one of several: two busy OpenMP programs at once slow each other down
+        threads = 1
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start
+    torch.set_num_threads(threads)
 
 
 def pytest_collection_modifyitems(config, items) -> None:
