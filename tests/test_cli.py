@@ -9,9 +9,9 @@ import sys
 import pytest
 import torch
 from make_qa import write
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from mendfast import Edit
+from mendfast import Edit, MendEditor
 from mendfast.base_model import small_bert, train_wordpiece
 from mendfast.cli import main
 from mendfast.commands import demo as run
@@ -132,6 +132,19 @@ def test_train_and_eval(tmp_path):
     result = json.loads(scores.read_text())
     assert [row["system"] for row in result["rows"]] == ["mend", "ft", "identity"]
     assert all(row["measured"] == 5 for row in result["rows"])
+
+
+def test_training_through_least_squares(tmp_path):
+    """What must stay is gathered before training, and saved with the editor."""
+    data, output = tmp_path / "qa.tsv", tmp_path / "run"
+    write(data)
+    arguments = ["--data", data, "--output", output, "--base-width", 32, "--base-depth", 3, "--base-vocabulary", 320,
+                 "--base-steps", 20, "--rank", 8, "--steps", 2, "--batch-size", 4, "--joint", 1, 4,
+                 "--validate-every", 0, "--aggregation", "least_squares"]  # fmt: skip
+    assert main(["train", *map(str, arguments)]) == 0
+    model = AutoModelForCausalLM.from_pretrained(output / "model")
+    editor = MendEditor.from_pretrained(output / "last", model)
+    assert editor.config.aggregation == "least_squares" and editor.metric.tokens > 0
 
 
 def test_doctor(tmp_path):

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..base_model import SHAPES
-from ..config import MendConfig
+from ..config import AGGREGATIONS, MendConfig
 from ..editor import MendEditor
 from ..metrics import correct
 from ..tasks.load import TASKS, load_task
@@ -28,6 +28,7 @@ from .evaluate import SEEDS, tell
 from .loading import LoadSettings, load_model, option
 from .outputs import check_directory
 
+PROTECTED = 200  # questions of the data, where edits are aggregated by least squares
 CHECKED = 1000  # known facts that the base model is asked before training
 HEAD_WIDTH = 32  # of the small base models' attention
 
@@ -69,6 +70,14 @@ class TrainSettings(LoadSettings):
     step_size: float = field(
         default=2e-3, metadata={"help": "the edit's step size at initialisation", "least": 0}
     )
+    aggregation: str = field(
+        default="sum",
+        metadata={
+            "help": "simultaneous edits as their sum (the paper), or by least squares under what must stay: the data's "
+            "first questions, and the model's own words",
+            "choices": AGGREGATIONS,
+        },
+    )
     tensorboard: bool = field(default=False, metadata={"help": "write events to OUTPUT/tensorboard too"})
     dry_run: bool = field(default=False, metadata={"help": "print layers, parameters and bytes, and stop"})
     training: TrainConfig = field(default_factory=TrainConfig)
@@ -84,7 +93,8 @@ class TrainSettings(LoadSettings):
         if self.from_editor:
             if not self.model:
                 raise ValueError("--from-editor is an editor of --model; pass both.")
-            self._refuse(["layers", "rank", "step_size"], "is of a new editor, and --from-editor keeps its own")
+            new = ["layers", "rank", "step_size", "aggregation"]
+            self._refuse(new, "is of a new editor, and --from-editor keeps its own")
         heads = max(1, self.base_width // HEAD_WIDTH)
         if self.base_width % heads:
             raise ValueError(
@@ -109,7 +119,12 @@ class TrainSettings(LoadSettings):
     def editor_config(self, append_eos: bool) -> MendConfig:
         """The new editor's configuration."""
         return MendConfig(
-            layers=self.layers, rank=self.rank, step_size=self.step_size, scale_v=True, append_eos=append_eos
+            layers=self.layers,
+            rank=self.rank,
+            step_size=self.step_size,
+            scale_v=True,
+            append_eos=append_eos,
+            aggregation=self.aggregation,
         )
 
     def _refuse(self, names: list[str], why: str) -> None:
@@ -149,6 +164,10 @@ def train(settings: TrainSettings) -> dict[str, Any]:
         append_eos = task.ends and not settings.model
         editor = MendEditor.from_model(model, tokenizer, settings.editor_config(append_eos))
     task.check(model, editor.kind)
+    if editor.config.aggregation == "least_squares" and editor.metric is None:
+        editor.protect(task.base_pairs()[:PROTECTED], progress=None)
+        if editor.kind == "causal":
+            editor.protect(progress=None)  # and its own words
     trainer = Trainer(
         editor,
         task.sampler(config.seed),
