@@ -14,6 +14,7 @@ from torch import nn
 from torch.func import functional_call
 
 from mendfast import MendEditor, reference
+from mendfast.types import C_EDIT
 
 Batch = Mapping[str, torch.Tensor]
 
@@ -100,7 +101,7 @@ def edited_weights(editor: MendEditor, batch: Batch) -> dict[str, torch.Tensor]:
 
 
 def meta_step(
-    editor: MendEditor, inner: Batch, outer: Batch, loc: Batch, c_edit: float = 0.1, c_loc: float = 1.0
+    editor: MendEditor, inner: Batch, outer: Batch, loc: Batch, c_edit: float = C_EDIT, c_loc: float = 1.0
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Algorithm 1 on a batch, one edit after the other; adds to the editor's gradients.
 
