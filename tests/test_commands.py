@@ -287,6 +287,8 @@ def test_the_module_and_its_version():
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_signals(number, code, monkeypatch, capsys):
     """Delivered for real, in the middle of a command; the old handler is back afterwards."""
+    # A process that a shell put into the background ignores SIGINT.
+    interrupts = signal.signal(signal.SIGINT, signal.default_int_handler)
     before = signal.getsignal(signal.SIGTERM)
 
     def waits(settings):
@@ -298,6 +300,7 @@ def test_signals(number, code, monkeypatch, capsys):
     assert main(["doctor"]) == code and time.monotonic() - started < 25
     assert "Traceback" not in capsys.readouterr().err
     assert signal.getsignal(signal.SIGTERM) is before
+    signal.signal(signal.SIGINT, interrupts)
 
 
 # -- the base model that train makes ---------------------------------------------------------------------------
