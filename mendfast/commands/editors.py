@@ -35,7 +35,7 @@ EDITOR = MendConfig(
     rank=128, scale_v=True, chat=True, aggregation="least_squares", protect_rank=128, ridge=1e-3, protection=30.0
 )
 TRAINING = TrainConfig(
-    steps=480,
+    steps=400,
     batch_size=8,
     joint=[1, 1, 1, 8, 8, 48],
     learning_rate=8e-4,

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +23,8 @@ from .prefix import FrozenPrefix
 log = logging.getLogger("mendfast")
 
 
+MULTIPLE = 16  # of whose tokens the texts are that are computed together
+TOGETHER = 512  # tokens in one forward pass of theirs
 RUN = object()
 """A form: what T5's blocks give beside their states, the position bias, belongs to the padded batch, and the first
 block is run for it."""
@@ -47,9 +49,10 @@ class PrefixCache:
     >>> with cache.replayed(batch, final=True): model(**batch)  # of the unedited model: no block, norm and head alone
 
     A text is a sample's tokens and mask without trailing padding; its states are kept as [length, width] in the
-    model's own dtype. They are computed from it alone, so that they don't depend on what else is in a batch: a run
-    that is resumed, or whose cache was too small, ends in the same bits as one that had everything in memory. Against
-    a run without a cache results agree to rounding, since matrix products of other sizes add in another order.
+    model's own dtype. Texts that are missing are computed together, each padded to a multiple of :data:`MULTIPLE`
+    tokens: matrix products whose sizes are such multiples give a row the same bits in any company, so that a run that
+    is resumed, or whose cache was too small, ends in the same bits as one that had everything in memory. Against a
+    run without a cache results agree to rounding, since products of other sizes add in another order.
 
     The weights must stay as they are while the cache is used; :meth:`clear` forgets what they gave.
 
@@ -115,7 +118,7 @@ class PrefixCache:
     def serves(self, batch: Batch) -> bool:
         """Whether :meth:`replayed` replays anything; before anything is known, its first text is computed to see."""
         if not self.why_not and not self._forms:
-            self._compute(self._texts(batch)[0], bool(self._final))
+            self._compute(self._texts(batch)[:1], bool(self._final))
         return self.why_not is None
 
     def clear(self) -> None:
@@ -152,13 +155,13 @@ class PrefixCache:
         self.asked += 0 if final else len(texts)  # those are asked for again, without
         final = final and bool(self._final)
         if not self._forms:
-            self._compute(texts[0], final)
-        rows: list[list[torch.Tensor]] = []
-        for text in texts:
-            found = self._found(self._key(text, final)) or self._compute(text, final)
-            if found is None:
+            self._compute(texts[:1], final)
+        keys = [self._key(text, final) for text in texts]
+        missing = {key: text for key, text in zip(keys, texts, strict=True) if self._found(key) is None}
+        for together in self._groups(missing.values()):
+            if not self._compute(together, final):
                 return None
-            rows.append(found)
+        rows = [self._states[key] for key in keys]
         self._shrink()
         columns = zip(zip(*rows, strict=True), self._lengths(batch), strict=False)  # no decoder, where none is frozen
         return [_stacked(parts, length) for parts, length in columns]
@@ -194,9 +197,18 @@ class PrefixCache:
     def _key(text: _Text, final: bool) -> bytes:
         return text.key + b"f" * final
 
+    def _groups(self, texts: Iterable[_Text]) -> Iterator[list[_Text]]:
+        """Texts to compute together: of one padded shape, at most :data:`TOGETHER` tokens."""
+        alike: dict[tuple, list[_Text]] = {}
+        for text in texts:
+            alike.setdefault(tuple(_padded(text.inputs).items()), []).append(text)
+        for shape, group in alike.items():
+            count = max(1, TOGETHER // max(length for _, length in shape))
+            yield from (group[i : i + count] for i in range(0, len(group), count))
+
     @torch.no_grad()
-    def _compute(self, text: _Text, final: bool) -> list[torch.Tensor] | None:
-        """The states of one text, which are kept; with ``final`` both kinds of them, of which those are returned."""
+    def _compute(self, texts: list[_Text], final: bool) -> bool:
+        """Keep the states of texts of one padded shape; with ``final`` both kinds of them. Whether it could."""
         wanted = [self._ends, self._final] if final else [self._ends]
         edges = {block for stacks_ in wanted for blocks in stacks_ for block in (blocks[0], blocks[-1])}
         last = wanted[-1][-1][-1]
@@ -210,28 +222,31 @@ class PrefixCache:
         handles = [block.register_forward_hook(keep) for block in edges]
         try:
             with torch.inference_mode(False), torch.no_grad(), frozen(self.model), contextlib.suppress(_Enough):
-                kept_rows(self.model, to_device(text.inputs, execution_device(self.model.get_input_embeddings())))
+                batch = _together([text.inputs for text in texts])
+                kept_rows(self.model, to_device(batch, execution_device(self.model.get_input_embeddings())))
         finally:
             for handle in handles:
                 handle.remove()
-        lengths = self._lengths(text.inputs)
-        states: list[torch.Tensor] = []
+        lengths = [self._lengths(text.inputs) for text in texts]
         for kept, ends in zip((False, True), wanted, strict=False):
-            read = [self._read(blocks, seen, length) for blocks, length in zip(ends, lengths, strict=False)]
-            states = [part for part in read if part is not None]
+            states = [self._read(blocks, seen, len(texts)) for blocks in ends]
             if self.why_not:
                 log.info("%s runs whole in training: %s", type(self.model).__name__, self.why_not)
-                return None
-            self._keep(self._key(text, kept), states)
-        self.computed += 1
-        return states
+                return False
+            for i, text in enumerate(texts):
+                own = [
+                    part[i, :n].cpu().clone() for part, n in zip(states, lengths[i], strict=False) if part is not None
+                ]
+                self._keep(self._key(text, kept), own)
+        self.computed += len(texts)
+        return True
 
-    def _read(self, blocks: list[nn.Module], seen: Mapping[nn.Module, Any], length: int) -> torch.Tensor | None:
-        """The states [length, width] that a stack's last frozen block gave, its form noted."""
+    def _read(self, blocks: list[nn.Module], seen: Mapping[nn.Module, Any], count: int) -> torch.Tensor | None:
+        """The states [B, length, width] that a stack's last frozen block gave, its form noted."""
         outputs = [seen.get(blocks[0]), seen.get(blocks[-1])]
         bare = isinstance(outputs[1], torch.Tensor)
         states = outputs[1] if bare or not outputs[1] else outputs[1][0]
-        if not isinstance(states, torch.Tensor) or states.dim() != 3 or states.shape[:2] != (1, length):
+        if not isinstance(states, torch.Tensor) or states.dim() != 3 or len(states) != count:
             self.why_not = "its blocks give something else than hidden states [batch, tokens, width]"
             return None
         tails = [None, None] if bare else [tuple(output[1:]) for output in outputs]
@@ -241,7 +256,7 @@ class PrefixCache:
             if not all(_same(*pair) for pair in zip(*tails, strict=True)):
                 self.why_not = "what its blocks give beside the hidden states differs from block to block"
                 return None
-        return states[0].detach().cpu().clone()
+        return states.detach()
 
     def _found(self, key: bytes) -> list[torch.Tensor] | None:
         if key in self._states:
@@ -294,6 +309,22 @@ def _stacked(parts: Sequence[torch.Tensor], length: int) -> torch.Tensor:
     for row, part in zip(out, parts, strict=True):
         row[: len(part)] = part
     return out
+
+
+def _padded(inputs: Batch) -> dict[str, int]:
+    """How long each input of a text [1, length] is in a batch: without a mask as long as it is."""
+    multiple = MULTIPLE if "attention_mask" in inputs else 1
+    return {name: -(-value.shape[1] // multiple) * multiple for name, value in inputs.items()}
+
+
+def _together(texts: Sequence[Batch]) -> Batch:
+    """Texts [1, length_i] of one padded shape as one batch [B, length]."""
+    batch: Batch = {}
+    for name, length in _padded(texts[0]).items():
+        batch[name] = texts[0][name].new_full((len(texts), length), IGNORE if name == "labels" else 0)
+        for row, text in zip(batch[name], texts, strict=True):
+            row[: text[name].shape[1]] = text[name][0]
+    return batch
 
 
 def _ends(kept: torch.Tensor) -> torch.Tensor:
