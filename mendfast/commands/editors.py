@@ -6,7 +6,7 @@ import json
 import random
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -18,11 +18,11 @@ from ..files import atomic_write
 from ..labels import chat_prompt, end_of_turn
 from ..metric import Metric
 from ..own_words import own_words
-from ..schema import check_fields
 from ..tasks import world
 from ..tasks.load import load_task
 from ..training import FactSampler, FormSampler, Item, TrainConfig, Trainer
 from .console import make_console, plain
+from .loading import LoadSettings, load_model
 from .outputs import check_directory
 
 SYSTEMS = (
@@ -127,9 +127,12 @@ def build(
 
 
 @dataclass(kw_only=True)
-class EditorsSettings:
+class EditorsSettings(LoadSettings):
     """What ``mendfast editors`` is asked."""
 
+    NAMES_MODEL: ClassVar[str] = "--build"
+    model: str | None = field(default=None, metadata={"option": False})  # is build
+    dtype: str = field(default="float32", metadata={"help": "of the model", "choices": pretrained.DTYPES})
     build: str | None = field(
         default=None, metadata={"help": "make the editor of this chat model, anew or going on", "metavar": "MODEL"}
     )
@@ -138,14 +141,14 @@ class EditorsSettings:
     output: str | None = field(default=None, metadata={"help": "for --build: where the run goes", "metavar": "DIR"})
 
     def __post_init__(self) -> None:
-        check_fields(self)
+        self.model = self.build
+        super().__post_init__()
         if self.build is None:
             if given := [name for name in ("data", "text", "output") if getattr(self, name) is not None]:
                 raise ValueError(f"--{given[0]} goes with --build MODEL; pass both, or neither to list what ships.")
             return
         if not self.output:
             raise ValueError("--build needs --output DIR, where the run goes.")
-        pretrained.resolve(self.build)
         if self.text is not None and not Path(self.text).is_file():
             raise FileNotFoundError(f"There is no file {self.text}.")
         check_directory("--output", self.output)
@@ -159,7 +162,7 @@ def editors(settings: EditorsSettings) -> dict[str, Any]:
         for name in names or ["none"]:
             console.print(plain(name))
         return {"editors": names}
-    model, tokenizer = pretrained.load(settings.build)
+    model, tokenizer = load_model(settings)
     build(model, tokenizer, settings.output, data=settings.data, text=settings.text)
     console.print(plain(f"What ships is {Path(settings.output) / 'best'}"))
     return {"output": settings.output}
