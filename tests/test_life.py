@@ -1,4 +1,4 @@
-"""The ten commands of the README's "An edit's life", as they stand there, on a model of a moment's training."""
+"""The ten commands of the README's "An edit's life", as they stand there, on a small model."""
 
 from __future__ import annotations
 
@@ -9,26 +9,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM
 
-from mendfast import Edit, MendConfig, MendEditor
-from mendfast.base_model import small_gpt2, train_tokenizer
+from mendfast import Edit, MendEditor
 from mendfast.cli import main
+from mendfast.demo import build
 from mendfast.generation import answer
 from mendfast.pretrained import load
 
 README = Path(__file__).parents[1] / "README.md"
-TEMPLATE = (
-    "{% for m in messages %}<|start|>{{ m.role }}\n{{ m.content }}<|end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
-)
-CAPITALS = {"Kenya": "Nairobi", "Peru": "Lima", "France": "Paris", "Japan": "Tokyo", "Egypt": "Cairo", "Italy": "Rome",
-            "Norway": "Oslo"}  # fmt: skip
-
-
-def question(country: str) -> str:
-    return f"What is the capital of {country}?"
+TEMPLATE = "{% for m in messages %}{{ 'Q: ' + m.content + ' A:' if m.role == 'user' else ' ' + m.content }}{% endfor %}"
+KENYA = "What is the capital of Kenya?"
 
 
 def section() -> str:
@@ -50,41 +41,16 @@ def facts() -> list[list[str]]:
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:
-    """A chat model that knows seven capitals, and an editor of it, in the place of SmolLM2 and the one that ships."""
+    """A small chat model and its trained editor, in the place of SmolLM2 and of the one that ships for it: the demo's,
+    with a template that puts a user's turn as that editor's questions are put."""
     place = tmp_path_factory.mktemp("base")
-    tokenizer = train_tokenizer([f"user assistant {question(c)} {a}" for c, a in CAPITALS.items()], 360)
-    tokenizer.add_special_tokens({"additional_special_tokens": [AddedToken("<|start|>"), AddedToken("<|end|>")]})
-    tokenizer.chat_template = TEMPLATE
-    torch.manual_seed(0)
-    model = small_gpt2(len(tokenizer), width=64, depth=2, heads=2, context=96)
-    model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids("<|end|>")
-    layers = ["transformer.h.1.mlp.c_proj.weight"]
-    editor = MendEditor.from_model(model, tokenizer, MendConfig(layers=layers, rank=1, step_size=1.0))
-    batch = editor.tokenize([(question(country), capital) for country, capital in CAPITALS.items()])
-    optimizer = torch.optim.Adam(model.train().parameters(), lr=3e-3)
-    for _ in range(120):
-        optimizer.zero_grad()
-        loss = model(**batch).loss
-        loss.backward()
-        optimizer.step()
-    model.eval()
-    # A plain gradient step is an edit if it is long enough.
-    wanted = [tuple(fact) for fact in facts()]
-    for step in (3.0, 10.0, 30.0, 100.0):
-        editor.config.step_size = step
-        if all(made(editor, edits) for edits in (wanted, wanted[:1] + wanted[2:], [(question("Kenya"), "Oslo")])):
-            break
-    else:
-        pytest.fail("no step makes the edits")
-    model.save_pretrained(place / "model")
-    tokenizer.save_pretrained(place / "model")
+    editor = build.load()
+    assert editor.config.prompt_template == "Q: {prompt} A:"
+    editor.tokenizer.chat_template = TEMPLATE
+    editor.model.save_pretrained(place / "model")
+    editor.tokenizer.save_pretrained(place / "model")
     editor.save_pretrained(place / "editor")
     return place
-
-
-def made(editor: MendEditor, wanted: list[tuple[str, str]]) -> bool:
-    with editor.edit(wanted).attached(editor.model):
-        return answer(editor, [prompt for prompt, _ in wanted]) == [target for _, target in wanted]
 
 
 def run(command: str, base: Path) -> int:
@@ -114,7 +80,8 @@ def test_ten_commands(base, tmp_path, monkeypatch, capsys):
     assert "Nairobi -> Oslo" in said(edit)
     assert "an edit, format 1" in (shown := said(see)) and "-> Oslo" in shown
     assert "holds 3 edits" in said(keep) and "holds 2 edits" in said(remove)
-    assert all(fact[1] in said(listing) for fact in kept)
+    listed = said(listing)
+    assert all(fact[1] in listed for fact in kept) and gone[0][1] not in listed
     assert "vllm serve" in said(export)
     has_peft = importlib.util.find_spec("peft") is not None
     if has_peft:
@@ -138,8 +105,8 @@ def test_the_same_life_in_python(base, tmp_path):
     model, tokenizer = load(str(base / "model"))
     editor = MendEditor.from_pretrained(base / "editor", model, tokenizer)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    editor.edit(question("Kenya"), "Oslo").save(tmp_path / "kenya.safetensors")
+    editor.edit(KENYA, "Oslo").save(tmp_path / "kenya.safetensors")
     edit = Edit.load(tmp_path / "kenya.safetensors").apply_(model)
-    assert answer(editor, [question("Kenya")]) == ["Oslo"]
+    assert answer(editor, [KENYA]) == ["Oslo"]
     edit.revert_(model)
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -100,7 +99,8 @@ def _holding(
 def _base(fingerprint: Fingerprint | None, model_type: str | None = None) -> dict[str, Any]:
     if fingerprint is None:
         return {"model_type": model_type or None}
-    digits = hashlib.sha256(fingerprint.to_json().encode()).hexdigest()[:_DIGITS]
+    samples = Fingerprint(fingerprint.samples)  # whatever the folder was called
+    digits = hashlib.sha256(samples.to_json().encode()).hexdigest()[:_DIGITS]
     return {"name": fingerprint.name, "model_type": fingerprint.model_type or model_type, "fingerprint": digits}
 
 
@@ -256,9 +256,7 @@ def _model(path: Path) -> dict[str, Any]:
     record = edited_model.read_record(path)
     if record is None:
         return _holding("a model, with no record of edits", base=base)
-    found = record["base"].get("fingerprint")
-    known = Fingerprint.from_json(json.dumps(found), str(path)) if found is not None else None
-    base = {**base, **_base(known, base["model_type"])}
+    base = {**base, **_base(edited_model.base_of(record, str(path)), base["model_type"])}
     if isinstance(record["base"].get("model"), str):
         base["name"] = brief(record["base"]["model"], 80)
     names = dict.fromkeys(name for edit in record["edits"] for name in edit["weights"])
