@@ -90,10 +90,7 @@ def test_ten_commands(base, tmp_path, monkeypatch, capsys):
     assert kept[0][1] in said(with_transformers)
     said(back)
     # what is taken back is what there was, and nothing on the way has touched that
-    original, again = (
-        AutoModelForCausalLM.from_pretrained(base / "model"),
-        AutoModelForCausalLM.from_pretrained("again"),
-    )
+    original, again = (AutoModelForCausalLM.from_pretrained(place) for place in (base / "model", "again"))
     assert all(torch.equal(a, b) for a, b in zip(original.parameters(), again.parameters(), strict=True))
     assert (base / "model" / "model.safetensors").read_bytes() == before == Path("again/model.safetensors").read_bytes()
     if not has_peft:
