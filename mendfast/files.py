@@ -22,15 +22,17 @@ FORMAT_VERSION = 1
 MAX_JSON_BYTES = 16 << 20
 
 
-def atomic_write(path: str | Path, *parts: bytes | memoryview) -> None:
-    """Write ``parts`` so that ``path`` holds either what it held before or all of them, even after a crash."""
+@contextlib.contextmanager
+def atomic_path(path: str | Path) -> Iterator[str]:
+    """A file beside ``path`` to write, which takes its place when the block ends well: ``path`` holds either what it
+    held before or all that was written, even after a crash."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.writelines(parts)
-            file.flush()
+        yield temporary
+        with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
@@ -38,6 +40,12 @@ def atomic_write(path: str | Path, *parts: bytes | memoryview) -> None:
         Path(temporary).unlink(missing_ok=True)
         raise
     _sync_directory(path.parent)
+
+
+def atomic_write(path: str | Path, *parts: bytes | memoryview) -> None:
+    """Write ``parts`` whole or not at all; see :func:`atomic_path`."""
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        file.writelines(parts)
 
 
 def _sync_directory(directory: Path) -> None:

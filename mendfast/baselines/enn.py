@@ -14,10 +14,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .. import ops
 from ..capture import frozen
-from ..edit import EditRequest
 from ..editable import EditableModel
 from ..objective import Batch, all_correct, kept_rows, nll, per_sample_mean, target_rows, to_device
 from ..reference.token_nll import token_nll_rows
+from ..requests import EditRequest
 from ..training import TrainConfig
 from ..training.data import Draw
 from ..training.learner import LossPart

@@ -13,10 +13,10 @@ from torch import nn
 
 from .. import ops
 from ..capture import frozen
-from ..edit import EditRequest
 from ..editable import EditableModel
 from ..files import atomic_write, read_json_bytes
 from ..objective import kept_rows, nll, per_sample_mean, target_rows, to_device
+from ..requests import EditRequest
 from ..schema import parse_json, shown
 from ..training import Sampler, TrainConfig
 from .system import System, call, restored

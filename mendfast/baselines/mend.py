@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from ..config import MendConfig
-from ..edit import EditRequest
 from ..editor import MendEditor
+from ..requests import EditRequest
 from ..training import Sampler, TrainConfig, Trainer
 from .system import System
 

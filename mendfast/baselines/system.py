@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 from ..config import MendConfig
-from ..edit import EditRequest
 from ..editable import EditableModel
 from ..generation import answer
 from ..objective import Batch, Rows
+from ..requests import EditRequest
 from ..training import Sampler, TrainConfig
 
 

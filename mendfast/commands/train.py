@@ -14,7 +14,6 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from ..base_model import SHAPES
 from ..config import AGGREGATIONS, MendConfig
 from ..editor import MendEditor
 from ..metrics import correct
@@ -22,7 +21,7 @@ from ..tasks.load import TASKS, load_task
 from ..tasks.task import FactTask
 from ..training import TrainConfig, Trainer
 from ..training.processes import launched
-from .base import base_model
+from .base import BaseSettings, base_model
 from .console import make_console, plain
 from .evaluate import SEEDS, tell
 from .loading import LoadSettings, load_model, option
@@ -34,7 +33,7 @@ HEAD_WIDTH = 32  # of the small base models' attention
 
 
 @dataclass(kw_only=True)
-class TrainSettings(LoadSettings):
+class TrainSettings(BaseSettings, LoadSettings):
     """What ``mendfast train`` is asked."""
 
     task: str = field(default="qa", metadata={"help": "what is edited", "choices": TASKS})
@@ -47,18 +46,6 @@ class TrainSettings(LoadSettings):
             "trained on the data"
         },
     )
-    base: str | None = field(
-        default=None, metadata={"help": "shape of that small model (the task's first)", "choices": tuple(SHAPES)}
-    )
-    base_from: str | None = field(
-        default=None, metadata={"help": "fine-tune this pretrained model on the data instead", "metavar": "MODEL"}
-    )
-    base_width: int = field(default=160, metadata={"help": "its width", "least": 1, "most": 1 << 14})
-    base_depth: int = field(default=4, metadata={"help": "its number of blocks", "least": 1, "most": 1 << 10})
-    base_vocabulary: int = field(
-        default=4000, metadata={"help": "its number of tokens", "least": 1, "most": 1 << 20}
-    )
-    base_steps: int = field(default=2600, metadata={"help": "optimiser steps of its training", "least": 1})
     limit: int | None = field(default=None, metadata={"help": "use the first so many facts", "least": 1})
     from_editor: str | None = field(
         default=None, metadata={"help": "go on from this editor of --model, its settings kept"}
@@ -154,7 +141,9 @@ def train(settings: TrainSettings) -> dict[str, Any]:
         model, tokenizer = load_model(settings, str(accelerator.device) if accelerator else None)
     else:
         with accelerator.main_process_first() if accelerator else contextlib.nullcontext():
-            model, tokenizer = base_model(task, settings, output / "model", progress=main)
+            model, tokenizer = base_model(
+                task, settings.data, settings, output / "model", layers=settings.layers, **read, progress=main
+            )
     if not isinstance(task, FactTask):  # cut in the model's own tokens
         task = load_task(settings.task, settings.data, tokenizer=tokenizer, **read)
     torch.manual_seed(config.seed)

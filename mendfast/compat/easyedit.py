@@ -18,11 +18,12 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from ..edit import Edit, EditRequest
+from ..edit import Edit
 from ..editor import MendEditor
 from ..layers import named_layers
 from ..ledger import forget_edits
 from ..objective import target_rows, to_device
+from ..requests import EditRequest
 from ..schema import shown, some
 from ..updates import checksum
 from .easyedit_hparams import HyperParams, MENDHyperParams, MENDTrainingHparams
