@@ -35,14 +35,14 @@ EDITOR = MendConfig(
     rank=128, scale_v=True, chat=True, aggregation="least_squares", protect_rank=128, ridge=1e-3, protection=30.0
 )
 TRAINING = TrainConfig(
-    steps=400,
+    steps=300,
     batch_size=8,
     joint=[1, 1, 1, 8, 8, 48],
     learning_rate=8e-4,
     alpha_learning_rate=1.5e-2,
     calibrate=True,
     warmup=10,
-    validate_every=120,
+    validate_every=100,
     validation_size=24,
     checkpoint_every=10,
     cache_bytes=3 << 30,
