@@ -35,14 +35,14 @@ EDITOR = MendConfig(
     rank=128, scale_v=True, chat=True, aggregation="least_squares", protect_rank=128, ridge=1e-3, protection=30.0
 )
 TRAINING = TrainConfig(
-    steps=300,
+    steps=240,
     batch_size=8,
     joint=[1, 1, 1, 8, 8, 48],
-    learning_rate=8e-4,
-    alpha_learning_rate=1.5e-2,
+    learning_rate=1e-3,
+    alpha_learning_rate=2e-2,
     calibrate=True,
     warmup=10,
-    validate_every=100,
+    validate_every=80,
     validation_size=24,
     checkpoint_every=10,
     cache_bytes=3 << 30,
@@ -117,7 +117,12 @@ def build(
     texts = [*running, *own, *own]
     held_out, kept = items[::20], [item for i, item in enumerate(items) if i % 20]
     samplers = [
-        FormSampler(FactSampler(part, neighbours=items, include_inner=0.4, seed=seed), forms=FORMS, texts=texts)
+        FormSampler(
+            FactSampler(part, neighbours=items, loc=2, include_inner=0.4, seed=seed),
+            forms=FORMS,
+            inner={"chat": 1.0},  # as the editor, which has ``chat``, will be asked
+            texts=texts,
+        )
         for part, seed in ((kept, training.seed), (held_out, training.seed + 1))
     ]
     trainer = Trainer(made, samplers[0], training, output=output, validation=samplers[1])
