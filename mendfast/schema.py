@@ -189,8 +189,10 @@ def _number(name: str, value: Any, kind: type, rules: Mapping[str, Any]) -> Any:
         value = kind(value)
     except OverflowError:
         raise ValueError(f"{name} is {shown(value)}; it must be a number that a float holds.") from None
-    if not math.isfinite(value):
+    if kind is float and not math.isfinite(value):
         raise ValueError(f"{name} is {shown(value)}; it must be finite.")
+    if kind is int and value.bit_length() > 128:
+        raise ValueError(f"{name} is {shown(value)}; it must be a number of at most 128 bits.")
     least, most = rules.get("least"), rules.get("most")
     if least is not None and value < least:
         raise ValueError(f"{name} is {shown(value)}; it must be at least {least}.")

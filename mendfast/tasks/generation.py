@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..training.data import Draw, Pair
+from ..training.data import Draw, Pair, digest
 from .records import Bad, Example, Problem, lines, open_records, required, show
 from .task import VALIDATION_SHARE, Known, Task
 
@@ -116,6 +116,10 @@ class WindowSampler:
         self, windows: Sequence[Window], others: Sequence[Window], *, outer: int = 1, loc: int = 3, seed: int = 0
     ):
         self.windows, self.others, self.outer, self.loc, self.seed = windows, others, outer, loc, seed
+
+    def fingerprint(self) -> str:
+        texts = ([window[:2] for window in windows] for windows in (self.windows, self.others))
+        return digest(*texts, self.outer, self.loc, self.seed)
 
     def draw(self, step: int, size: int) -> Draw:
         rng = random.Random(f"{self.seed}:{step}")

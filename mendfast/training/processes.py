@@ -42,6 +42,10 @@ class Processes:
         """The sum over processes, the same in each."""
         return self.accelerator.reduce(tensor, "sum") if self.count > 1 else tensor
 
+    def most(self, value: int, device: torch.device) -> int:
+        """The largest ``value`` of any process; none goes on before all have come here."""
+        return int(self.gather(torch.tensor([value], device=device)).max()) if self.count > 1 else value
+
     def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
         """Let every process hold the sum of all processes' gradients."""
         if self.count > 1:
