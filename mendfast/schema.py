@@ -73,7 +73,6 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
-DECODER = json.JSONDecoder(parse_int=_integer)
 _STRICT = json.JSONDecoder(parse_int=_integer, object_pairs_hook=_object)
 
 

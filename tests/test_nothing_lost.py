@@ -13,12 +13,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+from test_chat import chatty  # noqa: F401
 from test_training import facts, make
 
 from mendfast import MendConfig, MendEditor
 from mendfast.base_model import small_gpt2, train_tokenizer
+from mendfast.cli import main
+from mendfast.commands import editors
 from mendfast.files import read_tensors, write_tensors
-from mendfast.training import FactSampler, FormSampler, Trainer, TrainingError
+from mendfast.training import FactSampler, FormSampler, TrainConfig, Trainer, TrainingError
 from mendfast.training.lock import NAME, Occupied, occupied
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM]
@@ -139,9 +142,8 @@ SMALL = ("--base-width", "32", "--base-depth", "3", "--base-vocabulary", "320", 
          "--batch-size", "2", "--validate-every", "0", "--checkpoint-every", "1000000")  # fmt: skip
 
 
-def command(data, output, *more: str) -> list[str]:
-    given = ["--data", str(data), "--output", str(output), *SMALL, *more]
-    return [sys.executable, "-m", "mendfast", "train", *given]
+def command(data, output, *more: str) -> int:
+    return main(["train", "--data", str(data), "--output", str(output), *SMALL, *more])
 
 
 @pytest.fixture
@@ -151,22 +153,29 @@ def data(tmp_path):
     return path
 
 
-def test_the_command_says_where_it_goes_on(data, tmp_path):
+def test_the_command_says_where_it_goes_on(data, tmp_path, caplog, capsys):
     output = tmp_path / "run"
-    run = subprocess.Popen(command(data, output, "--steps", "100000"), stderr=subprocess.PIPE, text=True)
     metrics = output / "metrics.jsonl"
-    deadline = time.monotonic() + 60
-    while not (metrics.is_file() and metrics.read_text().count("\n") > 2) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    run.terminate()
-    said = run.communicate(timeout=60)[1]
-    assert run.returncode == 143, said
+
+    def terminate():
+        deadline = time.monotonic() + 60
+        while not (metrics.is_file() and metrics.read_text().count("\n") > 2) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    watch = threading.Thread(target=terminate)
+    watch.start()
+    assert command(data, output, "--steps", "100000") == 143
+    watch.join()
     done = metrics.read_text().count("\n")
-    assert f"SIGTERM after step {done} of 100000; everything is in {output / 'last'}" in said
+    assert f"SIGTERM after step {done} of 100000; everything is in {output / 'last'}" in caplog.text
     assert not (output / NAME).exists()
-    done += 2
-    again = subprocess.run(command(data, output, "--steps", str(done)), capture_output=True, text=True)
-    assert again.returncode == 0 and f"Going on from step {done - 2}." in again.stdout, again.stderr
+    assert command(data, output, "--steps", str(done + 2)) == 0
+    assert f"Going on from step {done}." in capsys.readouterr().out
+    assert command(data, output, "--steps", "2", "--batch-size", "4") == 2
+    assert "batch_size was 2 and is 4" in " ".join(capsys.readouterr().err.split())
+    assert command(data, output, "--steps", "2", "--batch-size", "4", "--restart") == 0
+    assert metrics.read_text().count("\n") == 2
 
 
 # -- checkpoints ---------------------------------------------------------------------------------------------
@@ -203,22 +212,21 @@ def test_only_finite_parameters_are_saved(base, tmp_path):
 # -- one training per directory ------------------------------------------------------------------------------
 
 
-def test_two_trainings_in_one_directory(base, tmp_path, data):
+def test_two_trainings_in_one_directory(base, tmp_path, data, capsys):
     run, said = trainer(base, tmp_path / "run"), []
 
-    def in_a_thread():
+    def others():
         try:
             trainer(base, tmp_path / "run").run()
         except Occupied as error:
             said.append(str(error))
+        assert command(data, tmp_path / "run") == 2
+        said.append(capsys.readouterr().err)
 
     def start_others():
-        thread = threading.Thread(target=in_a_thread)
+        thread = threading.Thread(target=others)
         thread.start()
         thread.join()
-        other = subprocess.run(command(data, tmp_path / "run"), capture_output=True, text=True)
-        assert other.returncode == 2
-        said.append(other.stderr)
 
     at_step(run, 1, start_others)
     run.run()
@@ -230,11 +238,17 @@ def test_two_trainings_in_one_directory(base, tmp_path, data):
     assert lines == list(range(1, 7))
 
 
-HOLD = "import sys, time; from mendfast.training.lock import occupied\nwith occupied(sys.argv[1]): print(flush=True); {}"
+HOLD = """
+import sys, time
+from mendfast.training.lock import occupied
+with occupied(sys.argv[1]):
+    print(flush=True)
+    time.sleep(60)
+"""
 
 
 def test_the_lock_of_a_dead_process_is_taken_over(tmp_path):
-    holder = subprocess.Popen([sys.executable, "-c", HOLD.format("time.sleep(60)"), tmp_path], stdout=subprocess.PIPE)
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, tmp_path], stdout=subprocess.PIPE)
     holder.stdout.readline()
     with pytest.raises(Occupied, match=rf"process {holder.pid} on .*Wait for it, end it, or choose another"):
         with occupied(tmp_path):
@@ -343,3 +357,33 @@ def test_a_checkpoint_that_does_not_say_what_it_was_trained_on(base, tmp_path):
     del metadata["run"]
     write_tensors(path, tensors, metadata)
     assert trainer(base, tmp_path, steps=1, sampler=FactSampler(facts()[1:])).resume()
+
+
+def test_editors_are_built_of_what_they_were_begun_with(chatty, tmp_path, monkeypatch, data):  # noqa: F811
+    """The model's own words and the metric are kept beside the run, and must be of the same model and data."""
+    monkeypatch.setattr(editors, "SAMPLED", 4)
+    monkeypatch.setattr(editors, "PROTECTED", 8)
+    torch.manual_seed(0)
+    model = small_gpt2(len(chatty), width=32, depth=3, heads=2, context=256).eval()
+    text, output = tmp_path / "text.txt", tmp_path / "run"
+    text.write_text("\n".join("one two three four " * 12 for _ in range(4)))
+    settings = TrainConfig(steps=1, batch_size=2, validate_every=0)
+
+    def build(**changes):
+        given = {"data": str(data), "text": str(text), "editor": replace(editors.EDITOR, rank=4), "training": settings}
+        return editors.build(model, chatty, output, **{**given, **changes})
+
+    build()
+    metric = (output / "metric.safetensors").read_bytes()
+    text.write_text("\n".join("five six seven eight " * 12 for _ in range(4)))
+    with pytest.raises(ValueError, match=r"was begun with other settings \(text\).*--restart"):
+        build()
+    with pytest.raises(ValueError, match="rank was 4 and is 8"):
+        text.write_text("\n".join("one two three four " * 12 for _ in range(4)))
+        build(editor=replace(editors.EDITOR, rank=8))
+    with occupied(output):
+        assert build(training=replace(settings, steps=2)).config.rank == 4
+    assert (output / "metric.safetensors").read_bytes() == metric
+    text.write_text("\n".join("five six seven eight " * 12 for _ in range(4)))
+    build(restart=True)
+    assert (output / "metric.safetensors").read_bytes() != metric

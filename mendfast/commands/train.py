@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 PROTECTED = 200  # questions of the data, where edits are aggregated by least squares
 CHECKED = 1000  # known facts that the base model is asked before training
+MOST_PARAMETERS = 1 << 32  # of a small base model
 HEAD_WIDTH = 32  # of the small base models' attention
 
 
@@ -102,6 +103,13 @@ class TrainSettings(LoadSettings):
                 raise ValueError("--from-editor is an editor of --model; pass both.")
             new = ["layers", "rank", "step_size", "aggregation"]
             self._refuse(new, "is of a new editor, and --from-editor keeps its own")
+        parameters = 12 * self.base_depth * self.base_width**2 + self.base_vocabulary * self.base_width
+        if parameters > MOST_PARAMETERS:
+            raise ValueError(
+                f"base_width {self.base_width}, base_depth {self.base_depth} and base_vocabulary "
+                f"{self.base_vocabulary} make a base model of {parameters:,} parameters, and {MOST_PARAMETERS:,} is "
+                "the limit; take less of one."
+            )
         heads = max(1, self.base_width // HEAD_WIDTH)
         if self.base_width % heads:
             raise ValueError(
@@ -177,6 +185,7 @@ def _train(settings: TrainSettings, accelerator: Accelerator | None, main: bool)
         append_eos = task.ends and not settings.model
         editor = MendEditor.from_model(model, tokenizer, settings.editor_config(append_eos))
     task.check(model, editor.kind)
+    tell(task.sieve(editor), console)
     if editor.config.aggregation == "least_squares" and editor.metric is None:
         editor.protect(task.base_pairs()[:PROTECTED], progress=None)
         if editor.kind == "causal":

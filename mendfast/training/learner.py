@@ -33,6 +33,12 @@ log = logging.getLogger("mendfast")
 LossPart = tuple[torch.Tensor, dict[str, torch.Tensor]]
 
 
+def base_model_digest(subject: EditableModel) -> str:
+    """A short name for the base model's weights, of which some hundred numbers are read."""
+    found = fingerprint_of(subject.model, subject.layers)
+    return digest([f"{name} {sample.values.tolist()}" for name, sample in sorted(found.samples.items())])
+
+
 class Learner(ABC):
     """Parameters that :class:`~mendfast.training.Trainer` can train.
 
@@ -74,14 +80,12 @@ class Learner(ABC):
         """What makes its training what it is, beside the configuration of the loop, as JSON takes it: a run goes on
         from a checkpoint only with the same. Here how text becomes tokens, the layers and the base model's weights."""
         subject = self.subject
-        model = fingerprint_of(subject.model, subject.layers)
-        weights = [f"{name} {sample.values.tolist()}" for name, sample in sorted(model.samples.items())]
         # of chat template and vocabulary the configuration does not speak
         text = subject.prompt_text(A_QUESTION) if subject.tokenizer is not None else ""
         return {
             **{name: getattr(subject.config, name) for name in HOW_READ},
             "tokens of a question": encode_prompt(subject.tokenizer, text) if text else [],
-            "base model": digest(weights),
+            "base model": base_model_digest(subject),
         }
 
     def finite(self) -> bool:
