@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -97,6 +98,29 @@ def test_a_signal_loses_nothing(base, tmp_path, handlers, caplog, number, raised
     assert rest.resume() and rest.step == 4
     rest.run()
     check_same(whole, rest)
+
+
+def test_terminated_again_and_again(base, tmp_path, handlers):
+    """At random moments, also while the run starts and ends."""
+    whole = trainer(base, tmp_path / "whole", steps=30)
+    whole.run()
+    rng, count, ended = random.Random(0), 0, False
+    while not ended:
+        timer = threading.Timer(rng.uniform(0, 0.1 * (count + 2)), os.kill, (os.getpid(), signal.SIGTERM))
+        try:
+            try:
+                run = trainer(base, tmp_path / "often", steps=30)
+                run.resume()
+                timer.start()
+                run.run()
+                ended = True
+            finally:
+                timer.cancel()
+                timer.join()
+        except Terminated:
+            count, ended = count + 1, False
+    assert count > 1
+    check_same(whole, run)
 
 
 def test_a_second_interrupt_stops_at_once(base, tmp_path, handlers):

@@ -141,8 +141,9 @@ class Trainer:
             disable=not self.progress,
         )
         try:
+            several = self.processes.count > 1  # then all stop at the same step, or wait for each other
             # Without an output there is nothing to finish for.
-            with Stopping(self.processes.count > 1) if self.output else contextlib.nullcontext() as stopping:
+            with Stopping(several) if self.output or several else contextlib.nullcontext() as stopping:
                 metrics = self._run(bar, stopping)
                 if metrics and not self.save():
                     raise TrainingError(self._not_finite())
@@ -203,7 +204,7 @@ class Trainer:
             self._record.add(metrics)
             if self.step % config.checkpoint_every == 0 and self.step < config.steps or self._is_late():
                 self.save()
-            if stopping and (number := self.processes.most(stopping.asked or 0, self.device)):
+            if stopping and (number := self.processes.most(stopping.asked or 0)):
                 bar.clear()
                 self._interrupted(number)
                 stopping.hand_over(number)
@@ -218,8 +219,8 @@ class Trainer:
 
     def _interrupted(self, number: int) -> None:
         saved = self.save()
-        self.processes.most(0, self.device)  # a process that ends takes the others with it
-        if self.processes.main:
+        self.processes.most(0)  # a process that ends takes the others with it
+        if self.processes.main and self.output:
             log.warning(
                 "%s: %s after step %d of %d; %s. The same command goes on there (in Python, Trainer.resume() and "
                 "run()).",
