@@ -22,7 +22,7 @@ from ..own_words import own_words
 from ..schema import check_fields, check_object, check_settings, parse_json
 from ..tasks import world
 from ..tasks.load import load_task
-from ..tasks.sieve import sieve
+from ..tasks.sieve import fitting, sieve
 from ..training import FactSampler, FormSampler, Item, TrainConfig, Trainer
 from ..training.data import digest
 from ..training.learner import base_model_digest
@@ -138,6 +138,7 @@ def _build(
     running = pieces(text, 4 * SAMPLED + PROTECTED, rng) if text else []
     torch.manual_seed(training.seed)
     made = MendEditor.from_model(model, tokenizer, editor)
+    running, own = fitting(made, running), fitting(made, own)
     items, problems = sieve(made, facts(data, training.seed), list(FORMS))
     tell(problems, make_console())
     rng.shuffle(items)

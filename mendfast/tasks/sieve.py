@@ -70,6 +70,12 @@ def sieve(
     return [sized.item for sized in kept], problems
 
 
+def fitting(subject: EditableModel, texts: Sequence[tuple[str, str, str | None]]) -> list[tuple[str, str, str | None]]:
+    """The texts, each as (beginning, rest, form), that the model's context holds."""
+    limit = min(context_length(subject.model) or LONGEST, LONGEST)
+    return [text for text in texts if not _refusal(subject, text[0], text[1], text[2:], limit)]
+
+
 def _problem(item: Item, message: str) -> Problem:
     file, _, line = item.source.rpartition(":")
     place = (file, int(line)) if file and line.isdigit() else (item.source or "the facts", 0)
@@ -80,7 +86,10 @@ def _around(subject: EditableModel, form: str | None) -> int:
     """Tokens of a request beside those of prompt and target: template, BOS, end of turn."""
     if subject.kind == "classifier":
         return len(subject.tokenizer(subject.config.prompt_template.replace("{prompt}", "a"))["input_ids"])
-    return len(subject.encode("a", "a", form)["input_ids"])
+    try:
+        return len(subject.encode("a", "a", form)["input_ids"])
+    except ValueError as error:
+        raise ValueError(f"The model can be asked nothing as its requests are made. {error}") from error
 
 
 def _lengths(subject: EditableModel, texts: Sequence[str]) -> dict[str, int]:
@@ -97,6 +106,8 @@ def _lengths(subject: EditableModel, texts: Sequence[str]) -> dict[str, int]:
 def _refusal(subject: EditableModel, prompt: str, target: str, forms: Forms, limit: int) -> str:
     """Why the model can't be asked this in one of the forms; "" where it can."""
     try:
+        if subject.kind != "classifier" and not _lengths(subject, [target])[target]:
+            return f"The answer {shown(target)} becomes no tokens with this tokenizer."
         if subject.kind == "classifier":
             batch = subject.tokenize([(prompt, target)])
             subject.check(batch)
