@@ -152,6 +152,16 @@ def test_a_handler_that_returns_lets_the_run_go_on(base, tmp_path, handlers):
     assert number == signal.SIGTERM and "checkpoint.safetensors" in files
 
 
+def test_without_a_handler_the_process_ends_in_order(base, tmp_path, handlers):
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    run = trainer(base, tmp_path)
+    at_step(run, 1, lambda: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(SystemExit) as ended:
+        run.run()
+    assert ended.value.code == 143 and run.step == 2
+    assert (tmp_path / "last/checkpoint.safetensors").is_file() and not (tmp_path / NAME).exists()
+
+
 def test_other_threads_and_runs_without_output_leave_signals_alone(base, tmp_path, handlers):
     seen = []
     for output in (tmp_path, None):

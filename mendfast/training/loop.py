@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 MAX_SKIPPED_IN_A_ROW = 10
 CHECKPOINT = "checkpoint.safetensors"
+SMALLER = "Lower the learning rates or step_size, or load the base model in float32."
 START_EDITS = 16  # that a learner sees before its first step, to start from
 
 log = logging.getLogger("mendfast")
@@ -146,7 +147,7 @@ class Trainer:
             with Stopping(several) if self.output or several else contextlib.nullcontext() as stopping:
                 metrics = self._run(bar, stopping)
                 if metrics and not self.save():
-                    raise TrainingError(self._not_finite())
+                    raise TrainingError(f"{self.learner.name}: {self._not_finite()}. {SMALLER}")
         finally:
             self.optimizer.zero_grad(set_to_none=True)
             self.learner.gather_with(None)
@@ -182,7 +183,7 @@ class Trainer:
                         f"{self.learner.name}: {in_a_row} steps in a row had a loss or gradient that is not "
                         f"finite (the last loss was {losses['loss']}); stopped at step {self.step}. "
                         + (f"The last good checkpoint is {self.output / 'last'}. " if self.output else "")
-                        + "Lower the learning rates or step_size, or load the base model in float32."
+                        + SMALLER
                     )
             self.step, done = self.step + 1, done + config.groups(joint) * joint
             metrics = {"step": self.step, "joint": joint, "gradient_norm": norm, **losses}
@@ -295,7 +296,7 @@ class Trainer:
     def _keep_best(self, validated: dict[str, float]) -> None:
         if "val_loss" not in validated:
             return
-        if validated["val_loss"] < self.best:
+        if validated["val_loss"] < self.best and self.learner.finite():
             self.best, self.stale = validated["val_loss"], 0
             if self.output and self.processes.main:
                 self.learner.save(self.output / "best")
