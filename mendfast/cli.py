@@ -112,6 +112,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if verbose and not isinstance(error, UsageError):
             raise
         print(f"mendfast{f' {verb}' if verb else ''}: {sentence(error)}", file=sys.stderr)
+        try:
+            sys.stdout.flush()
+        except OSError:  # what can't be written (a full disk) would be tried again at the end, and raise there
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return FAILED
     except Terminated:
         print("\nterminated", file=sys.stderr)

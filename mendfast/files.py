@@ -20,6 +20,8 @@ from .schema import brief, check_version, shown
 
 FORMAT_VERSION = 1
 MAX_JSON_BYTES = 16 << 20
+IN_MEMORY = 256 << 20
+"""Bytes; of a file up to this size tensors are read whole."""
 
 
 @contextlib.contextmanager
@@ -99,12 +101,17 @@ def _opened(path: str | Path, kind: str) -> Iterator[tuple[Any, dict[str, str]]]
 def read_tensors(path: str | Path, kind: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Tensors and metadata of a safetensors file whose metadata say ``format: mendfast.<kind>``.
 
+    The tensors of a file of more than :data:`IN_MEMORY` bytes stay in it, mapped: a program that overwrites such a file
+    in place, and not as :func:`atomic_write` does, ends the process that reads them.
+
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is no whole safetensors file, holds something else, or a newer mendfast wrote it.
     """
     with _opened(path, kind) as (file, metadata):
-        return {name: file.get_tensor(name) for name in file.keys()}, metadata
+        whole = Path(path).stat().st_size <= IN_MEMORY
+        tensors = ((name, file.get_tensor(name)) for name in file.keys())
+        return {name: tensor.clone() if whole else tensor for name, tensor in tensors}, metadata
 
 
 def read_shapes(path: str | Path, kind: str) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:

@@ -28,6 +28,7 @@ from ..tasks.load import TASKS, load_task
 from ..tasks.records import Example, Problem
 from ..tasks.task import Known, Task, refusal, usable
 from ..training import TrainConfig
+from ..training.config import MOST_EDITS
 from .console import make_console, text
 from .doctor import device_name
 from .eval_report import console_table, write_report
@@ -70,7 +71,8 @@ class EvalSettings(EditorSettings):
         default=None, metadata={"help": "what to compare; default: the table's", "metavar": "KEY"}
     )
     sizes: list[int] = field(
-        default_factory=lambda: list(SIZES), metadata={"help": "edits at once, of the table batched", "least": 1}
+        default_factory=lambda: list(SIZES),
+        metadata={"help": "edits at once, of the table batched", "least": 1, "most": MOST_EDITS},
     )
     output: str | None = field(
         default=None, metadata={"help": "keep measured edits, trained systems and the report there", "metavar": "DIR"}
@@ -356,6 +358,7 @@ class _Fitting:
     def __init__(self, editor: MendEditor, settings: EvalSettings, read: dict[str, Any]):
         self.editor, self.settings = editor, settings
         self.task = load_task(settings.task, settings.train_data, **read)
+        tell(self.task.sieve(editor), make_console())
 
     def system(self, key: str) -> System:
         """The trained system: what an earlier run kept, or what this one trains, going on where it was cut off."""
@@ -368,6 +371,8 @@ class _Fitting:
         if directory and (directory / "fitted.json").is_file():
             fitted = directory / "fitted.json"
             before = check_object(parse_json(read_json_bytes(fitted), str(fitted)), str(fitted))
+            trained = check_object(before.get("config"), f"The configuration in {fitted}")
+            before["config"] = {**asdict(TrainConfig()), **trained}  # an older one lacks the newer settings
             check_settings(f"{directory} was trained", before, made, "choose another --output.", named=False)
             system.load(directory / "final")
             return system

@@ -186,7 +186,7 @@ def _pairs_in(value: Any, field: str) -> Iterator[tuple[str, str | None]]:
     if value is None:
         return
     if isinstance(value, str):
-        yield value.strip(), None
+        yield next(flat(value, field)), None
     elif isinstance(value, dict):
         prompt = optional(value, *_PAIR_PROMPTS)
         if prompt is not None:
@@ -231,6 +231,10 @@ class QuestionAnswering(FactTask):
             self._items = fact_items(self.examples, self.seed)
         return self._items
 
+    @items.setter
+    def items(self, items: list[Item]) -> None:
+        self._items = items
+
     def check(self, model: Any, kind: str) -> None:
         if kind == "classifier":
             raise ValueError(
@@ -255,6 +259,7 @@ def fact_items(examples: Sequence[Example], seed: int = 0) -> list[Item]:
                 answer,
                 wordings.relation(example.prompt),
                 example.subject or (split[1] if split else None),
+                example.source,
             )
         )
     return items

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..schema import DECODER, brief, not_text
+from ..schema import MAX_DIGITS, brief, not_text
 
 MAX_LINE = 16 << 20
 """Bytes; a longer line is no record."""
@@ -53,6 +53,19 @@ class Problem:
     def __str__(self) -> str:
         field = f", {self.field}" if self.field else ""
         return f"{self.file}:{self.line}{field}: {self.message}" + (" (kept)" if self.kept else "")
+
+
+class _Digits:
+    """An integer that is too long to be one; whoever reads the field refuses it, and the other records stay."""
+
+    def __init__(self, digits: str):
+        self.count = len(digits)
+
+    def __str__(self) -> str:
+        return f"an integer of {self.count:,} digits"
+
+
+_DECODER = json.JSONDecoder(parse_int=lambda digits: int(digits) if len(digits) <= MAX_DIGITS else _Digits(digits))
 
 
 class Bad(Exception):
@@ -213,7 +226,7 @@ def _jsonl_records(path: Path) -> Records:
     for number, line in lines(path):
         if not isinstance(line, Bad):
             try:
-                line = DECODER.decode(line)
+                line = _DECODER.decode(line)
             except (ValueError, RecursionError) as error:
                 line = Bad("", f"is no JSON: {brief(error)}")
         yield number, line
@@ -233,7 +246,7 @@ def _array_records(path: Path) -> Records:
         if text[at : at + 1] == "]":
             return
         try:
-            record, at = DECODER.raw_decode(text, at)
+            record, at = _DECODER.raw_decode(text, at)
         except (ValueError, RecursionError) as error:
             # Inside an array nothing says where the next record starts.
             yield line, Bad("", f"is no JSON, and the rest of the array is lost with it: {brief(error)}")

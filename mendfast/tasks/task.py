@@ -11,6 +11,7 @@ from ..editable import EditableModel
 from ..training import FactSampler, Item
 from ..training.data import Pair, Sampler
 from .records import Example, Problem
+from .sieve import sieve
 
 VALIDATION_SHARE = 20  # one fact in so many
 
@@ -57,10 +58,24 @@ class Task(ABC):
         """A ValueError that says why a model of this ``kind`` can't serve the task, where it can't."""
 
 
+    @abstractmethod
+    def sieve(self, subject: EditableModel) -> list[Problem]:
+        """Leave out, of what is trained on, what the model can't be asked (longer than its context, no tokens, no such
+        label); returns what that was. Called once, before :meth:`sampler`.
+
+        Raises:
+            ValueError: nothing is left.
+        """
+
+
 class FactTask(Task):
     """A task whose edits are facts in several wordings: :attr:`items`."""
 
     items: Sequence[Item]
+
+    def sieve(self, subject: EditableModel) -> list[Problem]:
+        self.items, problems = sieve(subject, self.items)
+        return problems
 
     def sampler(self, seed: int = 0, *, held_out: bool = False) -> FactSampler:
         chosen = [item for i, item in enumerate(self.items) if (i % VALIDATION_SHARE == 0) == held_out]
@@ -104,7 +119,7 @@ def refusal(editor: EditableModel, prompt: str, target: str | None) -> str:
     """Why the model can't be asked this; "" where it can."""
     try:
         if target is not None:
-            editor.tokenize([(prompt, target)])
+            editor.check(editor.tokenize([(prompt, target)]))
     except ValueError as error:
         return str(error)
     return ""

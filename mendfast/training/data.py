@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
 
 from ..schema import shown
 
@@ -21,6 +22,8 @@ class Item:
     answer: str
     relation: str | int | None = None  # items of one relation share the answers that an edit may name
     entity: str | None = None
+    source: str = field(default="", compare=False, repr=False)
+    """File and line."""
 
 
 class Draw(NamedTuple):
@@ -43,6 +46,25 @@ class Sampler(Protocol):
     loc: int  # questions to leave alone per edit
 
     def draw(self, step: int, size: int) -> Draw: ...
+
+
+def digest(*parts: Any) -> str:
+    """A short name for what ``parts`` and the parts within them say of themselves."""
+    found = hashlib.sha256()
+    for part in parts:
+        for item in part if isinstance(part, (list, tuple)) else (part,):
+            found.update(repr(item).encode(errors="backslashreplace") + b"\n")
+        found.update(b"\0")
+    return found.hexdigest()[:16]
+
+
+def fingerprint(sampler: Sampler | None) -> str:
+    """A short name for all that ``sampler`` draws from, the same in every process; of a sampler without a
+    ``fingerprint()`` for what it draws first."""
+    if sampler is None:
+        return "none"
+    own = getattr(sampler, "fingerprint", None)
+    return own() if own is not None else digest(*(sampler.draw(step, 4) for step in range(4)))
 
 
 class FactSampler:
@@ -91,6 +113,10 @@ class FactSampler:
                 f"All {len(self.items):,} facts have the answer {shown(self._all_answers[0])}, and an edit needs "
                 "another one to put in its place: add facts with other answers to the data."
             )
+
+    def fingerprint(self) -> str:
+        how = (self.outer, self.loc, self.include_inner, self.targets, self.seed)
+        return digest(self.items, self.neighbours, how)
 
     def draw(self, step: int, size: int) -> Draw:
         rng = random.Random(f"{self.seed}:{step}")
@@ -168,6 +194,9 @@ class FormSampler:
         self.sampler, self.outer, self.loc, self.seed = sampler, sampler.outer, sampler.loc, sampler.seed
         self._forms, self._inner = dict(forms), dict(inner)
         self.texts, self.few_from = list(texts), few_from
+
+    def fingerprint(self) -> str:
+        return digest(fingerprint(self.sampler), self._forms, self._shares, self.texts, self.few_from)
 
     def draw(self, step: int, size: int) -> Draw:
         rng = random.Random(f"{self.seed}:{step}:forms")
