@@ -8,10 +8,10 @@
 - ``akew``: CounterFact, MQuAKE and WikiUpdate with a text beside each fact, requested_rewrite.fact_new_uns, which is
   the target here, and what it says, unsfact_triplets_GPT: portability. To have the short facts of the same files edited
   name the format ``counterfact`` or ``mquake``.
-- ``cknowedit``: Chinese: prompt, target_old, target_new, rephrase, portability, locality. There is no space before
-  a Chinese answer: ``MendConfig(separator="")``.
 
-KnowEdit's files (zsRE, WikiData-recent, -counterfact, WikiBio) have the fields of ``jsonl``; ``knowedit`` is that.
+KnowEdit's files (zsRE, WikiData-recent, -counterfact, WikiBio) and CKnowEdit's (Chinese; target_old is what the model
+said) have the fields of ``jsonl``; ``knowedit`` and ``cknowedit`` are that. There is no space before a Chinese answer:
+``MendConfig(separator="")``.
 
 Of an answer in several spellings, as KnowEdit gives them in one list, the first counts; MQuAKE's new_answer_alias is a
 field of its own, and named as not used.
@@ -24,10 +24,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from itertools import zip_longest
 from typing import Any
 
-from .records import Bad, Example, optional, others, pairs, required, rewritten, show, texts
+from .records import Bad, Example, beside, optional, others, pairs, required, rewritten, show, texts
 
 Parsed = tuple[Example, str]
 
@@ -49,7 +48,8 @@ _SIGNS = (
     ("kilt", ("input",)),
     ("wikibigedit", ("update", "ans")),
     ("unke", ("question", "para_question")),
-    ("cknowedit", ("target_old", "target_new")),
+    ("jsonl", ("prompt", "target")),
+    ("jsonl", ("prompt", "target_new")),
     ("ultraeditbench", ("prompt", "ans")),
     ("jsonl", ("prompt",)),
     ("jsonl", ("question",)),
@@ -75,26 +75,10 @@ def _flat(
         target=target,
         subject=optional(record, "subject"),
         rephrasings=others(prompt, texts(record, rephrased)),
-        locality=_kept(record, "loc", "loc_ans"),
+        locality=beside(record, "loc", "loc_ans"),
         portability=tuple((question, answer) for question, answer in asked if question and answer),
     )
     return example, ""
-
-
-def _cknowedit(record: dict[str, Any]) -> Parsed:
-    prompt, target = required(record, "prompt"), required(record, "target_new")
-    old = texts(record, "target_old")
-    aside = zip(texts(record, "portability_prompt"), texts(record, "portability_answer"), strict=False)
-    example = Example(
-        prompt=prompt,
-        target=target,
-        subject=optional(record, "subject"),
-        answers=old,
-        rephrasings=others(prompt, texts(record, "rephrase")),
-        locality=pairs(record, "locality", answer_needed=False) + _kept(record, "locality_prompt", "locality_answer"),
-        portability=pairs(record, "portability", answer_needed=True) + tuple(aside),
-    )
-    return example, "target_new" if target in old else ""
 
 
 def _unke(record: dict[str, Any]) -> Parsed:
@@ -128,13 +112,13 @@ def _rewrites(record: dict[str, Any], parse: Callable[[dict[str, Any], str], Exa
     first, *more = (parse(rewrite, prefix) for rewrite, prefix in zip(rewrites, prefixes, strict=True))
     edited = {question for part in (first, *more) for question in (part.prompt, *part.rephrasings)}
     hops = [pair for pair in pairs(record, "new_single_hops", answer_needed=True) if pair[0] not in edited]
-    beside = tuple((text, next(iter(first.answers), None)) for text in texts(record, "neighborhood_prompts"))
+    near = tuple((text, next(iter(first.answers), None)) for text in texts(record, "neighborhood_prompts"))
     answer = optional(record, "new_answer")
     questions = texts(record, "questions") if answer else ()
     example = replace(
         first,
         rephrasings=others(first.prompt, (*texts(record, "paraphrase_prompts"), *first.rephrasings)),
-        locality=(*hops, *beside, *_kept(record, "loc", "loc_ans")),
+        locality=(*hops, *near, *beside(record, "loc", "loc_ans")),
         portability=(*first.portability, *((question, answer) for question in questions)),
         together=tuple(more),
     )
@@ -185,17 +169,10 @@ def _true(rewrite: dict[str, Any], prefix: str) -> tuple[str, ...]:
     return (rewritten(rewrite, name, prefix),) if name else ()
 
 
-def _kept(record: dict[str, Any], prompts: str, answers: str) -> tuple[tuple[str, str | None], ...]:
-    """Locality in two fields side by side."""
-    asked = texts(record, prompts)
-    return tuple(zip_longest(asked, texts(record, answers)[: len(asked)]))
-
-
 PARSERS: dict[str, Callable[[dict[str, Any]], Parsed]] = {
     "wikibigedit": _wikibigedit,
     "ultraeditbench": _ultraeditbench,
     "mquake": _mquake,
     "unke": _unke,
     "akew": _akew,
-    "cknowedit": _cknowedit,
 }

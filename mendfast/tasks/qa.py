@@ -18,7 +18,6 @@ Sources: Levy et al. 2017 (zsRE); Petroni et al. 2021 (KILT); De Cao et al. 2021
 
 from __future__ import annotations
 
-import itertools
 import logging
 import random
 from collections.abc import Callable, Sequence
@@ -33,6 +32,7 @@ from .records import (
     Example,
     Noted,
     Problem,
+    beside,
     optional,
     others,
     pairs,
@@ -51,7 +51,7 @@ log = logging.getLogger("mendfast")
 QAExample = Example
 
 _NAMED = 40  # unused fields that the warning names
-FORMATS = ("auto", "tsv", "jsonl", "kilt", "zsre", "counterfact", "knowedit", *PARSERS)
+FORMATS = ("auto", "tsv", "jsonl", "kilt", "zsre", "counterfact", "knowedit", "cknowedit", *PARSERS)
 
 
 def read_qa(
@@ -95,7 +95,7 @@ def _parse(record: Any, format: str, idle: dict[str, None]) -> tuple[QAExample, 
     return found
 
 
-_TRUE = ("answers", "ground_truth", "answer", "target_true")
+_TRUE = ("answers", "ground_truth", "answer", "target_true", "target_old")
 
 
 def _own(record: dict[str, Any]) -> tuple[QAExample, str]:
@@ -105,18 +105,16 @@ def _own(record: dict[str, Any]) -> tuple[QAExample, str]:
     explicit = next((key for key in ("target", "target_new") if record.get(key) is not None), "")
     stated = any(record.get(key) is not None for key in _TRUE)
     locality = pairs(record, "locality", answer_needed=False)
-    if record.get("locality_prompt") is not None:
-        prompts = texts(record, "locality_prompt")
-        answer = texts(record, "locality_ground_truth")
-        locality += tuple(itertools.zip_longest(prompts, answer[: len(prompts)]))
+    portability = pairs(record, "portability", answer_needed=True)
+    more = beside(record, "portability_prompt", "portability_ground_truth", "portability_answer")
     example = QAExample(
         prompt=prompt,
         target=target,
         subject=optional(record, "subject", "concept"),
         answers=answers,
         rephrasings=others(prompt, texts(record, *_REPHRASINGS)),
-        locality=locality,
-        portability=pairs(record, "portability", answer_needed=True),
+        locality=locality + beside(record, "locality_prompt", "locality_ground_truth", "locality_answer"),
+        portability=portability + tuple((question, answer) for question, answer in more if answer),
     )
     return example, explicit if stated and target in answers else ""
 
@@ -189,7 +187,8 @@ def _counterfact(record: dict[str, Any]) -> tuple[QAExample, str]:
 
 
 _PARSERS: dict[str, Callable[[dict[str, Any]], tuple[QAExample, str]]] = {
-    "jsonl": _own, "knowedit": _own, "kilt": _kilt, "zsre": _zsre, "counterfact": _counterfact, **PARSERS,
+    "jsonl": _own, "knowedit": _own, "cknowedit": _own, "kilt": _kilt, "zsre": _zsre, "counterfact": _counterfact,
+    **PARSERS,
 }  # fmt: skip
 
 

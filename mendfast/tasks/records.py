@@ -364,6 +364,12 @@ def pairs(record: dict[str, Any], name: str, *, answer_needed: bool) -> tuple[tu
     return tuple(pair for pair in _pairs_in(record.get(name), name) if pair[1] or not answer_needed)
 
 
+def beside(record: dict[str, Any], prompts: str, *answers: str) -> tuple[tuple[str, str | None], ...]:
+    """(prompt, answer) pairs in two fields side by side."""
+    asked = texts(record, prompts)
+    return tuple(itertools.zip_longest(asked, texts(record, *answers)[: len(asked)]))
+
+
 def _pairs_in(value: Any, field: str) -> Iterator[tuple[str, str | None]]:
     if value is None:
         return
