@@ -18,6 +18,7 @@ from .adapters import peft
 from .capture import lowrank_updates
 from .files import read_tensors, write_tensors
 from .fingerprint import Fingerprint
+from .hub import About, OnHub
 from .layers import Layer, named_layers, unwrapped
 from .ledger import ledger_of, settle
 from .requests import EditRequest
@@ -43,7 +44,7 @@ class Protecting(Protocol):
     def metric(self) -> Any: ...  # mendfast.metric.Metric, or None
 
 
-class Edit:
+class Edit(OnHub):
     """A low-rank update of some of a model's weights.
 
     Args:
@@ -56,6 +57,8 @@ class Edit:
     The same Edit is applied to a model once, unless one insists (``apply_(..., again=True)``).
     Edits of one model stack and come out in any order.
     """
+
+    hub_file = "edit.safetensors"
 
     def __init__(
         self,
@@ -299,6 +302,18 @@ class Edit:
         requests = _checked_requests(parse_json(metadata["requests"], f"The list of requests in {path}"), str(path))
         base = Fingerprint.from_json(metadata.get("fingerprint"), str(path))
         return cls(factors, metadata["model_type"] or None, requests, base)
+
+    def _about(self) -> About:
+        title = self.fingerprint.title if self.fingerprint is not None else f"a {self.model_type or 'language'} model"
+        text = f"A low-rank update of {len(self.factors)} weights of a language model, made by mendfast."
+        load = """from transformers import AutoModelForCausalLM
+from mendfast import Edit
+
+model = AutoModelForCausalLM.from_pretrained("{base}")
+edit = Edit.from_pretrained("{source}")
+edit.apply_(model)     # written into the weights
+edit.revert_(model)    # and out again, bit for bit"""
+        return About("edit", title, None, text, load, self.requests)
 
     # -- elsewhere -----------------------------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ from . import ops
 from .capture import without_edits
 from .edit import Edit, EditRequest
 from .editor import MendEditor
+from .hub import About, OnHub
 from .ledger import ledger_of
 from .locks import exclusive
 from .memory_file import (
@@ -51,7 +52,7 @@ _SETTINGS = (
 )  # fmt: skip
 
 
-class EditMemory:
+class EditMemory(OnHub):
     """Many edits of one model, kept as one.
 
     Each edit's record is its request and its rows (u, d) of every layer, made on the unedited model, so that it
@@ -63,6 +64,8 @@ class EditMemory:
     Args:
         editor: a trained editor in eval mode; it may go on to protect more, not to be trained on.
     """
+
+    hub_file = "memory.safetensors"
 
     def __init__(self, editor: MendEditor):
         if not isinstance(editor, MendEditor):
@@ -398,6 +401,9 @@ class EditMemory:
     def open(cls, path: str | Path, editor: MendEditor) -> EditMemory:
         """The memory in ``path``, or an empty one where there is none yet."""
         return cls.load(path, editor) if Path(path).is_file() or journal_of(path).is_file() else cls(editor)
+
+    def _about(self) -> About:
+        return self.editor._about().of_memory(self.requests)
 
     def _continued(self, path: str | Path) -> str:
         """The checksum of the file at ``path``, which holds this memory as it is now."""

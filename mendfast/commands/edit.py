@@ -111,7 +111,7 @@ def _requests(settings: EditSettings, editor: MendEditor, console: Console) -> l
     tell([*task.problems, *refused], console)
     if not examples:
         raise ValueError(f"None of the edits in {settings.data} can be made; the first problem: {refused[0]}")
-    return [(example.prompt, example.target) for example in examples]
+    return [(part.prompt, part.target) for example in examples for part in example.parts]
 
 
 def _shown(editor: MendEditor, made: Edit, questions: Sequence[str], console: Console) -> dict[str, list[str]]:

@@ -308,7 +308,7 @@ def measure_group(
     before: Before | None = None,
 ) -> dict[str, Any]:
     """One simultaneous edit by all of ``group`` as a line of the journal; an edit that fails is a line too."""
-    first = group[0]
+    first, group = group[0], _parts(group)
     asked = [first.prompt, *first.rephrasings[:1], *(prompt for prompt, _ in locality[:1])]
     try:
         outcome = measure(
@@ -329,11 +329,16 @@ def measure_group(
     return {"figures": figures, **({"shown": shown, "target": first.target} if show else {})}
 
 
+def _parts(group: Sequence[Example]) -> list[Example]:
+    return [part for example in group for part in example.parts]
+
+
 def _locality(
     group: Sequence[Example], known: Sequence[Known], count: int, rng: random.Random
 ) -> list[tuple[str, str]]:
     if not known:
         return [(prompt, answer) for example in group for prompt, answer in example.locality if answer]
+    group = _parts(group)
     prompts = {prompt for example in group for prompt in (example.prompt, *example.rephrasings)}
     subjects = {example.subject for example in group} - {None}
     drawn = rng.sample(range(len(known)), min(len(known), count + 8 * len(prompts)))

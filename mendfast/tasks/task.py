@@ -51,7 +51,8 @@ class Task(ABC):
 
     def known(self) -> list[Known]:
         """What an edit of another example must leave alone."""
-        return [Known(e.prompt, e.answers[0] if e.answers else e.target, e.subject) for e in self.examples]
+        parts = (part for example in self.examples for part in example.parts)
+        return [Known(e.prompt, e.answers[0] if e.answers else e.target, e.subject) for e in parts]
 
     @abstractmethod
     def check(self, model: Any, kind: str) -> None:
@@ -88,8 +89,8 @@ class FactTask(Task):
 def usable(editor: EditableModel, examples: Sequence[Example]) -> tuple[list[Example], list[Problem]]:
     """The examples that the model can be asked, without those neighbours that it can't, and what was left out.
 
-    An example whose edit can't be tokenised (longer than the context, no such label) is dropped; of the others
-    a rephrasing, a locality prompt or a question that can't is.
+    An example whose edit, or one that is made with it, can't be tokenised (longer than the context, no such label) is
+    dropped; of the others a rephrasing, a locality prompt or a question that can't is.
     """
     kept: list[Example] = []
     problems: list[Problem] = []
@@ -102,16 +103,17 @@ def usable(editor: EditableModel, examples: Sequence[Example]) -> tuple[list[Exa
                 problems.append(Problem(file, int(line), field, problem))  # noqa: B023
             return not problem
 
-        if fits((example.prompt, example.target), ""):
+        def trimmed(example: Example) -> Example:
             rephrased = [(wording, example.target) for wording in example.rephrasings]
-            kept.append(
-                replace(
-                    example,
-                    rephrasings=tuple(pair[0] for pair in rephrased if fits(pair, "rephrasings")),
-                    locality=tuple(pair for pair in example.locality if fits(pair, "locality")),
-                    portability=tuple(pair for pair in example.portability if fits(pair, "portability")),
-                )
+            return replace(
+                example,
+                rephrasings=tuple(pair[0] for pair in rephrased if fits(pair, "rephrasings")),  # noqa: B023
+                locality=tuple(pair for pair in example.locality if fits(pair, "locality")),  # noqa: B023
+                portability=tuple(pair for pair in example.portability if fits(pair, "portability")),  # noqa: B023
             )
+
+        if all([fits((part.prompt, part.target), "") for part in example.parts]):
+            kept.append(replace(trimmed(example), together=tuple(map(trimmed, example.together))))
     return kept, problems
 
 
