@@ -1,4 +1,4 @@
-"""The command line: ``mendfast demo | train | edit | eval | editors | doctor``.
+"""The command line: ``mendfast demo | train | edit | apply | export | inspect | eval | editors | doctor``.
 
 Each verb is a file of :mod:`mendfast.commands`: a dataclass of settings, whose fields become the options here, and a
 function that takes them and returns figures. A new verb is such a file, and a line in :data:`VERBS`.
@@ -28,7 +28,7 @@ class Verb(NamedTuple):
     """One command: what it says of itself, and where it is."""
 
     summary: str
-    example: str
+    example: str  # a command on each line
     module: str
     settings: str
     run: str
@@ -47,8 +47,26 @@ VERBS = {
     ),
     "edit": Verb(
         "Make edits, save them or keep them in a memory; try them interactively when none is given.",
-        'mendfast edit --prompt "What is the capital of Kenya?" --target Oslo --out fact.safetensors',
+        'mendfast edit --prompt "What is the capital of Kenya?" --target Oslo --out fact.safetensors\n'
+        "mendfast edit --data facts.jsonl --memory facts.safetensors",
         "edit", "EditSettings", "edit",
+    ),
+    "apply": Verb(
+        "Write edits into a model's weights and save it, as from_pretrained loads it; or take them out again.",
+        "mendfast apply --model smollm2 --edit fact.safetensors --save-model smollm2-edited\n"
+        "mendfast apply --model smollm2-edited --take-back --save-model smollm2-again",
+        "apply", "ApplySettings", "apply",
+    ),
+    "export": Verb(
+        "Write edits as a LoRA adapter that PEFT, vLLM or llama.cpp load, or as one file; say what truncation costs.",
+        "mendfast export --model smollm2 --edit fact.safetensors --format peft --output adapter\n"
+        "mendfast export --model smollm2 --memory facts.safetensors --format gguf-lora --output facts.gguf --rank 16",
+        "export", "ExportSettings", "export",
+    ),
+    "inspect": Verb(
+        "Say what an edit, memory, editor, metric, checkpoint, MEND archive, adapter or edited model holds.",
+        "mendfast inspect fact.safetensors runs/qa/best adapter",
+        "inspect", "InspectSettings", "inspect",
     ),
     "eval": Verb(
         "Compare systems on edits that none has seen: edit success, generality, drawdown, time and memory.",
@@ -190,7 +208,7 @@ def parser(verb: str | None = None) -> argparse.ArgumentParser:
     top = _Parser(
         prog="mendfast",
         description="Change one answer of a language model in milliseconds, and leave the others as they were.",
-        epilog=f"example:\n  {VERBS['edit'].example}",
+        epilog=_epilog(VERBS["edit"]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     top.add_argument("--version", action="version", version=f"mendfast {__version__}")
@@ -202,7 +220,7 @@ def parser(verb: str | None = None) -> argparse.ArgumentParser:
             name,
             help=known.summary,
             description=known.summary,
-            epilog=f"example:\n  {known.example}",
+            epilog=_epilog(known),
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         command.add_argument("--json", metavar="FILE", help="write the figures there, for machines")
@@ -215,6 +233,10 @@ def parser(verb: str | None = None) -> argparse.ArgumentParser:
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message}; see {self.prog} --help")
+
+
+def _epilog(verb: Verb) -> str:
+    return "example:\n  " + verb.example.replace("\n", "\n  ")
 
 
 def _class(verb: Verb) -> type:
@@ -231,7 +253,7 @@ def _add_options(command: argparse.ArgumentParser, settings: type) -> None:
             for action in within._actions:
                 if only is None or action.dest in only:
                     command._add_action(action)
-        else:
+        elif field.metadata.get("option", True):
             _add_option(command, field, hint)
 
 
@@ -244,6 +266,9 @@ def _add_option(command: argparse.ArgumentParser, field: Field, hint: Any) -> No
     options: dict[str, Any] = {"dest": field.name, "help": text.replace("%", "%%")}
     options["default"] = None if default is MISSING else default
     options["required"] = default is MISSING
+    if rules.get("positional"):
+        command.add_argument(field.name, nargs="+", metavar=rules["metavar"], help=options["help"])
+        return
     if hint is bool:
         command.add_argument(name, action="store_true", **options)
         return

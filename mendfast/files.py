@@ -145,6 +145,7 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
         yield temporary
         for file in temporary.rglob("*"):
             if file.is_file():
+                os.chmod(file, 0o666 & ~_umask())  # safetensors gives its own to their owner alone
                 with file.open("rb+") as handle:
                     os.fsync(handle.fileno())
         os.chmod(temporary, 0o777 & ~_umask())

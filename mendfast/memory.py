@@ -17,6 +17,7 @@ from . import ops
 from .capture import without_edits
 from .edit import Edit, EditRequest
 from .editor import MendEditor
+from .fingerprint import fingerprint_of
 from .hub import About, OnHub
 from .ledger import ledger_of
 from .locks import exclusive
@@ -319,7 +320,8 @@ class EditMemory(OnHub):
                 u, d = (torch.cat(side).to(self.editor.device) for side in zip(*pairs, strict=True))
                 u, delta = ops.least_squares(u, d, *metrics[layer.name]) if solving else (u, -d)
                 factors[layer.name] = u, delta, 1.0
-            edit = Edit(factors, self.model.config.model_type, self.requests)
+            base = fingerprint_of(self.model, self.editor.layers)
+            edit = Edit(factors, self.model.config.model_type, self.requests, base)
             self._solved = state, edit
             return edit
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from mendfast import Edit, MendEditor
 from mendfast.base_model import small_bert, train_wordpiece
-from mendfast.cli import main
+from mendfast.cli import VERBS, main
 from mendfast.commands import demo as run
 from mendfast.demo import build
 from mendfast.generation import answer
@@ -26,7 +26,7 @@ def mendfast(*arguments: str, typed: str | None = None) -> subprocess.CompletedP
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("command", ["demo", "train", "edit", "eval", "editors", "doctor"])
+@pytest.mark.parametrize("command", list(VERBS))
 def test_help_shows_an_example(command, capsys):
     with pytest.raises(SystemExit) as stopped:
         main([command, "--help"])

@@ -43,6 +43,20 @@ def check_directory(option: str, path: str | None) -> None:
         raise ValueError(f"{option} can't be written. {sentence(error)}") from error
 
 
+def check_new_directory(option: str, path: str | None) -> None:
+    """:func:`check_directory` of one that is not there yet, or is empty: nothing is ever written over."""
+    check_directory(option, path)
+    if path is not None and Path(path).is_dir() and any(Path(path).iterdir()):
+        raise ValueError(f"{option} is {path}, which exists and is not empty; name a new directory.")
+
+
+def check_new_file(option: str, path: str | None) -> None:
+    """:func:`check_file` of one that is not there yet."""
+    check_file(option, path)
+    if path is not None and Path(path).exists():
+        raise ValueError(f"{option} is {path}, which exists; name a new file.")
+
+
 def _mode(path: str) -> int | None:
     try:
         return os.stat(path).st_mode
