@@ -27,7 +27,14 @@ ANSWERS = {
     "bert": ("LABEL_0", "LABEL_1", "LABEL_2"),
 }
 SMALL = dict(rank=8, step_size=1e-2)
-OPTIONS = {"ke": dict(hidden=8, condition=16), "ft": dict(max_steps=3), "ft_kl": dict(max_steps=3)}
+OPTIONS = {
+    "ke": dict(hidden=8, condition=16),
+    "ft": dict(max_steps=3),
+    "ft_kl": dict(max_steps=3),
+    "ft_one_layer": dict(max_steps=3),
+    "ft_breadth_first": dict(epochs=3),
+    "ultraedit": dict(learning_rate=1e-3),
+}
 
 
 def sampler(name: str, **options) -> FactSampler:
@@ -235,10 +242,15 @@ def test_parameter_counts(tokenizer):
     assert count == {
         "ft": 0,
         "ft_kl": 0,
+        "ft_one_layer": 0,
+        "ft_breadth_first": 0,
+        "ultraedit": 0,
         "identity": 0,
         "enn": sum(p.numel() for p in base_model.parameters()) + 6,
         "ke": (len(tokenizer) + 2) * 32 + lstm + (16 * 16 + 16) + 3 * (conditioner(32, 128) + conditioner(128, 32)),
         "mend": 2 * 2 * block(160) + 6,
+        "mend_sum": 2 * 2 * block(160) + 6,
+        "malmen": 2 * 2 * block(160) + 3 * 6,
         "mend_no_sharing": 6 * 2 * block(160, modes=0) + 6,
         "mend_no_norm": 2 * 2 * block(160) + 6,
         "mend_no_identity": 2 * 2 * block(160) + 6,

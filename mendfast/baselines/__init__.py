@@ -9,19 +9,36 @@ from torch import nn
 
 from ..config import MendConfig
 from .enn import EditableNetwork
-from .fine_tuning import FineTuning, FineTuningKL
+from .fine_tuning import FineTuning, FineTuningBreadthFirst, FineTuningKL, FineTuningOneLayer
 from .knowledge_editor import KnowledgeEditor
-from .mend import Identity, Mend, NoIdentity, NoNormalisation, NoSharing, OnlyDelta, OnlySmaller, OnlyU
+from .mend import (
+    Identity,
+    Malmen,
+    Mend,
+    MendSum,
+    NoIdentity,
+    NoNormalisation,
+    NoSharing,
+    OnlyDelta,
+    OnlySmaller,
+    OnlyU,
+)
 from .system import System
+from .ultraedit import UltraEdit
 
 SYSTEMS: dict[str, type[System]] = {
     system.key: system
     for system in (
         FineTuning,
         FineTuningKL,
+        FineTuningOneLayer,
+        FineTuningBreadthFirst,
         EditableNetwork,
         KnowledgeEditor,
+        UltraEdit,
+        Malmen,
         Mend,
+        MendSum,
         Identity,
         NoSharing,
         NoNormalisation,
@@ -53,10 +70,15 @@ __all__ = [
     "SYSTEMS",
     "EditableNetwork",
     "FineTuning",
+    "FineTuningBreadthFirst",
     "FineTuningKL",
+    "FineTuningOneLayer",
     "Identity",
     "KnowledgeEditor",
+    "Malmen",
     "Mend",
+    "MendSum",
     "System",
+    "UltraEdit",
     "make_system",
 ]

@@ -32,6 +32,8 @@ class System(ABC):
     """What it is asked for by, as in :data:`mendfast.baselines.SYSTEMS`."""
     name: ClassVar[str]
     """What tables print."""
+    fitted: ClassVar[bool] = True
+    """Whether it is of use only after :meth:`fit`, and so needs data to train on."""
 
     def __init__(self, subject: EditableModel):
         self.subject = subject
@@ -74,8 +76,11 @@ class System(ABC):
     # -- for each edit -------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def edit(self, requests: Sequence[tuple[str, str]]) -> Iterator[nn.Module]:
-        """Within the block ``subject.model`` is edited, by all ``requests`` at once; afterwards it has its old bits.
+    def edit(self, requests: Sequence[tuple[str, str]], *, in_turn: bool = False) -> Iterator[nn.Module]:
+        """Within the block ``subject.model`` is edited by all ``requests``; afterwards it has its old bits.
+
+        Args:
+            in_turn: one after the other, as they come over time, and not all at once.
 
         Raises:
             ValueError: no requests, or one that cannot be tokenised; see :meth:`mendfast.MendEditor.edit`.
@@ -85,13 +90,18 @@ class System(ABC):
             raise ValueError("edit was given no requests; pass at least one (prompt, target).")
         with contextlib.ExitStack() as stack:
             started = self._clock()
-            stack.enter_context(self._edited(requests))
+            stack.enter_context((self._edited_in_turn if in_turn else self._edited)(requests))
             self.seconds = self._clock() - started
             yield self.subject.model
 
     @abstractmethod
     def _edited(self, requests: Sequence[EditRequest]) -> contextlib.AbstractContextManager:
         """Edits on entering, and undoes it on leaving."""
+
+    def _edited_in_turn(self, requests: Sequence[EditRequest]) -> contextlib.AbstractContextManager:
+        """The same for edits that come one after the other; by default what they make together, of a system that is
+        meant to be given all of them."""
+        return self._edited(requests)
 
     def predict(self, prompts: Sequence[str]) -> list[str]:
         """Greedy answers of ``subject.model`` as it is now."""
@@ -101,6 +111,33 @@ class System(ABC):
         if self.subject.device.type == "cuda":
             torch.cuda.synchronize(self.subject.device)
         return time.perf_counter()
+
+
+class Untrained(System):
+    """A system that has nothing to train, and nothing to keep."""
+
+    fitted = False
+
+    def fit(
+        self,
+        sampler: Sampler,
+        config: TrainConfig,
+        *,
+        output: str | Path | None = None,
+        validation: Sampler | None = None,
+        progress: bool = True,
+    ) -> dict[str, float]:
+        """There is nothing to train."""
+        return {}
+
+    def parameter_count(self) -> int:
+        return 0
+
+    def save(self, directory: str | Path) -> None:
+        """There is nothing to write."""
+
+    def load(self, directory: str | Path) -> None:
+        """There is nothing to read."""
 
 
 @contextlib.contextmanager
