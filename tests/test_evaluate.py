@@ -305,7 +305,7 @@ def test_claims_and_running_text(editor, tmp_path):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--systems", "rome"], "System 'rome' is unknown; choose from"),
+        (["--systems", "roma"], "System 'roma' is unknown; choose from"),
         (["--systems", "ft", "enn"], "enn must be trained first; pass --train-data"),
         (["--table", "variants"], "mend_no_sharing.*must be trained first"),
         (["--option", "steps=3"], "is not SYSTEM.NAME=VALUE"),

@@ -10,7 +10,9 @@ from torch import nn
 from ..config import MendConfig
 from .enn import EditableNetwork
 from .fine_tuning import FineTuning, FineTuningBreadthFirst, FineTuningKL, FineTuningOneLayer
+from .in_context import InContext
 from .knowledge_editor import KnowledgeEditor
+from .lora import Lora
 from .mend import (
     Identity,
     Malmen,
@@ -23,6 +25,7 @@ from .mend import (
     OnlySmaller,
     OnlyU,
 )
+from .rome import Memit, Rome
 from .system import System
 from .ultraedit import UltraEdit
 
@@ -33,6 +36,10 @@ SYSTEMS: dict[str, type[System]] = {
         FineTuningKL,
         FineTuningOneLayer,
         FineTuningBreadthFirst,
+        Lora,
+        InContext,
+        Rome,
+        Memit,
         EditableNetwork,
         KnowledgeEditor,
         UltraEdit,
@@ -74,10 +81,14 @@ __all__ = [
     "FineTuningKL",
     "FineTuningOneLayer",
     "Identity",
+    "InContext",
     "KnowledgeEditor",
+    "Lora",
     "Malmen",
+    "Memit",
     "Mend",
     "MendSum",
+    "Rome",
     "System",
     "UltraEdit",
     "make_system",

@@ -38,6 +38,7 @@ class System(ABC):
     def __init__(self, subject: EditableModel):
         self.subject = subject
         self.seconds = 0.0  # of the last edit
+        self.subjects: dict[str, str] = {}  # of prompts, where the data names them; what each edit is about
 
     @classmethod
     def make(cls, model: nn.Module, tokenizer: Any, config: MendConfig, **options: Any) -> System:
@@ -73,6 +74,9 @@ class System(ABC):
     def load(self, directory: str | Path) -> None:
         """Take over what :meth:`save` wrote for a system of this kind and a model of the same shape."""
 
+    def prepare(self) -> None:  # noqa: B027
+        """Make, before the first edit, what all edits need; its time is no edit's."""
+
     # -- for each edit -------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
@@ -88,6 +92,7 @@ class System(ABC):
         requests = [EditRequest(*request) for request in requests]
         if not requests:
             raise ValueError("edit was given no requests; pass at least one (prompt, target).")
+        self.prepare()
         with contextlib.ExitStack() as stack:
             started = self._clock()
             stack.enter_context((self._edited_in_turn if in_turn else self._edited)(requests))

@@ -310,6 +310,7 @@ def _evaluate_system(
     if journal.has_system(key) and all((key, k, i) in journal for k in sizes for i in range(groups[k])):
         return before
     system = _prepare(key, editor, fitting, settings)
+    system.subjects = {example.prompt: example.subject for example in examples if example.subject}
     journal.add_system(system)
     if before is None or not before.serves(system.subject):
         before = Before(system.subject, questions.texts())
