@@ -394,6 +394,9 @@ class _Fitting:
         options, config = settings.options_of(key)
         torch.manual_seed(settings.seed)
         system = make_system(key, editor.model, editor.tokenizer, editor.config, **options)
+        if isinstance(system, Mend) and system.subject.config.aggregation == "least_squares":
+            if system.subject.metric is None and editor.metric is not None:
+                system.subject.protect_with(editor.metric)
         directory = Path(settings.output) / "systems" / key if settings.output else None
         made = json.loads(json.dumps({"options": options, "config": asdict(config), "data": settings.train_data}))
         if directory and (directory / "fitted.json").is_file():
