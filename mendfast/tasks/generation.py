@@ -147,6 +147,18 @@ class WindowSampler:
         return drawn
 
 
+def read_text(data: str, count: int) -> list[str]:
+    """So many passages of a text, evenly from all of it.
+
+    Raises:
+        ValueError: there is none.
+    """
+    passages = [text for _, text in _passages(data) if not isinstance(text, Bad)]
+    if not passages:
+        raise ValueError(f"{data} holds no running text; pass a text file, one passage to a line.")
+    return passages[:: max(1, len(passages) // count)][:count]
+
+
 def cut(text: str, passage: str, tokenizer: Any = None) -> Iterator[Window]:
     """The windows of a text, one after the other; those of less than full length are left out.
 
