@@ -102,7 +102,7 @@ class OnHub:
             base_model: the base model's name on the Hub; by default what the model was loaded by.
             license: for the card, as the Hub names it ("apache-2.0").
             token: None: that of ``hf auth login``.
-            revision: the branch to commit to.
+            revision: the branch to commit to, made where there is none.
             options: as ``huggingface_hub.HfApi.create_repo`` takes them (``private=True``, ...).
 
         Raises:
@@ -118,6 +118,8 @@ class OnHub:
             (Path(directory) / CARD_FILE).write_text(text, encoding="utf-8")
             api = HfApi(token=token)
             api.create_repo(repo_id, exist_ok=True, **options)
+            if revision is not None:
+                api.create_branch(repo_id, branch=revision, exist_ok=True)
             found = api.upload_folder(
                 repo_id=repo_id, folder_path=directory, revision=revision, commit_message=commit_message
             )
