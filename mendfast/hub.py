@@ -39,7 +39,7 @@ class About(NamedTuple):
             "memory.apply_()                    # written into the weights",
             "memory.remove(memory.keys()[0])    # and taken out one by one",
         ]
-        text = f"A memory of {len(requests):,} edits of a language model, made by mendfast."
+        text = f"A memory of edits of a language model, {len(requests):,} in all, made by mendfast."
         return self._replace(kind="memory", text=text, load="\n".join(lines), requests=requests)
 
 
@@ -185,7 +185,7 @@ def card(
         f"---\n{data.to_yaml().rstrip()}\n---",
         f"# {source.rpartition('/')[2]}",
         f"{about.text} Base model: {_plain(base or about.title)}.",
-        f"## Use\n\n```bash\npip install mendfast\n```\n\n```python\n{load}\n```",
+        f"## Use\n\nWith mendfast installed:\n\n```python\n{load}\n```",
     ]
     if about.requests:
         rows = [f"| {_cell(prompt)} | {_cell(target)} |" for prompt, target in about.requests[:LISTED]]

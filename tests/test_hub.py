@@ -132,7 +132,7 @@ def test_memory(editor, uploads, tmp_path):
     memory.push_to_hub("me/facts")
     card = huggingface_hub.ModelCard.load(tmp_path / "uploaded" / "README.md")
     assert card.data.base_model == "someone/small-gpt2" and card.data.tags[-1] == "mendfast-memory"
-    assert "A memory of 60 edits" in card.text and "and 10 more." in card.text
+    assert "60 in all" in card.text and "and 10 more." in card.text
     assert 'EditMemory.from_pretrained("me/facts", editor)' in card.text
     cache = cached(tmp_path / "cache", "me/facts", tmp_path / "uploaded")
     again = EditMemory.from_pretrained("me/facts", editor, cache_dir=cache, local_files_only=True)
