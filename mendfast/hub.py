@@ -39,7 +39,7 @@ class About(NamedTuple):
             "memory.apply_()                    # written into the weights",
             "memory.remove(memory.keys()[0])    # and taken out one by one",
         ]
-        text = f"A memory of {len(requests):,} edits of a language model, made by mendfast."
+        text = f"A memory of edits of a language model, {len(requests):,} in all, made by mendfast."
         return self._replace(kind="memory", text=text, load="\n".join(lines), requests=requests)
 
 
@@ -102,7 +102,7 @@ class OnHub:
             base_model: the base model's name on the Hub; by default what the model was loaded by.
             license: for the card, as the Hub names it ("apache-2.0").
             token: None: that of ``hf auth login``.
-            revision: the branch to commit to.
+            revision: the branch to commit to, made where there is none.
             options: as ``huggingface_hub.HfApi.create_repo`` takes them (``private=True``, ...).
 
         Raises:
@@ -118,6 +118,8 @@ class OnHub:
             (Path(directory) / CARD_FILE).write_text(text, encoding="utf-8")
             api = HfApi(token=token)
             api.create_repo(repo_id, exist_ok=True, **options)
+            if revision is not None:
+                api.create_branch(repo_id, branch=revision, exist_ok=True)
             found = api.upload_folder(
                 repo_id=repo_id, folder_path=directory, revision=revision, commit_message=commit_message
             )
@@ -183,7 +185,7 @@ def card(
         f"---\n{data.to_yaml().rstrip()}\n---",
         f"# {source.rpartition('/')[2]}",
         f"{about.text} Base model: {_plain(base or about.title)}.",
-        f"## Use\n\n```bash\npip install mendfast\n```\n\n```python\n{load}\n```",
+        f"## Use\n\nWith mendfast installed:\n\n```python\n{load}\n```",
     ]
     if about.requests:
         rows = [f"| {_cell(prompt)} | {_cell(target)} |" for prompt, target in about.requests[:LISTED]]
