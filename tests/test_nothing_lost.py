@@ -152,6 +152,16 @@ def test_a_handler_that_returns_lets_the_run_go_on(base, tmp_path, handlers):
     assert number == signal.SIGTERM and "checkpoint.safetensors" in files
 
 
+def test_a_signal_during_the_last_save_is_not_lost(base, tmp_path, handlers):
+    run = trainer(base, tmp_path, steps=1)
+    save = run.save
+    run.save = lambda: (signal.raise_signal(signal.SIGTERM), save())[1]
+    with pytest.raises(Terminated):
+        run.run()
+    again = trainer(base, tmp_path, steps=1)
+    assert again.resume() and again.run()["step"] == 1
+
+
 def test_without_a_handler_the_process_ends_in_order(base, tmp_path, handlers):
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     run = trainer(base, tmp_path)

@@ -50,17 +50,17 @@ def sieve(
     kept: list[_Sized] = []
     problems: list[Problem] = []
     for item in items:
-        target, fitting = targets.get(item.answer, 0), []
+        target, fits = targets.get(item.answer, 0), []
         for wording in item.wordings:
             length = prompts[wording] + around + (target if together else 0)
             sure = good[item.answer] and prompts[wording] and length <= limit
             if why := "" if sure else _refusal(subject, wording, item.answer, forms, limit):
                 problems.append(_problem(item, f"{shown(wording)} can't be asked: {why}"))
             else:
-                fitting.append(wording)
-        if fitting:
-            longest = max(prompts[wording] for wording in fitting)
-            kept.append(_Sized(replace(item, wordings=tuple(fitting)), longest + around, target))
+                fits.append(wording)
+        if fits:
+            longest = max(prompts[wording] for wording in fits)
+            kept.append(_Sized(replace(item, wordings=tuple(fits)), longest + around, target))
     if together:
         kept = _without_conflicts(kept, limit, problems)
     if not kept:

@@ -36,9 +36,11 @@ class Stopping:
                     signal.signal(number, self._heard)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         for number, before in self._before.items():
             signal.signal(number, before)
+        if self.asked is not None and kind is None:  # one that came too late for the loop
+            self.hand_over()
 
     def _heard(self, number: int, frame: FrameType | None) -> None:
         again = self.asked is not None
