@@ -190,7 +190,8 @@ def read(argv: Sequence[str]) -> Command:
     verb = VERBS[values["command"]]
     settings = _settings(_class(verb), values)
     check_file("--json", values["json"])
-    if values["json"] and values["json"] in (values.get("out"), values.get("plot")):
+    written = [values.get(name) for name in ("out", "plot", "output", "save_model", "memory")]
+    if values["json"] and values["json"] in written:
         raise ValueError(f"--json names {values['json']}, which another option writes too; name another file.")
     run = getattr(import_module(f".commands.{verb.module}", __package__), verb.run)
     return Command(values["command"], run, settings, values["json"], values["verbose"])

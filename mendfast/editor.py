@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from .aggregate import Transformed, Wanted, concatenated, least_squares, summands, sums, wanted
 from .capture import Factors
@@ -274,13 +275,16 @@ with editor.edit("Who is the prime minister of the UK?", "Boris Johnson").attach
     # -- editing (Algorithm 2) -----------------------------------------------------------------------------
 
     @torch.inference_mode(False)
-    def edit(self, prompt: Any, target: str | None = None) -> Edit:
+    def edit(self, prompt: Any, target: str | None = None, *, progress: bool | None = False) -> Edit:
         """The edit that makes the model answer ``prompt`` with ``target``; the model is untouched.
 
         ``edit(prompt, target)``, or ``edit([(prompt, target), ...])``, all of which one edit then holds, by
         ``config.aggregation``; every form of a request is read that :func:`mendfast.requests.as_requests` names. Of
         many requests at most ``EDITS_PER_PASS`` go through the model at a time. Use the result with ``attached``,
         ``apply_`` and ``revert_``.
+
+        Args:
+            progress: True shows a bar, None where there is more than one such pass and a terminal.
 
         Raises:
             ValueError: an empty target, one that becomes no tokens, one that is longer than the context, a
@@ -293,8 +297,13 @@ with editor.edit("Who is the prime minister of the UK?", "Boris Johnson").attach
         # by tokens of the whole batch, an edit's weight depends on the others
         most = len(requests) if self.config.loss_reduction == "batch" else EDITS_PER_PASS
         batches = [self.tokenize(requests[i : i + most]) for i in range(0, len(requests), most)]
-        with torch.no_grad():
-            edit = self._edit_of(concatenated([self._rows_of(batch) for batch in batches], most))
+        hidden = not progress if progress is not None else True if len(batches) == 1 else None
+        with torch.no_grad(), tqdm(total=len(requests), desc="editing", unit="edit", disable=hidden) as bar:
+            rows = []
+            for batch in batches:
+                rows.append(self._rows_of(batch))
+                bar.update(len(batch["labels"]))
+            edit = self._edit_of(concatenated(rows, most))
         edit.requests = tuple(requests)
         return edit
 

@@ -78,6 +78,32 @@ def test_edits_of_a_file_are_made_at_once_and_kept_in_a_memory(tmp_path, capsys)
     assert "no key 'nothing'" in capsys.readouterr().err
 
 
+def test_a_file_of_every_format(tmp_path, capsys):
+    """One's own, EasyEdit's, zsRE's, KILT's and CounterFact's records in one file, and two broken lines."""
+    rewrite = {"prompt": "What is the capital of {}?", "subject": "Norway", "target_new": {"str": "Rome"}}
+    records = [
+        {"prompt": "What is the capital of Kenya?", "target": "Oslo"},
+        {"prompt": "What is the capital of France?", "target_new": "Cairo", "ground_truth": "Paris"},
+        {"src": "What is the capital of Peru?", "alt": "Rome", "answers": ["Lima"]},
+        {"input": "What is the capital of Japan?", "output": [{"answer": "Tokyo"}], "alternatives": ["Oslo"]},
+        {"requested_rewrite": rewrite},
+    ]
+    data, figures = tmp_path / "facts.jsonl", tmp_path / "figures.json"
+    lines = [json.dumps(record) for record in [*records, {"prompt": "word " * 200, "target": "Oslo"}]]
+    data.write_text("\n".join([*lines[:2], "{broken", *lines[2:]]))
+    memory = tmp_path / "facts.safetensors"
+    assert main(["edit", "--data", str(data), "--memory", str(memory), "--json", str(figures)]) == 0
+    shown, found = " ".join(capsys.readouterr().out.split()), json.loads(figures.read_text())
+    assert found["edits"] == 5 and len(found["before"]) == len(found["after"]) == 5
+    assert found["edit_success"]["before"] < found["edit_success"]["after"]
+    assert f"Of 5 requests the model answers {found['edit_success']['before']:.0%} before" in shown
+    for line in (3, 7):
+        assert f"facts.jsonl:{line}" in shown.replace(" ", "")
+        assert any(problem.startswith(f"{data}:{line}: ") for problem in found["problems"])
+    for words in ("wanted", "before", "after", "Oslo"):
+        assert words in shown
+
+
 def test_interactive(tmp_path):
     case = run.cases(1, seed=3)[0]
     good, empty = ["edit", case.question, case.target], ["edit", case.question, " "]

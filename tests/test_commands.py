@@ -102,6 +102,9 @@ MODEL = ["--model", "here", "--editor", "there"]
         (["editors", "--data", "x"], "--data goes with --build MODEL"),
         (["editors", "--restart"], "--restart goes with --build MODEL"),
         (["editors", "--build", "smollm2"], "--build needs --output DIR"),
+        (["editors", "--device", "cpu"], "--device says how --build is loaded, and no --build is given"),
+        (["editors", "--build", "m", "--output", "out", "--device", "gpu"], "--device is 'gpu'; name cpu, cuda"),
+        (["editors", "--model", "m"], "unrecognized arguments: --model"),
         # usage
         ([], "the following arguments are required"),
         (["sing"], "invalid choice: 'sing'"),

@@ -85,7 +85,7 @@ def apply(settings: ApplySettings) -> dict[str, Any]:
         return _take_back(settings, console)
     source, directory = pretrained.resolve(settings.model) if settings.model is not None else None, _directory(settings)
     earlier = edited_model.read_record(directory) if directory else None
-    found = load_sources(settings)
+    found = load_sources(settings, edited_model.base_of(earlier, str(directory)))
     model, subject, requests = found.subject.model, found.subject, found.requests
     described = [
         edited_model.describe(path, edit, "memory" if path == settings.memory else "edit")

@@ -13,6 +13,7 @@ from rich.table import Table
 from .console import make_console, text
 from .loading import EditorSettings, load_editor
 from .outputs import check_file
+from .sources import in_words, success
 
 if TYPE_CHECKING:
     from ..edit import Edit
@@ -30,7 +31,10 @@ class EditSettings(EditorSettings):
     target: str | None = field(default=None, metadata={"help": "what it should answer"})
     data: str | None = field(
         default=None,
-        metadata={"help": "a file of edits, in any format of the task qa, made at once", "metavar": "FILE"},
+        metadata={
+            "help": "edits, made at once: question TAB answer, JSON lines, zsRE, CounterFact; a file or a Hub dataset",
+            "metavar": "FILE",
+        },
     )
     out: str | None = field(default=None, metadata={"help": "save the edit there (safetensors)", "metavar": "FILE"})
     memory: str | None = field(
@@ -76,9 +80,10 @@ def edit(settings: EditSettings) -> dict[str, Any] | None:
 
         interact(editor, console)
         return None
-    requests, started = _requests(settings, editor, console), time.perf_counter()
+    requests, problems = _requests(settings, editor, console)
+    started = time.perf_counter()
     if settings.memory is None:
-        made = editor.edit(requests)
+        made = editor.edit(requests, progress=None)
         figures: dict[str, Any] = {}
     else:
         from ..memory import update_file
@@ -88,51 +93,61 @@ def edit(settings: EditSettings) -> dict[str, Any] | None:
         figures = {"memory": settings.memory, "edits": len(memory), "keys": memory.keys()}
         console.print(text(f"{settings.memory} holds {len(memory):,} edit{'' if len(memory) == 1 else 's'}"))
     seconds = time.perf_counter() - started
-    figures |= _shown(editor, made, [prompt for prompt, _ in requests][:SHOWN] + settings.ask, console)
+    figures |= _shown(editor, made, requests, settings.ask, console)
     figures |= _disturbance(editor, made, console)
     if settings.out:
         made.save(settings.out)
         size = f"({made.num_bytes():,} bytes); the edit took {seconds * 1e3:.0f} ms"
         console.print(text(f"saved {settings.out} {size}"))
-    return {**figures, "seconds": seconds, "out": settings.out}
+    return {**figures, "problems": problems, "seconds": seconds, "out": settings.out}
 
 
-def _requests(settings: EditSettings, editor: MendEditor, console: Console) -> list[tuple[str, str]]:
+def _requests(settings: EditSettings, editor: MendEditor, console: Console) -> tuple[list[tuple[str, str]], list[str]]:
+    """What is asked for, and the lines of a file that can't be had, by file and line."""
     if settings.prompt is not None and settings.target is not None:
-        return [(settings.prompt, settings.target)]
+        return [(settings.prompt, settings.target)], []
     if settings.data is None:
-        return []
+        return [], []
     from ..tasks.load import load_task
     from ..tasks.task import usable
     from .evaluate import tell
 
     task = load_task("qa", settings.data)
     examples, refused = usable(editor, task.examples)
-    tell([*task.problems, *refused], console)
+    problems = [*task.problems, *refused]
+    tell(problems, console)
     if not examples:
         raise ValueError(f"None of the edits in {settings.data} can be made; the first problem: {refused[0]}")
-    return [(part.prompt, part.target) for example in examples for part in example.parts]
+    requests = [(part.prompt, part.target) for example in examples for part in example.parts]
+    return requests, [str(problem) for problem in problems]
 
 
-def _shown(editor: MendEditor, made: Edit, questions: Sequence[str], console: Console) -> dict[str, list[str]]:
+def _shown(
+    editor: MendEditor, made: Edit, requests: Sequence[tuple[str, str]], asked: Sequence[str], console: Console
+) -> dict[str, Any]:
+    """The answers before and after, of the first edits and of what else is asked, and how many edits took."""
     from ..generation import answer
 
-    if not questions:
+    rows = [*requests[:SHOWN], *((question, "") for question in asked)]
+    if not rows:
         return {"before": [], "after": []}
-    before = answer(editor, questions)
+    questions = [question for question, _ in rows]
+    before, taken_before = answer(editor, questions), success(editor, requests)
     with made.attached(editor.model):
-        after = answer(editor, questions)
+        after, taken = answer(editor, questions), success(editor, requests)
     if len(questions) <= LINES:
         for question, old, new in zip(questions, before, after, strict=True):
             console.print(text(f"{question}  ", (old, "dim"), " -> ", (new, "bold")))
     else:
         table = Table(expand=True)
-        for name, ratio in (("question", 5), ("before", 2), ("after", 2)):
+        for name, ratio in (("question", 5), ("wanted", 2), ("before", 2), ("after", 2)):
             table.add_column(name, ratio=ratio)
-        for question, old, new in zip(questions, before, after, strict=True):
-            table.add_row(text(question), text((old, "dim")), text((new, "bold")))
+        for (question, target), old, new in zip(rows, before, after, strict=True):
+            table.add_row(text(question), text(target), text((old, "dim")), text((new, "bold")))
         console.print(table)
-    return {"before": before, "after": after}
+    if len(requests) > 1 and (said := in_words(taken_before, taken, len(requests))):
+        console.print(text(said))
+    return {"before": before, "after": after, "edit_success": {"before": taken_before, "after": taken}}
 
 
 def _disturbance(editor: MendEditor, made: Edit, console: Console) -> dict[str, Any]:

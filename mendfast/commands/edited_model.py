@@ -201,6 +201,12 @@ def read_record(directory: str | Path) -> dict[str, Any] | None:
     return record
 
 
+def base_of(record: Mapping[str, Any] | None, where: str) -> Fingerprint | None:
+    """The fingerprint of the model that was edited, from what :func:`read_record` gives."""
+    found = record["base"].get("fingerprint") if record is not None else None
+    return Fingerprint.from_json(json.dumps(found), f"{where}/{EDITS_FILE}") if found is not None else None
+
+
 def _pairs(requests: list) -> bool:
     return all(isinstance(r, list) and len(r) == 2 and all(isinstance(text, str) for text in r) for r in requests)
 

@@ -6,7 +6,7 @@ import json
 import random
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -19,7 +19,7 @@ from ..files import atomic_write, read_json_bytes
 from ..labels import chat_prompt, end_of_turn
 from ..metric import Metric
 from ..own_words import own_words
-from ..schema import check_fields, check_object, check_settings, parse_json
+from ..schema import check_object, check_settings, parse_json
 from ..tasks import world
 from ..tasks.load import load_task
 from ..tasks.sieve import fitting, sieve
@@ -29,6 +29,7 @@ from ..training.learner import base_model_digest
 from ..training.lock import occupied
 from .console import make_console, plain
 from .evaluate import tell
+from .loading import LoadSettings, load_model
 from .outputs import check_directory
 
 SYSTEMS = (
@@ -191,9 +192,12 @@ def _check_made_of(
 
 
 @dataclass(kw_only=True)
-class EditorsSettings:
+class EditorsSettings(LoadSettings):
     """What ``mendfast editors`` is asked."""
 
+    NAMES_MODEL: ClassVar[str] = "--build"
+    model: str | None = field(default=None, metadata={"option": False})  # is build
+    dtype: str = field(default="float32", metadata={"help": "of the model", "choices": pretrained.DTYPES})
     build: str | None = field(
         default=None, metadata={"help": "make the editor of this chat model, anew or going on", "metavar": "MODEL"}
     )
@@ -203,14 +207,14 @@ class EditorsSettings:
     restart: bool = field(default=False, metadata={"help": "for --build: start anew where --output holds a run"})
 
     def __post_init__(self) -> None:
-        check_fields(self)
+        self.model = self.build
+        super().__post_init__()
         if self.build is None:
             if given := [name for name in ("data", "text", "output", "restart") if getattr(self, name)]:
                 raise ValueError(f"--{given[0]} goes with --build MODEL; pass both, or neither to list what ships.")
             return
         if not self.output:
             raise ValueError("--build needs --output DIR, where the run goes.")
-        pretrained.resolve(self.build)
         if self.text is not None and not Path(self.text).is_file():
             raise FileNotFoundError(f"There is no file {self.text}.")
         check_directory("--output", self.output)
@@ -224,9 +228,7 @@ def editors(settings: EditorsSettings) -> dict[str, Any]:
         for name in names or ["none"]:
             console.print(plain(name))
         return {"editors": names}
-    model, tokenizer = pretrained.load(settings.build)
-    build(
-        model, tokenizer, settings.output, data=settings.data, text=settings.text, restart=settings.restart
-    )
+    model, tokenizer = load_model(settings)
+    build(model, tokenizer, settings.output, data=settings.data, text=settings.text, restart=settings.restart)
     console.print(plain(f"What ships is {Path(settings.output) / 'best'}"))
     return {"output": settings.output}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -24,36 +24,40 @@ HOW = ("device", "dtype", "device_map", "quantize", "revision", "trust_remote_co
 class LoadSettings:
     """Which base model, and how it is loaded."""
 
+    NAMES_MODEL: ClassVar[str] = "--model"
+    """The option that says which; of a verb that names it otherwise."""
+
     model: str | None = field(
         default=None,
         metadata={"help": "base model: a directory, a Hub name, a FILE.gguf, or smollm2; default: the demo's"},
     )
     device: str | None = field(
-        default=None, metadata={"help": "of --model: cpu, cuda, cuda:1, ...; default: cuda where there is one"}
+        default=None, metadata={"help": "of the model: cpu, cuda, cuda:1, ...; default: cuda where there is one"}
     )
-    dtype: str = field(default="auto", metadata={"help": "of --model", "choices": pretrained.DTYPES})
+    dtype: str = field(default="auto", metadata={"help": "of the model", "choices": pretrained.DTYPES})
     device_map: str | None = field(
-        default=None, metadata={"help": "of --model: auto, balanced, ... splits it over devices (accelerate)"}
+        default=None, metadata={"help": "of the model: auto, balanced, ... splits it over devices (accelerate)"}
     )
     quantize: str | None = field(
-        default=None, metadata={"help": "of --model, by bitsandbytes on a GPU", "choices": pretrained.QUANTIZED}
+        default=None, metadata={"help": "of the model, by bitsandbytes on a GPU", "choices": pretrained.QUANTIZED}
     )
-    revision: str | None = field(default=None, metadata={"help": "of --model on the Hub: branch, tag or commit"})
-    trust_remote_code: bool = field(default=False, metadata={"help": "run the code that --model brings"})
+    revision: str | None = field(default=None, metadata={"help": "of the model on the Hub: branch, tag or commit"})
+    trust_remote_code: bool = field(default=False, metadata={"help": "run the code that the model brings"})
 
     def __post_init__(self) -> None:
         check_fields(self)
         if self.model is not None and not self.model.strip():
-            raise ValueError("--model is empty; name a directory, a Hub name or a FILE.gguf.")
+            raise ValueError(f"{self.NAMES_MODEL} is empty; name a directory, a Hub name or a FILE.gguf.")
         if self.model is None:
             if given := [f.name for f in fields(self) if f.name in HOW and getattr(self, f.name) != f.default]:
+                named = self.NAMES_MODEL
                 raise ValueError(
-                    f"{option(given[0])} says how --model is loaded, and no --model is given; "
+                    f"{option(given[0])} says how {named} is loaded, and no {named} is given; "
                     "pass one, or leave the option out."
                 )
             return
         if self.device and self.device_map:
-            raise ValueError("--device and --device-map both say where --model goes; pass one of them.")
+            raise ValueError(f"--device and --device-map both say where {self.NAMES_MODEL} goes; pass one of them.")
         if self.device:
             check_device(self.device)
         if self.device_map:

@@ -7,12 +7,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 from .. import editors, pretrained
 from ..adapters.peft import CONFIG_FILE
 from ..config import MendConfig
 from ..edit import Edit
 from ..editable import EditableModel
 from ..files import read_shapes
+from ..fingerprint import Fingerprint
 from ..memory_file import read_requests
 from ..metrics import correct
 from ..schema import some
@@ -97,8 +100,12 @@ def read_kind(path: Path) -> str | None:
     return found.removeprefix("mendfast.") if found.startswith("mendfast.") else None
 
 
-def load_sources(settings: SourceSettings) -> Sources:
-    """The edits, whose files are read before the model is, and the model."""
+def load_sources(settings: SourceSettings, base: Fingerprint | None = None) -> Sources:
+    """The edits, whose files are read before the model is, and the model.
+
+    Args:
+        base: of the model as it was before the edits that it came with; edits made for that are for this one too.
+    """
     from ..editor import MendEditor
 
     read = {path: Edit.load(path) for path in settings.edit if not Path(path).is_dir()}
@@ -119,6 +126,8 @@ def load_sources(settings: SourceSettings) -> Sources:
         edits[settings.memory] = EditMemory.load(settings.memory, subject).edit()
     names: dict[str, None] = {}
     for path, edit in edits.items():
+        if base is not None and edit.fingerprint is not None and _agree(base, edit.fingerprint):
+            edit.fingerprint = None  # what is different in the model's weights is known
         try:
             names |= {layer.name: None for layer in edit._layers(model, settings.strict)}
         except (ValueError, TypeError) as error:
@@ -126,6 +135,11 @@ def load_sources(settings: SourceSettings) -> Sources:
     if subject is None:
         subject = EditableModel(model, tokenizer, MendConfig(layers=list(names) or None))
     return Sources(subject, edits)
+
+
+def _agree(one: Fingerprint, other: Fingerprint) -> bool:
+    common = one.samples.keys() & other.samples.keys()
+    return bool(common) and all(torch.equal(one.samples[n].values, other.samples[n].values) for n in common)
 
 
 def success(subject: EditableModel, requests: Sequence[tuple[str, str]]) -> float | None:

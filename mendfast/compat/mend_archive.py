@@ -166,6 +166,29 @@ def save_mend_archive(editor: MendEditor, path: str | Path) -> None:
     atomic_write(path, buffer.getvalue())
 
 
+def describe_mend_archive(path: str | Path) -> dict[str, Any]:
+    """What an archive says of its editor, without the model: "model_type", where it names one, "edited_weights", how
+    many, "networks", their names, "shared", "sides", "rank" and "blocks".
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a truncated or foreign file.
+    """
+    with TorchFile(path) as file:
+        state = _state(file)
+        _, networks = _networks(state, path)
+        edit_lrs = _read(file, state, "edit_lrs")
+    config = state.get("model_config")
+    values = config.state if isinstance(config, Inert) else config
+    kind = values.get("model_type") if isinstance(values, dict) else None
+    return {
+        "model_type": brief(kind, 60) if isinstance(kind, str) else None,
+        "edited_weights": edit_lrs.numel(),
+        "networks": [name.replace("#", ".") for name in networks],
+        **_architecture(networks, path),
+    }
+
+
 # -- reading ---------------------------------------------------------------------------------------------------
 
 

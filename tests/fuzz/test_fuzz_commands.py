@@ -11,8 +11,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import PreTrainedTokenizerFast
 
+from mendfast import Edit
 from mendfast.base_model import small_gpt2
 from mendfast.cli import main, parser
 
@@ -27,6 +29,8 @@ WORDS = ("", " ", "-", "--", "0", "-1", "1", "2", "nan", "inf", "-inf", "1e400",
          "loop", "loop/x", "dangling", "folder", "folder/x", "closed/x", "empty.tsv", "zeros.tsv", "utf16.tsv",
          "deep.json", "huge.json", "empty.gguf", "cut.gguf", "broken", "halved", "listed", "untokenized", "whole",
          "smollm2/", "qa", "generation", "batched", "variants", "gpt2", "bert", "ft", "mend", "enn")  # fmt: skip
+POSITIONAL = "FILE ..."
+"""Stands for what has no option."""
 KEPT = {"--limit": "2", "--base-steps": "1", "--base-width": "32", "--base-depth": "1", "--base-vocabulary": "300",
         "--rank": "2", "--steps": "1", "--batch-size": "1", "--validation-size": "1", "--unrelated": "1"}  # fmt: skip
 """What keeps a command line that is right after all from running for long."""
@@ -59,6 +63,8 @@ def ground(tmp_path, monkeypatch, tokenizer: PreTrainedTokenizerFast) -> Path:
     }  # fmt: skip
     for name, content in files.items():
         Path(name).write_bytes(content)
+    factors = {"transformer.h.0.mlp.c_fc.weight": (torch.ones(1, 32), torch.ones(1, 128), 1e-3)}
+    Edit(factors, "gpt2").save("one.safetensors")
     Path("folder").mkdir()
     Path("closed").mkdir(mode=0o500)
     Path("loop").symlink_to("loop")
@@ -74,10 +80,16 @@ def options() -> dict[str, list]:
 
 def draw(rng: random.Random, known: dict[str, list]) -> list[str]:
     """A command line that is right but for a few options."""
-    verb = rng.choice(("train", "train", "train", "eval", "eval", "eval", "edit", "edit", "demo", "doctor", "editors"))
+    verb = rng.choice(("train", "train", "train", "eval", "eval", "eval", "edit", "edit", "demo", "doctor", "editors",
+                       "apply", "export", "inspect"))  # fmt: skip
     line: dict[str, list[str]] = {}
     if verb in ("train", "eval"):
         line["--data"] = ["qa.tsv"]
+    if verb in ("apply", "export"):
+        line |= {"--model": ["whole"], "--edit": [rng.choice(("one.safetensors", "one.safetensors", *WORDS))]}
+        line |= {"--save-model": ["out"]} if verb == "apply" else {"--format": ["peft"], "--output": ["out"]}
+    if verb == "inspect":
+        line[POSITIONAL] = [rng.choice(("one.safetensors", "whole", *WORDS))]
     if verb == "train":
         line["--output"], line["--dry-run"] = ["out"], []
     if verb == "edit" and rng.random() < 0.8:
@@ -93,7 +105,7 @@ def draw(rng: random.Random, known: dict[str, list]) -> list[str]:
     banned = {"--retrain", "--full", "--verbose", "--tensorboard", "--train-data"}
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
         action = rng.choice(known[verb])
-        name = action.option_strings[-1]
+        name = action.option_strings[-1] if action.option_strings else POSITIONAL
         if name in banned:
             continue
         few = {None: 1, 0: 0}.get(action.nargs, rng.choice((1, 2)))
@@ -101,7 +113,7 @@ def draw(rng: random.Random, known: dict[str, list]) -> list[str]:
     for name, values in line.items():  # right, and larger than a test may be
         if name not in ("--seed", "--limit", "--prompt", "--target", "--ask"):
             line[name] = [KEPT.get(name, "1") if 4 < len(v) < 4000 and v.isdigit() else v for v in values]
-    words = [verb, *(word for name, values in line.items() for word in (name, *values))]
+    words = [verb, *(word for name, values in line.items() for word in (name, *values) if word != POSITIONAL)]
     if rng.random() < 0.05:
         words.insert(rng.randrange(len(words) + 1), rng.choice(WORDS))
     if rng.random() < 0.05:
