@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -90,3 +91,16 @@ def least_squares(
         spectrum, lam, mu = metric[name]
         factors[name] = (*ops.least_squares(u, d, spectrum, lam.to(u.device), mu.to(u.device)), 1.0)
     return factors
+
+
+def change(
+    rows: Mapping[str, Wanted], metric: Mapping[str, tuple], dense: Callable[[str], torch.Tensor]
+) -> dict[str, Factors]:
+    """All rows as one update, for use and not for training: :func:`mendfast.ops.least_squares_change`.
+
+    ``dense`` gives a weight's second moment as a matrix; it is kept between calls.
+    """
+    return {
+        name: (*ops.least_squares_change(w.u, w.d, *metric[name], dense=functools.partial(dense, name)), 1.0)
+        for name, w in rows.items()
+    }

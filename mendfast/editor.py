@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .aggregate import Transformed, Wanted, concatenated, least_squares, summands, sums, wanted
+from .aggregate import Transformed, Wanted, change, concatenated, least_squares, summands, sums, wanted
 from .capture import Factors
 from .choice import find_layers
 from .config import MendConfig
@@ -253,6 +253,15 @@ class MendEditor(EditableModel, nn.Module):
             layer.name: (self.metric.spectrum(layer.name).to(self.device), lam, mu) for layer, lam, mu in scales
         }
 
+    def dense_moment(self, name: str) -> torch.Tensor:
+        """The second moment of a weight's protected inputs as a matrix; see :meth:`SecondMoment.dense`."""
+        return self.metric.dense(name).to(self.device)
+
+    def change(self, rows: Mapping[str, Wanted]) -> dict[str, Factors]:
+        """What :meth:`wanted` gives, of one batch or many, as one update of each weight under what is protected."""
+        with torch.no_grad():
+            return change(rows, self.layer_metrics(), self.dense_moment)
+
     # -- editing (Algorithm 2) -----------------------------------------------------------------------------
 
     @torch.inference_mode(False)
@@ -296,8 +305,11 @@ class MendEditor(EditableModel, nn.Module):
             return self._edit_of(self._rows_of(batch))
 
     def _edit_of(self, rows: Mapping[str, Transformed]) -> Edit:
-        factors = self._aggregated(rows, 1 << 62, 1)
-        factors = {name: (u[0], d[0], float(a)) for name, (u, d, a) in factors.items()}
+        if self.config.aggregation == "least_squares":
+            factors = self.change(wanted(rows, self.alphas()))
+        else:
+            factors = sums(rows, self.alphas(), 1 << 62, 1)
+            factors = {name: (u[0], d[0], float(a)) for name, (u, d, a) in factors.items()}
         return Edit(factors, self.model.config.model_type, (), fingerprint_of(self.model, self.layers))
 
     @torch.inference_mode(False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import nn
 from tqdm import tqdm
 
 from . import ops
+from .aggregate import Wanted
 from .capture import without_edits
 from .edit import Edit, EditRequest
 from .editor import MendEditor
@@ -32,7 +33,7 @@ from .memory_file import (
     read_requests,
     write,
 )
-from .ops.least_squares import add_lower, metric_matrix, solve_normal
+from .ops.least_squares import add_lower, metric_matrix, solve_normal, sums_serve
 from .requests import as_requests
 from .schema import shown, some
 from .updates import checksum
@@ -56,7 +57,7 @@ class EditMemory:
 
     Each edit's record is its request and its rows (u, d) of every layer, made on the unedited model, so that it
     depends on no other edit: whatever the order in which they came, the same records give the same edit, and what is
-    removed leaves nothing behind. The rows lie in ordinary memory; where a layer has more of them than inputs, what
+    removed leaves nothing behind. The rows lie in ordinary memory; where a layer has many of them for its size, what
     the solution needs of them is their sums (docs/ops/least_squares.md, equation 6), so that neither :meth:`edit` nor
     what it returns grows any further.
 
@@ -305,17 +306,18 @@ class EditMemory:
             state = (self._version, *(self._metric_state() if solving else ()))
             if self._solved is not None and self._solved[0] == state:
                 return self._solved[1]
-            factors = {}
+            factors, few = {}, {}
             for layer in self.editor.layers if self._records else ():
                 # by key, so that not even rounding depends on the order of adding
                 pairs = [self._records[key].rows[layer.name] for key in sorted(self._records)]
-                if solving and sum(len(u) for u, _ in pairs) > layer.m:
+                if solving and sums_serve(sum(len(u) for u, _ in pairs), layer.m, layer.n):
                     factors[layer.name] = self._from_sums(layer.name, layer.m, layer.n, metrics[layer.name])
                     continue
                 self._sums.pop(layer.name, None)
                 u, d = (torch.cat(side).to(self.editor.device) for side in zip(*pairs, strict=True))
-                u, delta = ops.least_squares(u, d, *metrics[layer.name]) if solving else (u, -d)
-                factors[layer.name] = u, delta, 1.0
+                few[layer.name] = Wanted(u, d, torch.zeros(len(u), dtype=torch.int64))
+            factors |= self.editor.change(few) if solving else {name: (w.u, -w.d, 1.0) for name, w in few.items()}
+            factors = {layer.name: factors[layer.name] for layer in self.editor.layers if layer.name in factors}
             edit = Edit(factors, self.model.config.model_type, self.requests)
             self._solved = state, edit
             return edit
@@ -324,7 +326,8 @@ class EditMemory:
         sums = self._sums.get(name)
         if sums is None:
             sums = self._sums[name] = _Sums(m, n, self.editor.device)
-        sums.follow({key: record.rows[name] for key, record in self._records.items()}, metric, self._metric_state())
+        rows = {key: record.rows[name] for key, record in self._records.items()}
+        sums.follow(rows, lambda: metric_matrix(*metric, self.editor.dense_moment(name)), self._metric_state())
         change = solve_normal(sums.gram, sums.cross).float()  # S^T
         # as few rows as the smaller side of the weight has
         sides = (torch.eye(m, device=change.device), -change) if m <= n else (-change.T, torch.eye(n).to(change.device))
@@ -456,14 +459,14 @@ class _Sums:
         self._there = self._gone = torch.zeros(2, dtype=torch.float64)
         self._of: tuple | None = None  # the state of the metric; None while the sums are being changed
 
-    def follow(self, rows: Mapping[str, tuple[torch.Tensor, torch.Tensor]], metric: tuple, state: tuple) -> None:
+    def follow(self, rows: Mapping[str, tuple[torch.Tensor, torch.Tensor]], metric: Callable, state: tuple) -> None:
         gone = [pair for key, pair in self._members.items() if rows.get(key) is not pair]
         new = [pair for key, pair in rows.items() if self._members.get(key) is not pair]
         there, lost = self._there - _sizes(gone), self._gone + _sizes(gone)
         anew = self._of != state or bool((lost > there).any())
         self._of = None
         if anew:
-            self.gram.copy_(metric_matrix(*metric))
+            self.gram.copy_(metric())
             self.cross.zero_()
             gone, new, there, lost = [], list(rows.values()), torch.zeros_like(there), torch.zeros_like(lost)
         self._add(gone, -1)
