@@ -100,7 +100,10 @@ def change(
 
     ``dense`` gives a weight's second moment as a matrix; it is kept between calls.
     """
-    return {
-        name: (*ops.least_squares_change(w.u, w.d, *metric[name], dense=functools.partial(dense, name)), 1.0)
-        for name, w in rows.items()
-    }
+    factors: dict[str, Factors] = {}
+    for name, w in rows.items():
+        spectrum, lam, mu = metric[name]
+        lam, mu = lam.to(w.u.device), mu.to(w.u.device)
+        pair = ops.least_squares_change(w.u, w.d, spectrum, lam, mu, dense=functools.partial(dense, name))
+        factors[name] = (*pair, 1.0)
+    return factors

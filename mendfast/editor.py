@@ -243,24 +243,28 @@ class MendEditor(EditableModel, nn.Module):
 
     def layer_metrics(self) -> dict[str, tuple[Spectrum, torch.Tensor, torch.Tensor]]:
         """Each layer's spectrum of protected inputs, lambda and mu, as ops.least_squares takes them; differentiable."""
-        if self.metric is None:
-            raise ValueError(
-                "This editor aggregates by least squares and nothing is protected yet, so there is no telling what "
-                "must stay: call editor.protect(texts), or editor.protect() for the model's own words."
-            )
+        metric = self._protected()
         scales = zip(self.layers, self.log_lambda.exp(), self.log_mu.exp(), strict=True)
         return {
-            layer.name: (self.metric.spectrum(layer.name).to(self.device), lam, mu) for layer, lam, mu in scales
+            layer.name: (metric.spectrum(layer.name).to(self.device), lam, mu) for layer, lam, mu in scales
         }
 
     def dense_moment(self, name: str) -> torch.Tensor:
         """The second moment of a weight's protected inputs as a matrix; see :meth:`SecondMoment.dense`."""
-        return self.metric.dense(name).to(self.device)
+        return self._protected().dense(name).to(self.device)
 
     def change(self, rows: Mapping[str, Wanted]) -> dict[str, Factors]:
         """What :meth:`wanted` gives, of one batch or many, as one update of each weight under what is protected."""
         with torch.no_grad():
             return change(rows, self.layer_metrics(), self.dense_moment)
+
+    def _protected(self) -> Metric:
+        if self.metric is None:
+            raise ValueError(
+                "This editor aggregates by least squares and nothing is protected yet, so there is no telling what "
+                "must stay: call editor.protect(texts), or editor.protect() for the model's own words."
+            )
+        return self.metric
 
     # -- editing (Algorithm 2) -----------------------------------------------------------------------------
 
@@ -306,10 +310,10 @@ class MendEditor(EditableModel, nn.Module):
 
     def _edit_of(self, rows: Mapping[str, Transformed]) -> Edit:
         if self.config.aggregation == "least_squares":
-            factors = self.change(wanted(rows, self.alphas()))
+            found = self.change(wanted(rows, self.alphas()))
         else:
-            factors = sums(rows, self.alphas(), 1 << 62, 1)
-            factors = {name: (u[0], d[0], float(a)) for name, (u, d, a) in factors.items()}
+            found = {name: (u[0], d[0], a) for name, (u, d, a) in sums(rows, self.alphas(), 1 << 62, 1).items()}
+        factors = {name: (u, d, float(a)) for name, (u, d, a) in found.items()}
         return Edit(factors, self.model.config.model_type, (), fingerprint_of(self.model, self.layers))
 
     @torch.inference_mode(False)

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from . import ops
 from .aggregate import Wanted
-from .capture import without_edits
+from .capture import Factors, without_edits
 from .edit import Edit, EditRequest
 from .editor import MendEditor
 from .ledger import ledger_of
@@ -306,7 +306,8 @@ class EditMemory:
             state = (self._version, *(self._metric_state() if solving else ()))
             if self._solved is not None and self._solved[0] == state:
                 return self._solved[1]
-            factors, few = {}, {}
+            factors: dict[str, Factors] = {}
+            few: dict[str, Wanted] = {}
             for layer in self.editor.layers if self._records else ():
                 # by key, so that not even rounding depends on the order of adding
                 pairs = [self._records[key].rows[layer.name] for key in sorted(self._records)]

@@ -128,6 +128,7 @@ def least_squares_change(
     _check(u, d, spectrum, lam, mu)
     _check_keys(u)
     (rows, m), n, k = u.shape, d.shape[1], spectrum.vectors.shape[1]
+    dtypes = [torch.promote_types(side.dtype, torch.float32) for side in (u, d)]
     with _common.full_precision(u.device):
         u, d = u.double(), d.double()
         scales, rest = scales_of(spectrum, lam, mu)
@@ -142,7 +143,7 @@ def least_squares_change(
             c = None if dense is None else dense()
             h = add_lower(metric_matrix(spectrum, lam, mu, c), u.T, u.T)
             keys = solve_normal(h, u.T @ d).T
-    return keys.float().contiguous(), -torch.eye(n, device=u.device)
+    return keys.to(dtypes[0]).contiguous(), -torch.eye(n, dtype=dtypes[1], device=u.device)
 
 
 @torch.no_grad()
