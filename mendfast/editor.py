@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from .aggregate import Transformed, Wanted, concatenated, least_squares, summands, sums, wanted
+from .aggregate import Transformed, Wanted, change, concatenated, least_squares, summands, sums, wanted
 from .capture import Factors
 from .choice import find_layers
 from .config import MendConfig
@@ -262,15 +262,28 @@ with editor.edit("Who is the prime minister of the UK?", "Boris Johnson").attach
 
     def layer_metrics(self) -> dict[str, tuple[Spectrum, torch.Tensor, torch.Tensor]]:
         """Each layer's spectrum of protected inputs, lambda and mu, as ops.least_squares takes them; differentiable."""
+        metric = self._protected()
+        scales = zip(self.layers, self.log_lambda.exp(), self.log_mu.exp(), strict=True)
+        return {
+            layer.name: (metric.spectrum(layer.name).to(self.device), lam, mu) for layer, lam, mu in scales
+        }
+
+    def dense_moment(self, name: str) -> torch.Tensor:
+        """The second moment of a weight's protected inputs as a matrix; see :meth:`SecondMoment.dense`."""
+        return self._protected().dense(name).to(self.device)
+
+    def change(self, rows: Mapping[str, Wanted]) -> dict[str, Factors]:
+        """What :meth:`wanted` gives, of one batch or many, as one update of each weight under what is protected."""
+        with torch.no_grad():
+            return change(rows, self.layer_metrics(), self.dense_moment)
+
+    def _protected(self) -> Metric:
         if self.metric is None:
             raise ValueError(
                 "This editor aggregates by least squares and nothing is protected yet, so there is no telling what "
                 "must stay: call editor.protect(texts), or editor.protect() for the model's own words."
             )
-        scales = zip(self.layers, self.log_lambda.exp(), self.log_mu.exp(), strict=True)
-        return {
-            layer.name: (self.metric.spectrum(layer.name).to(self.device), lam, mu) for layer, lam, mu in scales
-        }
+        return self.metric
 
     # -- editing (Algorithm 2) -----------------------------------------------------------------------------
 
@@ -323,8 +336,11 @@ with editor.edit("Who is the prime minister of the UK?", "Boris Johnson").attach
             return self._edit_of(self._rows_of(batch))
 
     def _edit_of(self, rows: Mapping[str, Transformed]) -> Edit:
-        factors = self._aggregated(rows, 1 << 62, 1)
-        factors = {name: (u[0], d[0], float(a)) for name, (u, d, a) in factors.items()}
+        if self.config.aggregation == "least_squares":
+            found = self.change(wanted(rows, self.alphas()))
+        else:
+            found = {name: (u[0], d[0], a) for name, (u, d, a) in sums(rows, self.alphas(), 1 << 62, 1).items()}
+        factors = {name: (u, d, float(a)) for name, (u, d, a) in found.items()}
         return Edit(factors, self.model.config.model_type, (), fingerprint_of(self.model, self.layers))
 
     @torch.inference_mode(False)
