@@ -237,14 +237,17 @@ def plot(result: dict[str, Any]) -> bytes:
 
 def _ages(axis: Any, rows: Sequence[dict[str, Any]], systems: list[str]) -> None:
     """How old edits fare at the end of each system's longest sequence."""
+    longest = {row["name"]: row for row in sorted(rows, key=lambda row: row["k"]) if row.get("survival")}
+    ages = sorted({(part["from"], part["to"]) for row in longest.values() for part in row["survival"]})
     for i, system in enumerate(systems):
-        own = [row for row in rows if row["name"] == system and row.get("survival")]
-        if own:
-            found = max(own, key=lambda row: row["k"])["survival"]
+        if system in longest:
+            found = longest[system]["survival"]
             below, above = zip(*map(_spread, found), strict=True)
-            places, means = [part["from"] + 1 for part in found], [part["mean"] for part in found]
+            places = [ages.index((part["from"], part["to"])) for part in found]
+            means = [part["mean"] for part in found]
             axis.errorbar(places, means, [below, above], marker="os^dvx"[i % 6], label=system, capsize=2)
-    axis.set(xscale="log", xlabel="edits made since, plus one", title="still right at the end", ylim=(-0.03, 1.03))
+    axis.set(xlabel="edits made since", title="still right at the end", ylim=(-0.03, 1.03))
+    axis.set_xticks(range(len(ages)), [str(low) if low == high else f"{low} to {high}" for low, high in ages])
     axis.grid(alpha=0.3)
 
 
