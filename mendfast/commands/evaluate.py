@@ -115,7 +115,8 @@ class EvalSettings(EditorSettings):
         self.chosen_systems()
         if self.table not in SIZES and self.sizes is not None:
             raise ValueError(
-                f"--sizes are of the tables {' and '.join(SIZES)}, and --table is {self.table}; leave one of them out."
+                f"--sizes are of the table batched, and --table is {self.table}; take batched or sequential, or leave "
+                "--sizes out."
             )
         if self.table != "sequential" and self.sequences != SEQUENCES:
             raise ValueError(
