@@ -194,12 +194,12 @@ def test_breadth_first_is_adam_on_one_matrix_over_targets_that_end(tokenizer):
 
 
 def test_breadth_first_stops_below_the_loss_that_is_enough(tokenizer):
-    system = make("ft_breadth_first", "gpt2", tokenizer, learning_rate=2e-2, epochs=100)
+    system = make("ft_breadth_first", "gpt2", tokenizer, learning_rate=2e-2, epochs=100, enough=4.5)  # ln 301: 5.7
     with system.edit(edits("gpt2")):
         taught = system._taught.tokenize(edits("gpt2"))
         with torch.no_grad():
             losses = nll(target_rows(system.subject.model, taught), 2)
-        assert system.steps < 100 and losses.mean() < 1e-2
+        assert 1 < system.steps < 100 and losses.mean() < 4.5
         assert (taught["labels"] == tokenizer.eos_token_id).any()
         with system.edit(edits("gpt2")):
             assert system.steps == 1, "there was nothing left to learn"

@@ -10,7 +10,10 @@ import pytest
 import torch
 from rich.console import Console
 from test_evaluate import certain, data, editor, few_answers_are_shown, model, records, run  # noqa: F401
+from transformers import GPT2Config, GPT2LMHeadModel
 
+from mendfast import MendConfig, MendEditor
+from mendfast.baselines import FineTuning
 from mendfast.baselines.measure import measure
 from mendfast.baselines.mend import Mend
 from mendfast.baselines.system import System
@@ -59,8 +62,6 @@ def test_what_is_asked_at_the_end_is_the_model_after_all_edits(editor, data):  #
     """The figure of a sequence is what the system's own edits, made in turn by hand, leave."""
     result = run(editor, data, *IN_TURN, "--systems", "ft")
     (row,) = [row for row in result["rows"] if row["k"] == 7]
-    from mendfast.baselines import FineTuning
-
     pairs = [(record["prompt"], record["target"]) for record in records()]
     outcome = measure(FineTuning(editor, 1e-2, 4), pairs, in_turn=True)
     assert row["figures"]["efficacy"]["mean"] == pytest.approx(sum(outcome.right) / 7)
@@ -86,8 +87,11 @@ def test_a_sequence_that_was_cut_off_goes_on(editor, data, tmp_path, monkeypatch
     assert calls == [1, 1, 1, 3, 3, 3, 7, 1, 1, 1, 3, 3, 7]  # of MEND the fourth again, and what was left
 
 
-def test_what_is_asked_beside_an_edit(editor, tmp_path):  # noqa: F811
+def test_what_is_asked_beside_an_edit(tokenizer, tmp_path):
     """Neighbours by what the questions ask for and of whom; yes, no, and no to what was before."""
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=len(tokenizer), n_positions=256, n_embd=32, n_layer=1, n_head=4)
+    editor = MendEditor.from_model(GPT2LMHeadModel(config).eval(), tokenizer, MendConfig(rank=4))  # noqa: F811
     names = ("Ada Moor", "Bo Lind", "Cy Hart", "Di Fenn")
     facts = [
         {"prompt": question.format(name), "target": answer, "answers": [before]}

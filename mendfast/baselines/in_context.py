@@ -47,7 +47,7 @@ class InContext(Untrained):
     subject: Reader
 
     def __init__(self, subject: EditableModel, template: str = "{prompt} {target}\n"):
-        if "{prompt}" not in template or "{target}" not in template:
+        if not isinstance(template, str) or "{prompt}" not in template or "{target}" not in template:
             raise ValueError(f"template is {template!r}; it must contain {{prompt}} and {{target}}.")
         super().__init__(Reader(subject.model, subject.tokenizer, subject.config))
         self.template = template

@@ -86,8 +86,8 @@ class Rome(System):
             raise ValueError(f"{self.name} edits causal language models; this is a {subject.kind}. Leave it out.")
         found = mlp_outputs(subject.model)
         block = len(found) // 3 if block is None else block
-        if not 0 <= block < len(found):
-            raise ValueError(f"block is {block}; the model's blocks with an MLP are 0 to {len(found) - 1}.")
+        if not isinstance(block, int) or not 0 <= block < len(found):
+            raise ValueError(f"block is {block!r}; the model's blocks with an MLP are 0 to {len(found) - 1}.")
         chosen = found[max(0, block - self.depth + 1) : block + 1]
         self.layers: list[Layer] = named_layers(subject.model, [name for _, name in chosen])
         self.last = chosen[-1][0]  # the block

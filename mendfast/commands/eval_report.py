@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from ..baselines.measure import FIGURES
@@ -52,7 +53,7 @@ COLUMNS = {
     "portability_exact_match": Column("portable, exact"),
     "premises": Column("yes or no"),
     "already": Column("right before"),
-    "seconds": Column("ms", 1e3, ".0f"),
+    "seconds": Column("ms", 1e3, ",.0f"),
     "peak_bytes": Column("peak MiB", 2**-20, ",.0f"),
 }
 PUBLISHED = {
@@ -94,10 +95,10 @@ def _columns(result: dict[str, Any]) -> list[str]:
 MANY = {"batched": "at once", "sequential": "in turn"}
 """Tables of several edits, and what their number is called."""
 SHORT = {
-    "efficacy": "kept", "generality": "rephr.", "exact_match": "exact", "drawdown": "drawd.", "unchanged": "unch.",
-    "perplexity_rise": "ppl +", "ppl_drawdown": "ppl dd", "seconds": "s",
+    "edit_success": "success", "efficacy": "kept", "generality": "rephr.", "exact_match": "exact", "drawdown": "drawd.",
+    "unchanged": "unch.", "ppl_drawdown": "ppl dd", "perplexity_rise": "ppl +", "seconds": "ms",
 }  # fmt: skip
-"""Titles in a terminal of 80 columns, of the table sequential."""
+"""Titles in a terminal, so that a table fits 80 columns."""
 
 
 def _drawdown(result: dict[str, Any]) -> str:
@@ -128,23 +129,18 @@ def caption(result: dict[str, Any]) -> str:
 
 
 def console_table(result: dict[str, Any]) -> Table:
-    """The table for a terminal: the figures that systems are told apart by."""
-    in_turn = result["table"] == "sequential"
+    """The table for a terminal of 80 columns: the figures that systems are told apart by."""
     names = ["edit_success", "generality", "exact_match", _drawdown(result), "unchanged", "seconds"]
-    if in_turn:
+    if result["table"] == "sequential":
         names = ["efficacy", *names[1:5], "perplexity_rise", "seconds"]
     names = [name for name in names if name in _columns(result)]
-    header, *rows = _cells(result, names)
-    if in_turn:
-        header = [*header[:2], *(SHORT[name] for name in names)]
-        rows = [[*cells[:2], *cells[3:]] for cells in rows]
-        for cells, row in zip(rows, result["rows"], strict=True):
-            cells[-1] = f"{row['figures']['seconds']['mean']:.3g}" if "seconds" in row["figures"] else ""
-    table = Table(title=plain(caption(result)))
-    for i, title in enumerate(header):
+    many = MANY.get(result["table"])
+    table = Table(title=plain(caption(result)), box=SIMPLE_HEAD, padding=0)
+    for i, title in enumerate(["system", *[many] * bool(many), *(SHORT[name] for name in names)]):
         table.add_column(title, justify="right" if i else "left")
-    for row in rows:
-        table.add_row(*map(plain, row))
+    for cells in list(_cells(result, names))[1:]:
+        start = 1 + bool(many)
+        table.add_row(*map(plain, [*cells[:start], *cells[start + 1 :]]))  # without the parameters
     return table
 
 
@@ -241,14 +237,17 @@ def plot(result: dict[str, Any]) -> bytes:
 
 def _ages(axis: Any, rows: Sequence[dict[str, Any]], systems: list[str]) -> None:
     """How old edits fare at the end of each system's longest sequence."""
+    longest = {row["name"]: row for row in sorted(rows, key=lambda row: row["k"]) if row.get("survival")}
+    ages = sorted({(part["from"], part["to"]) for row in longest.values() for part in row["survival"]})
     for i, system in enumerate(systems):
-        own = [row for row in rows if row["name"] == system and row.get("survival")]
-        if own:
-            found = max(own, key=lambda row: row["k"])["survival"]
+        if system in longest:
+            found = longest[system]["survival"]
             below, above = zip(*map(_spread, found), strict=True)
-            places, means = [part["from"] + 1 for part in found], [part["mean"] for part in found]
+            places = [ages.index((part["from"], part["to"])) for part in found]
+            means = [part["mean"] for part in found]
             axis.errorbar(places, means, [below, above], marker="os^dvx"[i % 6], label=system, capsize=2)
-    axis.set(xscale="log", xlabel="edits made since, plus one", title="still right at the end", ylim=(-0.03, 1.03))
+    axis.set(xlabel="edits made since", title="still right at the end", ylim=(-0.03, 1.03))
+    axis.set_xticks(range(len(ages)), [str(low) if low == high else f"{low} to {high}" for low, high in ages])
     axis.grid(alpha=0.3)
 
 

@@ -50,6 +50,7 @@ TABLES = {
     ),
 }  # fmt: skip
 SIZES = {"batched": (1, 5, 25, 75, 125), "sequential": sequences.SIZES}
+SEQUENCES = 3
 SHOWN = 8  # edits whose answers before and after go into the report
 FITTED_WITH = (
     "steps", "batch_size", "joint", "learning_rate", "alpha_learning_rate", "c_edit", "validate_every", "patience",
@@ -87,7 +88,7 @@ class EvalSettings(EditorSettings):
         },
     )
     sequences: int = field(
-        default=3, metadata={"help": "sequences of each size, of other edits, as far as they go", "least": 1}
+        default=SEQUENCES, metadata={"help": "sequences of each size, of other edits, as far as they go", "least": 1}
     )
     text: str | None = field(
         default=None,
@@ -116,7 +117,12 @@ class EvalSettings(EditorSettings):
         self.chosen_systems()
         if self.table not in SIZES and self.sizes is not None:
             raise ValueError(
-                f"--sizes are of the tables {' and '.join(SIZES)}, and --table is {self.table}; leave one of them out."
+                f"--sizes are of the table batched, and --table is {self.table}; take batched or sequential, or leave "
+                "--sizes out."
+            )
+        if self.table != "sequential" and self.sequences != SEQUENCES:
+            raise ValueError(
+                f"--sequences are of the table sequential, and --table is {self.table}; leave one of them out."
             )
         for key in dict.fromkeys(_parsed(given)[0] for given in self.option):
             self.options_of(key)
