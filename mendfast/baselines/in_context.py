@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 
-from ..edit import EditRequest
 from ..editable import EditableModel
 from ..labels import check_text, encode_prompt
 from ..objective import context_length
+from ..requests import EditRequest
 from .system import Untrained
 
 

@@ -9,8 +9,8 @@ from importlib.util import find_spec
 import torch
 
 from ..capture import frozen
-from ..edit import EditRequest
 from ..editable import EditableModel
+from ..requests import EditRequest
 from .fine_tuning import MAX_STEPS, FineTuning
 
 

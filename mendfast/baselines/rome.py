@@ -13,7 +13,6 @@ from torch import nn
 from .. import ops
 from ..capture import frozen, undone
 from ..choice import mlp_outputs
-from ..edit import EditRequest
 from ..editable import EditableModel
 from ..editor import METRIC_FILE
 from ..labels import encode_prompt
@@ -21,6 +20,7 @@ from ..layers import Layer, named_layers
 from ..metric import Metric, observe
 from ..objective import Batch, kept_rows, nll, target_rows, to_device
 from ..own_words import own_words
+from ..requests import EditRequest
 from ..training import Sampler, TrainConfig
 from .fine_tuning import descend
 from .system import System, restored

@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from .. import ops
-from ..edit import EditRequest
 from ..editable import EditableModel
 from ..layers import Layer
+from ..requests import EditRequest
 from ..types import EPS, Spectrum
 from .system import Untrained, restored
 
