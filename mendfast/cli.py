@@ -37,7 +37,7 @@ class Verb(NamedTuple):
 VERBS = {
     "demo": Verb(
         "Edit a small model that knows the world's facts; show what changed and what did not.",
-        "mendfast demo --full --json demo.json",
+        "mendfast demo\nmendfast demo --real\nmendfast demo --full --json demo.json",
         "demo", "DemoSettings", "demo",
     ),
     "train": Verb(
