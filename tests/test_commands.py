@@ -91,6 +91,8 @@ MODEL = ["--model", "here", "--editor", "there"]
         ([*EVAL, *MODEL, "--device", "meta"], "none here that holds numbers"),
         ([*EVAL, *MODEL, "--device", "cuda:99"], "--device is cuda:99, and there"),
         ([*EVAL, "--sizes", "2"], "--sizes are of the table batched, and --table is systems"),
+        ([*EVAL, "--sequences", "2"], "--sequences are of the table sequential, and --table is systems"),
+        ([*EVAL, "--table", "sequential", "--systems", "malmen"], "malmen must be trained first; pass --train-data"),
         (["edit", "--out", "x"], "--out and --ask go with --prompt and --target"),
         # --option, before any model is loaded
         ([*EVAL, *MODEL, "--option", "garbage"], "--option 'garbage' is not SYSTEM.NAME=VALUE"),

@@ -135,7 +135,7 @@ def console_table(result: dict[str, Any]) -> Table:
         names = ["efficacy", *names[1:5], "perplexity_rise", "seconds"]
     names = [name for name in names if name in _columns(result)]
     many = MANY.get(result["table"])
-    table = Table(title=plain(caption(result)), box=SIMPLE_HEAD, padding=0)
+    table = Table(box=SIMPLE_HEAD, padding=0)
     for i, title in enumerate(["system", *[many] * bool(many), *(SHORT[name] for name in names)]):
         table.add_column(title, justify="right" if i else "left")
     for cells in list(_cells(result, names))[1:]:

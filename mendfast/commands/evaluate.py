@@ -33,7 +33,7 @@ from ..training.config import MOST_EDITS
 from . import sequences
 from .console import make_console, text
 from .doctor import device_name
-from .eval_report import console_table, write_report
+from .eval_report import caption, console_table, write_report
 from .journal import Journal
 from .loading import EditorSettings, load_editor
 from .outputs import check_directory
@@ -268,6 +268,7 @@ def evaluate(editor: MendEditor, settings: EvalSettings) -> dict[str, Any]:
         "rows": rows,
         "examples": journal.shown(keys, sizes[0]),
     }
+    console.print(text(caption(result)), soft_wrap=True)
     console.print(console_table(result))
     if settings.output:
         console.print(text(f"Report: {write_report(settings.output, result)}"))
