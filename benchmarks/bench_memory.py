@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from mendfast import EditMemory, EditRequest, MendEditor
+from mendfast.aggregate import Wanted
 from mendfast.base_model import train_tokenizer
 from mendfast.memory_file import Record, key_of
 from mendfast.metric import Metric
@@ -74,12 +75,21 @@ def test_adding(contest, case):
 
 @pytest.mark.parametrize("case", SOLVING, ids=str)
 def test_solving(contest, case):
-    """All records as one edit, from the rows (anew) and after one more was added, beside capturing their gradients."""
+    """All records as one edit, from the rows (anew) and after one more was added, beside capturing their gradients.
+
+    "at once" is MendEditor.edit's solve, which keeps nothing of the rows.
+    """
     count = contest.amount(case.size)
     memory = _prepared(contest, case, count)
     editor, items = memory.editor, dict(memory._records)
-    tokens = batch(contest.size(case.shape), min(count, 125))
+    tokens = batch(contest.size(case.shape), min(count, 125), ROWS)
     last = list(items)[-1]
+
+    rows = {}
+    for layer in editor.layers:
+        u, d = (torch.cat(side) for side in zip(*(record.rows[layer.name] for record in items.values()), strict=True))
+        sample = torch.arange(count).repeat_interleave(ROWS)
+        rows[layer.name] = Wanted(*(side.to(contest.device) for side in (u, d, sample)))
 
     def forget(_) -> None:
         memory._sums.clear()
@@ -93,6 +103,7 @@ def test_solving(contest, case):
 
     contestants = {
         "mendfast": Contestant(lambda _: memory.edit(), forget),
+        "at once": lambda _: editor.change(rows),
         "one more": Contestant(lambda _: memory.edit(), without_the_last),
         "capturing 125" if count > 125 else "capturing": lambda _: editor.gradients(tokens),
     }

@@ -39,6 +39,8 @@ def main(folder: Path, base_steps: int = 100, steps: int = 40) -> None:
     torch.manual_seed(0)
     config = MendConfig(rank=32, step_size=2e-3, scale_v=True, append_eos=True)
     editor = MendEditor.from_model(model, tokenizer, config)
+    for problem in task.sieve(editor):  # what this model can't be asked
+        print(problem)
     settings = TrainConfig(steps=steps, batch_size=8, learning_rate=2e-3, validate_every=steps // 2, validation_size=16)
     held_out = task.sampler(1, held_out=True)
     trainer = Trainer(editor, task.sampler(), settings, output=folder / "run", validation=held_out)

@@ -9,10 +9,11 @@
 
 from .backends import backend
 from .config import MendConfig
-from .edit import Edit, EditRequest
+from .edit import Edit
 from .editor import MendEditor
 from .ledger import forget_edits, revert_all
 from .memory import EditMemory
+from .requests import EditRequest
 
 __version__ = "0.1.0"
 __all__ = ["Edit", "EditMemory", "EditRequest", "MendConfig", "MendEditor", "backend", "forget_edits", "revert_all"]

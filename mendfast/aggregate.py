@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -89,4 +90,20 @@ def least_squares(
         u, d = grouped(w.sample, group_size, groups, w.u, w.d)
         spectrum, lam, mu = metric[name]
         factors[name] = (*ops.least_squares(u, d, spectrum, lam.to(u.device), mu.to(u.device)), 1.0)
+    return factors
+
+
+def change(
+    rows: Mapping[str, Wanted], metric: Mapping[str, tuple], dense: Callable[[str], torch.Tensor]
+) -> dict[str, Factors]:
+    """All rows as one update, for use and not for training: :func:`mendfast.ops.least_squares_change`.
+
+    ``dense`` gives a weight's second moment as a matrix; it is kept between calls.
+    """
+    factors: dict[str, Factors] = {}
+    for name, w in rows.items():
+        spectrum, lam, mu = metric[name]
+        lam, mu = lam.to(w.u.device), mu.to(w.u.device)
+        pair = ops.least_squares_change(w.u, w.d, spectrum, lam, mu, dense=functools.partial(dense, name))
+        factors[name] = (*pair, 1.0)
     return factors

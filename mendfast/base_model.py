@@ -22,10 +22,11 @@ from transformers import (
 )
 
 from .labels import class_ids, collate, encode_pair, pad_token_id
-from .objective import Batch, model_kind, target_rows
+from .objective import Batch, context_length, model_kind, target_rows
 
 EOS, PAD = "<eos>", "<pad>"
 CONTEXT = 64  # tokens, if the data has none longer
+LONGEST = 512  # tokens that a small model reads, and that any is taught
 _IN_BLOCK = re.compile(r"\.(h|block|layer|layers)\.\d+\.")
 
 
@@ -109,7 +110,7 @@ def make_base(
 ) -> tuple[nn.Module, PreTrainedTokenizerFast]:
     """A small model, and its tokenizer, that answers each prompt with its target.
 
-    Its context has 64 tokens, or a quarter more than the longest pair.
+    Its context has 64 tokens, or a quarter more than the longest pair; 512 at most, and longer pairs are left out.
 
     Args:
         shape: one of :data:`SHAPES`; "bert" is a classifier of one logit, whose targets are "true" and "false".
@@ -129,7 +130,9 @@ def make_base(
     tokenizer = tokens(texts, vocabulary)
     size = {"width": width, "depth": depth, "heads": max(1, width // 32)}
     if shape != "t5":  # whose positions are relative
-        size["context"] = max(64, 5 * max(map(len, tokenizer(texts)["input_ids"])) // 4)
+        longest = [max(map(len, tokenizer(part)["input_ids"])) for part in (texts, *zip(*pairs, strict=True))]
+        # any question with any answer, as edits put them together
+        size["context"] = min(LONGEST, max(CONTEXT, 5 * longest[0] // 4, sum(longest[1:]) + 8))
     model = make(len(tokenizer), **size)
     fit_base_model(model, tokenizer, pairs, seed=seed, **options)
     return model, tokenizer
@@ -196,7 +199,8 @@ def fit_base_model(
     Orthogonalised momentum for the blocks' matrices, AdamW without weight decay for the rest, linear warm-up
     and decay, gradients clipped at norm 1. The loss is the mean over answer tokens, or over a classifier's
     samples. ``append_eos``: a decoder-only model learns to stop after the target. Without ``matrix_rate`` AdamW
-    moves everything, at ``learning_rate``: for a pretrained model.
+    moves everything, at ``learning_rate``: for a pretrained model. Pairs longer than its context, or than 512 tokens
+    where it has none, are left out.
     """
     examples = _encode(model, tokenizer, pairs, append_eos)
     lengths = [len(example["input_ids"]) for example in examples]
@@ -238,12 +242,24 @@ def fit_base_model(
 def _encode(
     model: nn.Module, tokenizer: PreTrainedTokenizerFast, pairs: Sequence[tuple[str, str]], append_eos: bool
 ) -> list[dict[str, Any]]:
-    kind = model_kind(model)
+    """The pairs as examples; those that the model can't be asked are left out."""
+    kind, limit = model_kind(model), context_length(model) or LONGEST
+    examples: list[dict[str, Any]] = []
+    refused = ""
     if kind == "classifier":
         ids, classes = tokenizer([prompt for prompt, _ in pairs])["input_ids"], class_ids(model.config)
-        return [{"input_ids": i, "labels": classes[t.lower()]} for i, (_, t) in zip(ids, pairs, strict=True)]
-    options = {"encoder_decoder": kind == "encoder-decoder", "append_eos": append_eos}
-    return [encode_pair(tokenizer, prompt, target, **options) for prompt, target in pairs]
+        found = ({"input_ids": i, "labels": classes[t.lower()]} for i, (_, t) in zip(ids, pairs, strict=True))
+        examples = [example for example in found if len(example["input_ids"]) <= limit]
+    else:
+        options = {"encoder_decoder": kind == "encoder-decoder", "append_eos": append_eos, "max_length": limit}
+        for prompt, target in pairs:
+            try:
+                examples.append(encode_pair(tokenizer, prompt, target, **options))
+            except ValueError as error:
+                refused = refused or str(error)
+    if not examples:
+        raise ValueError(f"The base model can be taught none of {len(pairs):,} pairs. {refused}".rstrip())
+    return examples
 
 
 def _collate(model: nn.Module, tokenizer: PreTrainedTokenizerFast, examples: list[dict[str, Any]]) -> Batch:

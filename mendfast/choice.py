@@ -99,6 +99,19 @@ def choose_layers(model: nn.Module) -> list[str]:
     return names
 
 
+def mlp_outputs(model: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Of every block of the text's (last) stack that has an MLP: the block, and the name of the MLP's last weight.
+
+    Routed experts are left out, as everywhere here.
+    """
+    found = []
+    for stack, blocks in text_stacks(model)[-1:]:
+        for i, block in enumerate(blocks):
+            if paths := list(_mlp(block)):
+                found.append((block, f"{stack}.{i}.{paths[-1]}.weight" if stack else f"{i}.{paths[-1]}.weight"))
+    return found
+
+
 def _of_stack(stack: str, blocks: nn.ModuleList, last: int) -> list[str]:
     # Blocks that read an image are passed over where there is none.
     reading = {i: block for i, block in enumerate(blocks) if "CrossAttention" not in type(block).__name__}

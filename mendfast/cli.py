@@ -37,7 +37,7 @@ class Verb(NamedTuple):
 VERBS = {
     "demo": Verb(
         "Edit a small model that knows the world's facts; show what changed and what did not.",
-        "mendfast demo --full --json demo.json",
+        "mendfast demo\nmendfast demo --real\nmendfast demo --full --json demo.json",
         "demo", "DemoSettings", "demo",
     ),
     "train": Verb(
@@ -130,6 +130,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if verbose and not isinstance(error, UsageError):
             raise
         print(f"mendfast{f' {verb}' if verb else ''}: {sentence(error)}", file=sys.stderr)
+        try:
+            sys.stdout.flush()
+        except OSError:  # what can't be written (a full disk) would be tried again at the end, and raise there
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return FAILED
     except Terminated:
         print("\nterminated", file=sys.stderr)

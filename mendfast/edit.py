@@ -9,22 +9,21 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
 
+from .adapters import peft
 from .capture import lowrank_updates
 from .files import read_tensors, write_tensors
 from .fingerprint import Fingerprint
+from .hub import About, OnHub
 from .layers import Layer, named_layers, unwrapped
 from .ledger import ledger_of, settle
+from .requests import EditRequest
 from .schema import brief, check_real, parse_json, shown, some
 from .updates import measured
-
-if TYPE_CHECKING:
-    from .adapters.peft import PeftExport
-    from .editor import MendEditor
 
 
 class Factor(NamedTuple):
@@ -35,14 +34,17 @@ class Factor(NamedTuple):
     alpha: float
 
 
-class EditRequest(NamedTuple):
-    """What a model is asked, and what it should answer."""
+class Protecting(Protocol):
+    """What protects text of a model, as a MendEditor does."""
 
-    prompt: str
-    target: str
+    @property
+    def model(self) -> nn.Module: ...
+
+    @property
+    def metric(self) -> Any: ...  # mendfast.metric.Metric, or None
 
 
-class Edit:
+class Edit(OnHub):
     """A low-rank update of some of a model's weights.
 
     Args:
@@ -55,6 +57,8 @@ class Edit:
     The same Edit is applied to a model once, unless one insists (``apply_(..., again=True)``).
     Edits of one model stack and come out in any order.
     """
+
+    hub_file = "edit.safetensors"
 
     def __init__(
         self,
@@ -131,7 +135,7 @@ class Edit:
             strict: a ValueError, and not a warning, where the edit's fingerprint is of another base model.
         """
         settle(model)
-        layers = self._layers(model, strict)
+        layers = self.layers_of(model, strict)
         factors = dict(zip((layer.name for layer in layers), self.factors.values(), strict=True))
         with lowrank_updates(layers, factors, model):
             yield model
@@ -171,7 +175,7 @@ class Edit:
                 or infinity or would put infinity into a weight, a weight can't be written in place (quantised,
                 sharded, tied, meta), or something else has written to an edited weight. Nothing is changed then.
         """
-        self._layers(model, strict)
+        self.layers_of(model, strict)
         ledger_of(model).apply(self, self.factors, backup=backup, rounding=rounding, seed=seed, again=again)
         return self
 
@@ -202,7 +206,7 @@ class Edit:
         return ledger_of(model).fidelity(self, lambda edit: edit._digest(model))
 
     @torch.no_grad()
-    def disturbance(self, editor: MendEditor) -> dict[str, float]:
+    def disturbance(self, editor: Protecting) -> dict[str, float]:
         """Per weight E|S x|^2 / E|W x|^2 over the text that ``editor`` protects: what the edit S may change elsewhere.
 
         W are the weights without edits. :func:`disturbance_in_words` says it to people.
@@ -215,7 +219,7 @@ class Edit:
                 "Nothing is protected, so there is no telling what this edit disturbs: call editor.protect(texts), or "
                 "editor.protect() for the model's own words."
             )
-        layers = self._layers(editor.model)
+        layers = self.layers_of(editor.model)
         with ledger_of(editor.model).lifted():
             return {
                 layer.name: editor.metric.disturbance(layer.name, *factor, layer.weight, layer.layout)
@@ -228,7 +232,8 @@ class Edit:
         named = zip(layers, self.factors.values(), strict=True)
         return measured({layer.name: (u, delta.to(u.device), float(alpha)) for layer, (u, delta, alpha) in named})[0]
 
-    def _layers(self, model: nn.Module, strict: bool = False) -> list[Layer]:
+    def layers_of(self, model: nn.Module, strict: bool = False) -> list[Layer]:
+        """The layers of ``model`` that the edit changes, in the order of its factors; ValueError: it has others."""
         kind = getattr(getattr(unwrapped(model), "config", None), "model_type", None)
         if self.model_type is not None and kind is not None and kind != self.model_type:
             raise ValueError(f"This edit was made for a {self.model_type} model; this one is a {kind}.")
@@ -298,15 +303,25 @@ class Edit:
         base = Fingerprint.from_json(metadata.get("fingerprint"), str(path))
         return cls(factors, metadata["model_type"] or None, requests, base)
 
+    def _about(self) -> About:
+        title = self.fingerprint.title if self.fingerprint is not None else f"a {self.model_type or 'language'} model"
+        text = f"A low-rank update of {len(self.factors)} weights of a language model, made by mendfast."
+        load = """from transformers import AutoModelForCausalLM
+from mendfast import Edit
+
+model = AutoModelForCausalLM.from_pretrained("{base}")
+edit = Edit.from_pretrained("{source}")
+edit.apply_(model)     # written into the weights
+edit.revert_(model)    # and out again, bit for bit"""
+        return About("edit", title, None, text, load, self.requests)
+
     # -- elsewhere -----------------------------------------------------------------------------------------
 
     def export_peft(
         self, directory: str | Path, model: nn.Module, rank: int | None = None, *, overwrite: bool = False
-    ) -> PeftExport:
+    ) -> peft.PeftExport:
         """Write a LoRA adapter that PEFT and vLLM load; see :func:`mendfast.adapters.peft.export_peft`."""
-        from .adapters.peft import export_peft
-
-        return export_peft(self, directory, model, rank, overwrite=overwrite)
+        return peft.export_peft(self, directory, model, rank, overwrite=overwrite)
 
     @classmethod
     def from_peft(cls, directory: str | Path, model: nn.Module) -> Edit:
@@ -316,12 +331,10 @@ class Edit:
             FileNotFoundError: there is no such adapter.
             ValueError: it is no plain LoRA of matrices, is damaged, or is for another model.
         """
-        from .adapters.peft import read_peft
-
-        factors, requests = read_peft(directory)
+        factors, requests = peft.read_peft(directory)
         edit = cls(factors, getattr(getattr(unwrapped(model), "config", None), "model_type", None), requests)
         try:
-            edit._layers(model)
+            edit.layers_of(model)
         except ValueError as error:
             raise ValueError(f"{directory} is an adapter for another model. {error}") from error
         return edit

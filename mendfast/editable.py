@@ -94,9 +94,7 @@ class EditableModel:
         if self.tokenizer is None:
             raise TypeError("This editor has no tokenizer; pass one to from_model, or use edit_tokens.")
         if self.kind == "classifier":
-            for prompt, _ in requests:
-                check_text("prompt", prompt)
-            prompts = [self.config.prompt_template.replace("{prompt}", prompt) for prompt, _ in requests]
+            prompts = [self.prompt_text(prompt, "plain") for prompt, _ in requests]
             batch = dict(self.tokenizer(prompts, padding=True, padding_side="right", return_tensors="pt"))
             return {**batch, "labels": torch.tensor([self._class(target) for _, target in requests])}
         return self._collated([self.encode(*request) for request in requests])

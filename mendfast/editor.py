@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from .aggregate import Transformed, Wanted, concatenated, least_squares, summands, sums, wanted
+from .aggregate import Transformed, Wanted, change, concatenated, least_squares, summands, sums, wanted
 from .capture import Factors
 from .choice import find_layers
 from .config import MendConfig
@@ -21,6 +21,7 @@ from .editable import EditableModel
 from .editors import directory as shipped_directory
 from .files import read_shapes, read_tensors, write_tensors
 from .fingerprint import Fingerprint, fingerprint_of
+from .hub import About, OnHub, located, name_on_hub
 from .layers import device_of
 from .metric import Metric, observe
 from .network import Gather, make_networks, planned_networks
@@ -37,7 +38,7 @@ EDITS_PER_PASS = 32
 WEIGHTS_FILE, CONFIG_FILE, METRIC_FILE = "editor.safetensors", "mend_config.json", "metric.safetensors"
 
 
-class MendEditor(EditableModel, nn.Module):
+class MendEditor(EditableModel, OnHub, nn.Module):
     """A trained network that turns the gradient of one example into an edit of a model's weights.
 
     An :class:`~mendfast.editable.EditableModel` and its networks. Owns its own parameters and statistics alone; the
@@ -87,8 +88,17 @@ class MendEditor(EditableModel, nn.Module):
         return cls(model, tokenizer, config)
 
     @classmethod
-    def from_pretrained(
-        cls, source: str | Path, model: nn.Module, tokenizer: Any = None, *, strict: bool = False
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        source: str | Path,
+        model: nn.Module,
+        tokenizer: Any = None,
+        *,
+        strict: bool = False,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
     ) -> MendEditor:
         """The editor that :meth:`save_pretrained` wrote to a directory, that ships under a name (see
         :func:`mendfast.editors.shipped`), or that a Hub repository holds.
@@ -96,20 +106,20 @@ class MendEditor(EditableModel, nn.Module):
         Args:
             strict: a ValueError, and not a warning, where ``model`` holds other weights than the one that the editor
                 was made for (the instruct model instead of the base, say; :mod:`mendfast.fingerprint`).
-        """
-        directory = Path(source)
-        if not directory.is_dir():
-            directory = shipped_directory(str(source)) or directory
-        if not directory.is_dir():
-            from huggingface_hub import snapshot_download
+            revision: of a repository: branch, tag or commit.
+            token: for private repositories; None: that of ``hf auth login``.
+            cache_dir: where downloads are kept; None: where huggingface_hub keeps them.
+            local_files_only: take what was downloaded before; nothing is asked over the network.
 
-            try:
-                files = [WEIGHTS_FILE, CONFIG_FILE, METRIC_FILE]
-                directory = Path(snapshot_download(str(source), allow_patterns=files))
-            except Exception as error:
-                raise FileNotFoundError(
-                    f"{source!r} is no directory here, and the Hub did not give it either: {error}"
-                ) from error
+        Raises:
+            FileNotFoundError: neither here nor to be had from the Hub.
+            ValueError: an editor of another model, a damaged file.
+        """
+        directory = shipped_directory(str(source)) if not Path(source).is_dir() and revision is None else None
+        if directory is None:
+            files = [WEIGHTS_FILE, CONFIG_FILE, METRIC_FILE]
+            options = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+            directory = located(source, files, revision=revision, **options)
         if not (directory / CONFIG_FILE).is_file():
             raise FileNotFoundError(f"{directory} holds no {CONFIG_FILE}: no editor was saved there.")
         shapes, metadata = read_shapes(directory / WEIGHTS_FILE, "editor")
@@ -155,17 +165,25 @@ class MendEditor(EditableModel, nn.Module):
             self.metric.save(directory / METRIC_FILE)
         self.config.save(directory / CONFIG_FILE)
 
-    def push_to_hub(self, repo_id: str, **options: Any) -> str:
-        """Upload what :meth:`save_pretrained` writes; ``options`` as ``huggingface_hub.HfApi.create_repo``."""
-        import tempfile
+    def _save_in(self, directory: Path) -> None:
+        self.save_pretrained(directory)
 
-        from huggingface_hub import HfApi
+    def _about(self) -> About:
+        title = (self.fingerprint or fingerprint_of(self.model, self.layers)).title
+        text = (
+            "An editor by mendfast ([MEND](https://arxiv.org/abs/2110.11309), Mitchell et al. 2022): it turns a "
+            f"question and the answer wanted into an update of {len(self.layers)} weights of its base model."
+        )
+        kind = {"causal": "CausalLM", "encoder-decoder": "Seq2SeqLM"}.get(self.kind, "SequenceClassification")
+        load = f"""from transformers import AutoModelFor{kind}, AutoTokenizer
+from mendfast import MendEditor
 
-        api = HfApi()
-        api.create_repo(repo_id, exist_ok=True, **options)
-        with tempfile.TemporaryDirectory() as directory:
-            self.save_pretrained(directory)
-            return str(api.upload_folder(repo_id=repo_id, folder_path=directory))
+model = AutoModelFor{kind}.from_pretrained("{{base}}")
+tokenizer = AutoTokenizer.from_pretrained("{{base}}")
+editor = MendEditor.from_pretrained("{{source}}", model, tokenizer)
+with editor.edit("Who is the prime minister of the UK?", "Boris Johnson").attached(model):
+    ...  # the model answers as edited"""
+        return About("editor", title, name_on_hub(self.model), text, load)
 
     def load_tensors(self, tensors: Mapping[str, torch.Tensor], source: str) -> None:
         """``load_state_dict`` whose errors say that the editor is for another model, and where it differs."""
@@ -244,15 +262,28 @@ class MendEditor(EditableModel, nn.Module):
 
     def layer_metrics(self) -> dict[str, tuple[Spectrum, torch.Tensor, torch.Tensor]]:
         """Each layer's spectrum of protected inputs, lambda and mu, as ops.least_squares takes them; differentiable."""
+        metric = self._protected()
+        scales = zip(self.layers, self.log_lambda.exp(), self.log_mu.exp(), strict=True)
+        return {
+            layer.name: (metric.spectrum(layer.name).to(self.device), lam, mu) for layer, lam, mu in scales
+        }
+
+    def dense_moment(self, name: str) -> torch.Tensor:
+        """The second moment of a weight's protected inputs as a matrix; see :meth:`SecondMoment.dense`."""
+        return self._protected().dense(name).to(self.device)
+
+    def change(self, rows: Mapping[str, Wanted]) -> dict[str, Factors]:
+        """What :meth:`wanted` gives, of one batch or many, as one update of each weight under what is protected."""
+        with torch.no_grad():
+            return change(rows, self.layer_metrics(), self.dense_moment)
+
+    def _protected(self) -> Metric:
         if self.metric is None:
             raise ValueError(
                 "This editor aggregates by least squares and nothing is protected yet, so there is no telling what "
                 "must stay: call editor.protect(texts), or editor.protect() for the model's own words."
             )
-        scales = zip(self.layers, self.log_lambda.exp(), self.log_mu.exp(), strict=True)
-        return {
-            layer.name: (self.metric.spectrum(layer.name).to(self.device), lam, mu) for layer, lam, mu in scales
-        }
+        return self.metric
 
     # -- editing (Algorithm 2) -----------------------------------------------------------------------------
 
@@ -305,8 +336,11 @@ class MendEditor(EditableModel, nn.Module):
             return self._edit_of(self._rows_of(batch))
 
     def _edit_of(self, rows: Mapping[str, Transformed]) -> Edit:
-        factors = self._aggregated(rows, 1 << 62, 1)
-        factors = {name: (u[0], d[0], float(a)) for name, (u, d, a) in factors.items()}
+        if self.config.aggregation == "least_squares":
+            found = self.change(wanted(rows, self.alphas()))
+        else:
+            found = {name: (u[0], d[0], a) for name, (u, d, a) in sums(rows, self.alphas(), 1 << 62, 1).items()}
+        factors = {name: (u, d, float(a)) for name, (u, d, a) in found.items()}
         return Edit(factors, self.model.config.model_type, (), fingerprint_of(self.model, self.layers))
 
     @torch.inference_mode(False)

@@ -20,17 +20,21 @@ from .schema import brief, check_version, shown
 
 FORMAT_VERSION = 1
 MAX_JSON_BYTES = 16 << 20
+IN_MEMORY = 256 << 20
+"""Bytes; of a file up to this size tensors are read whole."""
 
 
-def atomic_write(path: str | Path, *parts: bytes | memoryview) -> None:
-    """Write ``parts`` so that ``path`` holds either what it held before or all of them, even after a crash."""
+@contextlib.contextmanager
+def atomic_path(path: str | Path) -> Iterator[str]:
+    """A file beside ``path`` to write, which takes its place when the block ends well: ``path`` holds either what it
+    held before or all that was written, even after a crash."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.writelines(parts)
-            file.flush()
+        yield temporary
+        with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
@@ -38,6 +42,12 @@ def atomic_write(path: str | Path, *parts: bytes | memoryview) -> None:
         Path(temporary).unlink(missing_ok=True)
         raise
     _sync_directory(path.parent)
+
+
+def atomic_write(path: str | Path, *parts: bytes | memoryview) -> None:
+    """Write ``parts`` whole or not at all; see :func:`atomic_path`."""
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        file.writelines(parts)
 
 
 def _sync_directory(directory: Path) -> None:
@@ -91,12 +101,17 @@ def _opened(path: str | Path, kind: str) -> Iterator[tuple[Any, dict[str, str]]]
 def read_tensors(path: str | Path, kind: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Tensors and metadata of a safetensors file whose metadata say ``format: mendfast.<kind>``.
 
+    The tensors of a file of more than :data:`IN_MEMORY` bytes stay in it, mapped: a program that overwrites such a file
+    in place, and not as :func:`atomic_write` does, ends the process that reads them.
+
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is no whole safetensors file, holds something else, or a newer mendfast wrote it.
     """
     with _opened(path, kind) as (file, metadata):
-        return {name: file.get_tensor(name) for name in file.keys()}, metadata
+        whole = Path(path).stat().st_size <= IN_MEMORY
+        tensors = ((name, file.get_tensor(name)) for name in file.keys())
+        return {name: tensor.clone() if whole else tensor for name, tensor in tensors}, metadata
 
 
 def read_shapes(path: str | Path, kind: str) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:

@@ -82,6 +82,11 @@ class Fingerprint:
             return 0.0
         return float((a - b).norm() / b.norm().clamp(min=1e-30))
 
+    def matches(self, model: nn.Module) -> bool:
+        """Whether ``model`` has all the sampled weights, with what they held to 16-bit rounding."""
+        ours = _sampled(model, {name: sample.shape for name, sample in self.samples.items()})
+        return len(ours) == len(self.samples) and not self.distance(model)
+
     def check(self, model: nn.Module, what: str, *, strict: bool = False) -> None:
         """Warn, once for each model, that ``what`` ("This edit", say) was made for another one.
 

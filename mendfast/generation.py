@@ -123,7 +123,7 @@ def _labels(subject: EditableModel, prompts: Sequence[str]) -> list[str]:
 
 def _read(subject: EditableModel, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
     """A classifier's inputs."""
-    texts = [subject.config.prompt_template.replace("{prompt}", prompt) for prompt in prompts]
+    texts = [subject.prompt_text(prompt, "plain") for prompt in prompts]
     return to_device(subject.tokenizer(texts, padding=True, padding_side="right", return_tensors="pt"), subject.device)
 
 

@@ -114,28 +114,19 @@ class Ledger:
         """Undo what an interrupted change left, as every other method does first."""
 
     @_exclusively
-    def apply(
-        self,
-        handle: object,
-        factors: Factors,
-        *,
-        backup: str = "cpu",
-        rounding: str = "nearest",
-        seed: int = 0,
-        again: bool = False,
-    ) -> None:
+    def apply(self, handle: object, factors: Factors, **how: Any) -> None:
         """Write weight -= alpha * delta^T u into the named weights; :meth:`revert` with ``handle`` takes it out.
 
         Args:
             handle: what the caller knows the edit by.
             factors: weight name -> (u [T, m], delta [T, n], alpha). Copied.
-            backup, rounding, seed: as :meth:`mendfast.Edit.apply_`.
-            again: apply what is applied already, by its handle or by the bits of its factors, once more.
+            how: backup ("cpu"), rounding ("nearest") and seed (0) as :meth:`mendfast.Edit.apply_`; again (False): apply
+                what is applied already, by its handle or by the bits of its factors, once more.
 
         Raises:
             ValueError, TypeError: before anything is written.
         """
-        self._change(self._planned(self._weights, handle, factors, backup, rounding, seed, again))
+        self._change(self._planned(self._weights, handle, factors, **how))
 
     @_exclusively
     def revert(self, handles: Sequence[object], digest_of: Callable[[Any], tuple | None] | None = None) -> None:
@@ -143,25 +134,19 @@ class Ledger:
 
         An edit that was applied twice goes once for each time that it is named, the last one first. A handle that
         is not known is looked for by its digest.
+
+        Each edit that was written after one that goes is rounded anew, so that no state on the way can be kept for
+        it: n edits that are reverted one by one, oldest first, are n^2 / 2 updates, and all at once none.
         """
         self._change(self._without(self._applications(handles, digest_of, "revert")))
 
     @_exclusively
-    def replace(
-        self,
-        handle: object,
-        factors: Factors,
-        *,
-        backup: str = "cpu",
-        rounding: str = "nearest",
-        seed: int = 0,
-        again: bool = True,
-    ) -> None:
+    def replace(self, handle: object, factors: Factors, *, again: bool = True, **how: Any) -> None:
         """Revert ``handle``, if it is applied, and apply it with these factors, in one change: the weights never hold
         neither. It becomes the newest. Without ``again``, a ValueError if another handle has the same factors."""
         first = self._without([a for a in self._all_applications() if a.handle is handle])
         weights = {**self._weights, **first.before, **first.after}
-        then = self._planned(weights, handle, factors, backup, rounding, seed, again)
+        then = self._planned(weights, handle, factors, again=again, **how)
         self._change(
             _Plan(
                 {**then.layers, **first.layers},
@@ -240,7 +225,15 @@ class Ledger:
     # -- what is to be done --------------------------------------------------------------------------------
 
     def _planned(
-        self, weights: Weights, handle: object, factors: Factors, backup: str, rounding: str, seed: int, again: bool
+        self,
+        weights: Weights,
+        handle: object,
+        factors: Factors,
+        *,
+        backup: str = "cpu",
+        rounding: str = "nearest",
+        seed: int = 0,
+        again: bool = False,
     ) -> _Plan:
         """An application upon ``weights``, all of it checked."""
         if backup not in BACKUPS:

@@ -14,10 +14,13 @@ from torch import nn
 from tqdm import tqdm
 
 from . import ops
-from .capture import without_edits
-from .edit import Edit, EditRequest
+from .aggregate import Wanted
+from .capture import Factors, without_edits
+from .edit import Edit
 from .editor import MendEditor
 from .fingerprint import fingerprint_of
+from .hub import About, OnHub
+from .key_sums import KeySums
 from .ledger import ledger_of
 from .locks import exclusive
 from .memory_file import (
@@ -33,8 +36,8 @@ from .memory_file import (
     read_requests,
     write,
 )
-from .ops.least_squares import add_lower, metric_matrix, solve_normal
-from .requests import as_requests
+from .ops.least_squares import metric_matrix, solve_normal, sums_serve
+from .requests import EditRequest, as_requests
 from .schema import shown, some
 from .updates import checksum
 
@@ -42,7 +45,6 @@ __all__ = ["EditMemory", "read_requests", "update_file"]
 
 EDITS_PER_PASS = 16
 _WINDOW = 16  # passes whose edits are sorted by length together
-_ROWS = 4096  # that enter the sums at a time
 _LONG = 32  # edits; a bar is shown for more
 _LEAST_PREFIX = 4
 # Of the configuration, what an edit's rows depend on.
@@ -52,12 +54,12 @@ _SETTINGS = (
 )  # fmt: skip
 
 
-class EditMemory:
+class EditMemory(OnHub):
     """Many edits of one model, kept as one.
 
     Each edit's record is its request and its rows (u, d) of every layer, made on the unedited model, so that it
     depends on no other edit: whatever the order in which they came, the same records give the same edit, and what is
-    removed leaves nothing behind. The rows lie in ordinary memory; where a layer has more of them than inputs, what
+    removed leaves nothing behind. The rows lie in ordinary memory; where a layer has many of them for its size, what
     the solution needs of them is their sums (docs/ops/least_squares.md, equation 6), so that neither :meth:`edit` nor
     what it returns grows any further.
 
@@ -65,12 +67,14 @@ class EditMemory:
         editor: a trained editor in eval mode; it may go on to protect more, not to be trained on.
     """
 
+    hub_file = "memory.safetensors"
+
     def __init__(self, editor: MendEditor):
         if not isinstance(editor, MendEditor):
             raise TypeError(f"EditMemory takes a MendEditor; got {shown(editor)}.")
         self.editor = editor
         self._records: dict[str, Record] = {}
-        self._sums: dict[str, _Sums] = {}
+        self._sums: dict[str, KeySums] = {}
         self._handle = object()  # what the ledger knows it by
         self._identified: tuple[tuple, Identity] | None = None
         self._solved: tuple[tuple, Edit] | None = None
@@ -306,17 +310,19 @@ class EditMemory:
             state = (self._version, *(self._metric_state() if solving else ()))
             if self._solved is not None and self._solved[0] == state:
                 return self._solved[1]
-            factors = {}
+            factors: dict[str, Factors] = {}
+            few: dict[str, Wanted] = {}
             for layer in self.editor.layers if self._records else ():
                 # by key, so that not even rounding depends on the order of adding
                 pairs = [self._records[key].rows[layer.name] for key in sorted(self._records)]
-                if solving and sum(len(u) for u, _ in pairs) > layer.m:
+                if solving and sums_serve(sum(len(u) for u, _ in pairs), layer.m, layer.n):
                     factors[layer.name] = self._from_sums(layer.name, layer.m, layer.n, metrics[layer.name])
                     continue
                 self._sums.pop(layer.name, None)
                 u, d = (torch.cat(side).to(self.editor.device) for side in zip(*pairs, strict=True))
-                u, delta = ops.least_squares(u, d, *metrics[layer.name]) if solving else (u, -d)
-                factors[layer.name] = u, delta, 1.0
+                few[layer.name] = Wanted(u, d, torch.zeros(len(u), dtype=torch.int64))
+            factors |= self.editor.change(few) if solving else {name: (w.u, -w.d, 1.0) for name, w in few.items()}
+            factors = {layer.name: factors[layer.name] for layer in self.editor.layers if layer.name in factors}
             base = fingerprint_of(self.model, self.editor.layers)
             edit = Edit(factors, self.model.config.model_type, self.requests, base)
             self._solved = state, edit
@@ -325,8 +331,9 @@ class EditMemory:
     def _from_sums(self, name: str, m: int, n: int, metric: tuple) -> tuple[torch.Tensor, torch.Tensor, float]:
         sums = self._sums.get(name)
         if sums is None:
-            sums = self._sums[name] = _Sums(m, n, self.editor.device)
-        sums.follow({key: record.rows[name] for key, record in self._records.items()}, metric, self._metric_state())
+            sums = self._sums[name] = KeySums(m, n, self.editor.device)
+        rows = {key: record.rows[name] for key, record in self._records.items()}
+        sums.follow(rows, lambda: metric_matrix(*metric, self.editor.dense_moment(name)), self._metric_state())
         change = solve_normal(sums.gram, sums.cross).float()  # S^T
         # as few rows as the smaller side of the weight has
         sides = (torch.eye(m, device=change.device), -change) if m <= n else (-change.T, torch.eye(n).to(change.device))
@@ -401,6 +408,9 @@ class EditMemory:
         """The memory in ``path``, or an empty one where there is none yet."""
         return cls.load(path, editor) if Path(path).is_file() or journal_of(path).is_file() else cls(editor)
 
+    def _about(self) -> About:
+        return self.editor._about().of_memory(self.requests)
+
     def _continued(self, path: str | Path) -> str:
         """The checksum of the file at ``path``, which holds this memory as it is now."""
         there = checksum_of(path)
@@ -442,54 +452,6 @@ def update_file(
     if gone or not requests:
         memory.save(path)
     return memory
-
-
-class _Sums:
-    """M + U^T U (of which the lower triangle) and U^T D of one layer's rows, in float64, in step with the records.
-
-    What a record adds is subtracted when it goes; when more went than is left, all is added anew, so that the
-    rounding of what went stays below that of what is there.
-    """
-
-    def __init__(self, m: int, n: int, device: torch.device):
-        self.gram = torch.zeros(m, m, dtype=torch.float64, device=device)
-        self.cross = torch.zeros(m, n, dtype=torch.float64, device=device)
-        self._members: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._there = self._gone = torch.zeros(2, dtype=torch.float64)
-        self._of: tuple | None = None  # the state of the metric; None while the sums are being changed
-
-    def follow(self, rows: Mapping[str, tuple[torch.Tensor, torch.Tensor]], metric: tuple, state: tuple) -> None:
-        gone = [pair for key, pair in self._members.items() if rows.get(key) is not pair]
-        new = [pair for key, pair in rows.items() if self._members.get(key) is not pair]
-        there, lost = self._there - _sizes(gone), self._gone + _sizes(gone)
-        anew = self._of != state or bool((lost > there).any())
-        self._of = None
-        if anew:
-            self.gram.copy_(metric_matrix(*metric))
-            self.cross.zero_()
-            gone, new, there, lost = [], list(rows.values()), torch.zeros_like(there), torch.zeros_like(lost)
-        self._add(gone, -1)
-        self._add(new, 1)
-        self._members, self._there, self._gone = dict(rows), there + _sizes(new), lost
-        self._of = state
-
-    def _add(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], sign: int) -> None:
-        if not pairs:
-            return
-        u, d = (torch.cat(side) for side in zip(*pairs, strict=True))
-        for start in range(0, len(u), _ROWS):
-            some_u, some_d = (s[start : start + _ROWS].to(self.gram.device, torch.float64) for s in (u, d))
-            add_lower(self.gram, some_u.T, some_u.T, sign)
-            self.cross.addmm_(some_u.T, some_d, alpha=sign)
-
-
-def _sizes(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
-    """What the two sums can hold of these rows at most: sum |u|^2 and sum |u| |d|."""
-    total = torch.zeros(2, dtype=torch.float64)
-    for u, d in pairs:
-        lengths = u.double().norm(dim=1)
-        total += torch.stack([lengths.square().sum(), (lengths * d.double().norm(dim=1)).sum()])
-    return total
 
 
 def _named(request: EditRequest, place: int) -> str:

@@ -54,6 +54,10 @@ class Metric:
         """C of one weight's inputs, as ops.least_squares takes it."""
         return self._moment(name).spectrum()
 
+    def dense(self, name: str) -> torch.Tensor:
+        """C of one weight's inputs as a matrix; see :meth:`SecondMoment.dense`."""
+        return self._moment(name).dense()
+
     def errors(self) -> dict[str, float]:
         """Per weight |C - C_kept| / |C|: what ``protect_rank`` leaves out; 0 without it."""
         return {name: moment.error() for name, moment in self.moments.items()}

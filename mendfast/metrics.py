@@ -98,9 +98,10 @@ class Told(NamedTuple):
     """What a model makes of N (prompt, target) pairs with K target tokens in all, teacher-forced."""
 
     correct: torch.Tensor  # [N] bool: every target token is the first choice
-    logits: torch.Tensor  # [K, V] at the target tokens
+    logits: torch.Tensor  # [K, V] at the target tokens; [K, 0] where they were not asked for
     nll: torch.Tensor  # [K]
     sample: torch.Tensor  # [K] int64: the pair that each token belongs to
+    choice: torch.Tensor  # [K] int64: the first choice at each token
 
     def perplexity(self) -> float:
         """exp of the mean negative log-likelihood of a token."""
@@ -113,12 +114,16 @@ def perplexity(nll: torch.Tensor) -> float:
 
 
 @torch.no_grad()
-def tell(editor: EditableModel, pairs: Sequence[Pair], batch_size: int = 64) -> Told:
-    """Ask the model, as it is now, for each target; everything is on the model's device."""
+def tell(editor: EditableModel, pairs: Sequence[Pair], batch_size: int = 64, *, logits: bool = True) -> Told:
+    """Ask the model, as it is now, for each target; everything is on the model's device.
+
+    ``logits``: whether to keep them, which of many pairs are much.
+    """
     found: list[Told] = []
     for start in range(0, len(pairs), batch_size):
         batch = to_device(editor.tokenize(pairs[start : start + batch_size]), editor.device)
         rows, size = target_rows(editor.model, batch), len(batch["input_ids"])
         losses = ops.token_nll_rows(rows.logits, rows.labels)
-        found.append(Told(all_correct(rows, size), rows.logits, losses, rows.sample + start))
+        choice, kept = rows.logits.argmax(-1), rows.logits if logits else rows.logits.new_zeros(len(rows.logits), 0)
+        found.append(Told(all_correct(rows, size), kept, losses, rows.sample + start, choice))
     return Told(*(torch.cat(parts) for parts in zip(*found, strict=True)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from .ops import all_finite
+from .ops.least_squares import second_moment_matrix
 from .types import Spectrum
 
 OVERSAMPLE, ITERATIONS = 16, 12
@@ -31,6 +32,7 @@ class SecondMoment:
         self.count, self._trace = 0, 0.0  # _trace: of the sum
         self._sum: torch.Tensor | None = torch.zeros(m, m, device=device)
         self._spectrum: Spectrum | None = None
+        self._dense: torch.Tensor | None = None
         self._error = 0.0
 
     def __repr__(self) -> str:
@@ -44,6 +46,7 @@ class SecondMoment:
         """Move to ``device``, in place."""
         self._sum = None if self._sum is None else self._sum.to(device)
         self._spectrum = None if self._spectrum is None else self._spectrum.to(device)
+        self._dense = None if self._dense is None else self._dense.to(device)
         return self
 
     @torch.no_grad()
@@ -63,7 +66,8 @@ class SecondMoment:
         if trace > torch.finfo(torch.float32).max:
             raise ValueError(f"The inputs of a layer are so large that their squares add up to {trace:.1e}.")
         self._whole().addmm_(rows.T, rows)
-        self._trace, self.count, self._spectrum = trace, self.count + len(rows), None
+        self._trace, self.count = trace, self.count + len(rows)
+        self._spectrum = self._dense = None
 
     @torch.no_grad()
     def merge(self, other: SecondMoment) -> None:
@@ -75,7 +79,7 @@ class SecondMoment:
         self._whole().add_(other._whole().to(self.device))
         self._trace += other._trace
         self.count += other.count
-        self._spectrum = None
+        self._spectrum = self._dense = None
 
     def matrix(self) -> torch.Tensor:
         """C, [m, m] float32; of a second moment of low rank that was read from a file, what the file keeps of it."""
@@ -97,6 +101,20 @@ class SecondMoment:
             values, vectors, rest, self._error = _leading(self.matrix(), self.rank, self.trace())
             self._spectrum = Spectrum(values.float().double(), vectors.float().double(), rest.float().double())
         return self._spectrum
+
+    @torch.no_grad()
+    def dense(self) -> torch.Tensor:
+        """C as :meth:`spectrum` has it, [m, m] float64, of which the lower triangle is right.
+
+        Kept unless it is of low rank, which makes it cheap: from all m vectors it takes as long as the factorisation of
+        a matrix of its size several times over.
+        """
+        if self._dense is not None:
+            return self._dense
+        found = second_moment_matrix(self.spectrum())
+        if self.rank is None:
+            self._dense = found
+        return found
 
     def error(self) -> float:
         """What low rank leaves out: |C - C_kept| / |C|, Frobenius norms."""
@@ -157,6 +175,7 @@ class SecondMoment:
         moment = cls.__new__(cls)
         moment.m, moment.rank, moment.count = numbers["m"], numbers["rank"], numbers["count"]
         moment._trace, moment._error, moment._sum = numbers["trace"], numbers["error"], None
+        moment._dense = None
         moment._spectrum = Spectrum(*(tensors[name].double() for name in Spectrum._fields))
         values, vectors, rest = moment._spectrum
         if vectors.dim() != 2 or len(vectors) != moment.m or values.shape != vectors.shape[1:] or rest.shape != ():

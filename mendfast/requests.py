@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
-from .edit import EditRequest
 from .labels import check_text
 from .schema import shown, some
 
@@ -14,6 +13,13 @@ FORMS = (
     '{"prompt": "{} was born in", "subject": ..., "target_new": {"str": ...}} as ROME has it'
 )
 _TARGETS = ("target_new", "target")
+
+
+class EditRequest(NamedTuple):
+    """What a model is asked, and what it should answer."""
+
+    prompt: str
+    target: str
 
 
 def as_requests(prompt: Any, target: str | None = None) -> list[EditRequest]:

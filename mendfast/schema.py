@@ -73,7 +73,6 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
-DECODER = json.JSONDecoder(parse_int=_integer)
 _STRICT = json.JSONDecoder(parse_int=_integer, object_pairs_hook=_object)
 
 
@@ -189,8 +188,10 @@ def _number(name: str, value: Any, kind: type, rules: Mapping[str, Any]) -> Any:
         value = kind(value)
     except OverflowError:
         raise ValueError(f"{name} is {shown(value)}; it must be a number that a float holds.") from None
-    if not math.isfinite(value):
+    if kind is float and not math.isfinite(value):
         raise ValueError(f"{name} is {shown(value)}; it must be finite.")
+    if kind is int and value.bit_length() > 128:
+        raise ValueError(f"{name} is {shown(value)}; it must be a number of at most 128 bits.")
     least, most = rules.get("least"), rules.get("most")
     if least is not None and value < least:
         raise ValueError(f"{name} is {shown(value)}; it must be at least {least}.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -34,7 +35,8 @@ def run(call: Callable[[], object], files: tuple[str, ...], at: int | None = Non
                 raise Interrupt
         return local_trace
 
-    before = sys.gettrace()
+    before, collecting = sys.gettrace(), gc.isenabled()
+    gc.disable()  # lines of a generator that is collected meanwhile are not of the call, nor is what they raise
     sys.settrace(global_trace)
     try:
         call()
@@ -42,4 +44,6 @@ def run(call: Callable[[], object], files: tuple[str, ...], at: int | None = Non
         return count, True
     finally:
         sys.settrace(before)
+        if collecting:
+            gc.enable()
     return count, False

@@ -127,8 +127,15 @@ def test_large_groups_get_one_text_for_each_edit():
 
 
 def test_forms_without_a_share_are_refused():
-    with pytest.raises(ValueError, match="share above 0"):
+    with pytest.raises(ValueError, match="forms .* share above 0"):
         FormSampler(FactSampler(items()), forms={"chat": 0.0})
+    with pytest.raises(ValueError, match="inner .* share above 0"):
+        FormSampler(FactSampler(items()), forms={"chat": 1}, inner={})
+
+
+def test_what_is_edited_may_have_forms_of_its_own():
+    draw = FormSampler(FactSampler(items()), forms={"chat": 0.5, "plain": 0.5}, inner={"chat": 1}).draw(0, 30)
+    assert {ask.form for ask in draw.inner} == {"chat"} and {ask.form for ask in draw.outer} == {"chat", "plain"}
 
 
 # -- calibration ---------------------------------------------------------------------------------------------

@@ -121,7 +121,7 @@ def test_interactive(tmp_path):
         (["edit", "--prompt", "Who?"], "Pass both --prompt and --target"),
         (["edit", "--prompt", "Who?", "--target", "  "], "The target is '  '"),
         (["edit", "--prompt", "word " * 200, "--target", "Oslo"], "the limit is 64"),
-        (["edit", "--model", "nowhere"], "Pass both --model and --editor"),
+        (["edit", "--editor", "nowhere"], "Pass both --model and --editor"),
         (["edit", "--model", "./nowhere", "--editor", "x"], "is no model here"),
         (["demo", "--assets", "nowhere"], "mendfast demo --retrain"),
         (["train", "--data", "nowhere.tsv", "--output", "x"], "nowhere.tsv"),

@@ -62,6 +62,13 @@ MODEL = ["--model", "here", "--editor", "there"]
         ([*TRAIN, "--seed", str(2**64)], "seed is 18446744073709551616; it must be from 0"),
         ([*TRAIN, "--joint", "0"], "joint is [0]"),
         ([*TRAIN, "--accumulate", "3"], "use a batch_size that is a multiple of 3"),
+        ([*TRAIN, "--batch-size", "1000000000000"], "batch_size is 1000000000000; it must be at most 65536"),
+        ([*TRAIN, "--joint", "1", "1000000000000"], "joint[1] is 1000000000000; it must be at most 65536"),
+        ([*TRAIN, "--validation-size", "1000000000000"], "validation_size is 1000000000000; it must be at most"),
+        ([*TRAIN, "--warmup", "9" * 400], "warmup is an integer of 1,329 bits; it must be a number of at most 128"),
+        ([*TRAIN, "--base-width", "16384", "--base-depth", "1024"], "parameters, and 4,294,967,296 is the limit"),
+        ([*TRAIN, "--checkpoint-minutes", "inf"], "checkpoint_minutes is inf; it must be finite"),
+        ([*EVAL, "--table", "batched", "--sizes", "1000000000000"], "sizes[0] is 1000000000000; it must be at most"),
         ([*TRAIN, "--layers", "a", "a"], "layers names a more than once"),
         ([*TRAIN, "--dtype", "float8"], "--dtype: invalid choice: 'float8'"),
         ([*EVAL, "--unrelated", "-1"], "unrelated is -1"),
@@ -84,6 +91,8 @@ MODEL = ["--model", "here", "--editor", "there"]
         ([*EVAL, *MODEL, "--device", "meta"], "none here that holds numbers"),
         ([*EVAL, *MODEL, "--device", "cuda:99"], "--device is cuda:99, and there"),
         ([*EVAL, "--sizes", "2"], "--sizes are of the table batched, and --table is systems"),
+        ([*EVAL, "--sequences", "2"], "--sequences are of the table sequential, and --table is systems"),
+        ([*EVAL, "--table", "sequential", "--systems", "malmen"], "malmen must be trained first; pass --train-data"),
         (["edit", "--out", "x"], "--out and --ask go with --prompt and --target"),
         # --option, before any model is loaded
         ([*EVAL, *MODEL, "--option", "garbage"], "--option 'garbage' is not SYSTEM.NAME=VALUE"),
@@ -93,6 +102,7 @@ MODEL = ["--model", "here", "--editor", "there"]
         ([*EVAL, *MODEL, "--option", "enn.first_order=1"], "the value must be true or false"),
         ([*EVAL, *MODEL, "--option", f"ft.max_steps={'9' * 5000}"], "the value is no number"),
         (["editors", "--data", "x"], "--data goes with --build MODEL"),
+        (["editors", "--restart"], "--restart goes with --build MODEL"),
         (["editors", "--build", "smollm2"], "--build needs --output DIR"),
         (["editors", "--device", "cpu"], "--device says how --build is loaded, and no --build is given"),
         (["editors", "--build", "m", "--output", "out", "--device", "gpu"], "--device is 'gpu'; name cpu, cuda"),
@@ -230,6 +240,13 @@ def test_figures_larger_than_files_may_be(monkeypatch, capsys):
         (OSError(errno.EROFS, "Read-only", "/a/b"), "'/a/b' is on a read-only file system; name a path elsewhere."),
         (OSError(errno.EIO, "Input/output error", "/a/b"), "'/a/b': Input/output error"),
         (OSError(errno.EIO, "Input/output error"), "Input/output error"),
+        (FileExistsError(errno.EEXIST, "File exists", "/a/b"), "'/a/b' is there already, as a file; name"),
+        (OSError(errno.ENOTEMPTY, "Not empty", "/a", None, "/b"), "'/b' is a directory that is not empty; name"),
+        (OSError(errno.EXDEV, "Cross-device link", "/a", None, "/b"), "'/a' is on another file system"),
+        (ModuleNotFoundError("No module named 'peft.x'", name="peft.x"), "This needs the package peft, which is not"),
+        (ImportError("cannot import name 'f'", name="peft"), "The package peft is installed and can't be used (cannot"),
+        (ImportError("reading needs gguf: pip install gguf", name="gguf"), "reading needs gguf: pip install gguf"),
+        (ImportError(), "A package is missing; mendfast doctor shows"),
         (OSError("the Hub\n  is away"), "the Hub is away"),
         (IsADirectoryError(errno.EISDIR, "Is a directory", b"/a"), "'/a' is a directory, where a file is needed"),
         (MemoryError(), "There is not enough memory; take smaller batches"),
@@ -242,6 +259,15 @@ def test_figures_larger_than_files_may_be(monkeypatch, capsys):
 def test_sentences(error, says):
     said = failures.sentence(error)
     assert says in said and "\n" not in said and len(said) <= failures.LONGEST
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
+def test_output_that_can_not_be_written_is_a_sentence():
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "mendfast", "editors"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "mendfast editors: There is no space left on the disk; make room, or write elsewhere.\n"
 
 
 @pytest.mark.parametrize("damage", ["cut", "garbage", "no tokenizer", "config of another shape", "config is a list"])

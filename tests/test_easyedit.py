@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import warnings
+from itertools import product
 
 import pytest
 import torch
-from make_qa import ANSWERS, WORDINGS
+from make_qa import ANSWERS, FIRST, LAST, WORDINGS
 
 from mendfast import MendConfig, MendEditor
 from mendfast.base_model import small_gpt2, train_tokenizer
@@ -153,6 +154,32 @@ def test_each_alone_and_one_after_another(base, editor):
     assert same(copy.values(), both)  # what stays stays
     editor.edit(PROMPTS[0], TARGETS[0], sequential_edit=True, verbose=False)
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(edited(base[1]), both, strict=True))
+
+
+def test_twenty_sequential_edits_survive(base, tmp_path):
+    """Of the sum of so many edits the model makes nothing; a memory that solves for all of them at once keeps each."""
+    place, model, tokenizer = base
+    config = MendConfig(
+        layers=LAYERS[1:], rank=8, chat=False, step_size=10.0, aggregation="least_squares", ridge=1e-6, protection=1e-3
+    )
+    maker = MendEditor.from_model(model, tokenizer, config)
+    maker.protect(["When was Carl Olsen born?"])
+    maker.save_pretrained(tmp_path / "editor")
+    people, kinds = list(product(FIRST, LAST))[::3], list(WORDINGS)[:3]
+    prompts = [WORDINGS[kinds[i % 3]][0].format(" ".join(people[i])) for i in range(20)]
+    targets = [ANSWERS[kinds[i % 3]][i % 6] for i in range(20)]
+    before = edited(model)
+    editor = BaseEditor.from_hparams(settings(base, tmp_path / "editor"))
+    for half in (slice(0, 10), slice(10, 20)):  # over calls too
+        metrics, _, _ = editor.edit(prompts[half], targets[half], sequential_edit=True, verbose=False)
+        assert all(m["post"]["rewrite_acc"] == [1.0] for m in metrics)
+    edits = list(zip(prompts, targets, strict=True))
+    assert len(editor.memory) == 20 and correct(editor.editor, edits).all()
+    editor.memory.remove(*prompts)
+    editor.edit("Who?", "judge", sequential_edit=True, verbose=False)
+    editor.memory.remove("Who?")
+    editor._put(editor.memory.edit())
+    assert same(edited(model), before)
 
 
 def test_weights_written_back_by_the_caller(base, editor):

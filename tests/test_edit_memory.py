@@ -12,6 +12,7 @@ from conftest import make_model
 from interrupts import run
 from test_editor import same_bits, state
 
+import mendfast.memory as memory_module
 from mendfast import EditMemory, MendConfig, MendEditor, revert_all
 from mendfast.ledger import ledger_of, settle
 from mendfast.memory_file import journal_of, key_of
@@ -141,6 +142,22 @@ def test_the_edit_stops_growing(editor, all_300):
         u, delta, _ = all_300.edit().factors[layer.name]
         rows = sum(len(record.rows[layer.name][0]) for record in all_300._records.values())
         assert rows > layer.m and len(u) == len(delta) == min(layer.m, layer.n)
+
+
+def test_one_more_takes_one_more_s_rows(editor, all_300, monkeypatch):
+    """Of what is kept nothing is made again: not M, nor the sums of the rows that were there."""
+    *rest, last = all_300.keys()
+    memory = of(all_300, {key: all_300._records[key] for key in rest})
+    memory.edit()
+    entered = []
+    add_lower, metric_matrix = memory_module.add_lower, memory_module.metric_matrix
+    monkeypatch.setattr(
+        memory_module, "add_lower", lambda h, a, *rest: entered.append(a.shape[1]) or add_lower(h, a, *rest)
+    )
+    monkeypatch.setattr(memory_module, "metric_matrix", lambda *args: entered.append("M") or metric_matrix(*args))
+    memory._take({last: all_300._records[last]})
+    assert close(memory.edit(), all_300.edit(), 1e-6)
+    assert entered == [len(all_300._records[last].rows[layer.name][0]) for layer in editor.layers]
 
 
 def test_sums_follow_a_record_far_larger_than_the_others(editor, all_300):

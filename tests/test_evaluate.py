@@ -178,7 +178,7 @@ def test_a_killed_command_goes_on(editor, tokenizer, tmp_path):
 
 def test_simultaneous_edits(editor, data, tmp_path):
     out = tmp_path / "out"
-    result = run(editor, data, "--table", "batched", "--sizes", 1, 3, 50, "--output", out)
+    result = run(editor, data, "--table", "batched", "--systems", "mend", "ft", "--sizes", 1, 3, 50, "--output", out)
     assert [(row["system"], row["k"], row["measured"]) for row in result["rows"]] == [
         ("mend", 1, 7), ("ft", 1, 7), ("mend", 3, 2), ("ft", 3, 2),
     ]  # fmt: skip
@@ -305,7 +305,7 @@ def test_claims_and_running_text(editor, tmp_path):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--systems", "rome"], "System 'rome' is unknown; choose from"),
+        (["--systems", "roma"], "System 'roma' is unknown; choose from"),
         (["--systems", "ft", "enn"], "enn must be trained first; pass --train-data"),
         (["--table", "variants"], "mend_no_sharing.*must be trained first"),
         (["--option", "steps=3"], "is not SYSTEM.NAME=VALUE"),

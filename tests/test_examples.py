@@ -14,7 +14,10 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 SAYS = {
     "compare_systems": "untrained editor",
     "edit_a_model": "Nairobi      -> Oslo",
+    "from_easyedit": "2 sequential edits are left",
+    "knowledge_base": "What is the capital of Kenya? -> Lima",
     "many_edits": "least squares",
+    "serve_an_edit": "vllm serve",
     "train_on_your_facts": "validation: edit success",
 }
 

@@ -10,9 +10,13 @@ import pytest
 import torch
 from conftest import make_batch, make_model
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
-from mendfast import Edit, MendConfig, MendEditor
+from mendfast import Edit, MendConfig, MendEditor, editors
 from mendfast.choice import find_layers
+from mendfast.cli import main
+from mendfast.commands.loading import shipped_for
+from mendfast.demo.build import ASSETS
 from mendfast.fingerprint import SAMPLES, Fingerprint, fingerprint_of
 
 CONFIG = MendConfig(rank=4, step_size=0.05)
@@ -170,3 +174,19 @@ def test_more_tokens_make_no_other_model():
 def test_a_damaged_fingerprint_gets_a_sentence(text):
     with pytest.raises(ValueError, match="file: the fingerprint of its base model is"):
         Fingerprint.from_json(text, "file")
+
+
+def test_the_editor_that_ships_is_found_by_the_models_weights(tmp_path, monkeypatch, capsys):
+    """Whatever the model is called, and not for another of its shape."""
+    monkeypatch.setattr(editors, "HERE", tmp_path / "editors")
+    model = make_model("llama")
+    assert shipped_for(model) is None
+    MendEditor.from_model(make_model("gpt2"), None, CONFIG).save_pretrained(editors.HERE / "another")
+    MendEditor.from_model(model, None, CONFIG).save_pretrained(editors.HERE / "fits")
+    assert shipped_for(copy.deepcopy(model).bfloat16()) == "fits"
+    assert shipped_for(tuned(model, 0.01)) is None
+    tuned(model, 0.01).save_pretrained(tmp_path / "tuned")
+    AutoTokenizer.from_pretrained(ASSETS / "model").save_pretrained(tmp_path / "tuned")
+    assert main(["edit", "--model", str(tmp_path / "tuned"), "--prompt", "Who?", "--target", "Me"]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "No editor ships for" in said and "another, fits" in said and "--editor" in said

@@ -1,3 +1,5 @@
+import importlib
+
 import mpmath
 import pytest
 import torch
@@ -5,9 +7,10 @@ from op_cases import double, error, poisoned, tolerance  # noqa: F401
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mendfast import ops, reference
-from mendfast.ops.least_squares import _bwd, _fwd, fewer_by_rows, scales_of
+from mendfast.ops.least_squares import _bwd, _fwd, change_by_rows, fewer_by_rows, scales_of, second_moment_matrix
 from mendfast.types import Spectrum
 
+MODULE = importlib.import_module("mendfast.ops.least_squares")  # the attribute of this name is the function
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 SHAPES = {  # T, m, n, k
@@ -235,6 +238,53 @@ def test_sums_over_the_rows_are_enough(name):
     assert error(change(factors), change(ops.least_squares(u, d, spectrum, lam, mu))) <= 1e-6
 
 
+WIDE = {  # T, m, n, k; more rows than outputs, except where none are
+    "few rows": (4, 13, 9, 13),
+    "between": (11, 23, 5, 23),
+    "few outputs": (7, 40, 2, 40),
+    "many rows": (60, 23, 5, 23),
+    "low rank": (11, 23, 5, 4),
+    "low rank, many rows": (60, 23, 5, 4),
+    "a multiple of the identity": (11, 23, 5, 0),
+}
+
+
+@pytest.mark.parametrize("by_rows", [True, False])
+@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.parametrize("name", WIDE)
+def test_the_change_itself_is_that_of_the_factors(name, kept, by_rows, monkeypatch):
+    """Rows that are more than the outputs come back as the change, from both forms, with C given or made."""
+    monkeypatch.setattr(MODULE, "change_by_rows", lambda *_: by_rows)
+    u, d, spectrum, lam, mu = case(WIDE[name])
+    dense = (lambda: second_moment_matrix(spectrum)) if kept else None
+    keys, delta = ops.least_squares_change(u, d, spectrum, lam, mu, dense=dense)
+    assert len(keys) == len(delta) == min(len(u), d.shape[1])
+    assert keys.dtype == delta.dtype == torch.float32 and keys.is_contiguous()
+    expected = change(reference.least_squares(u.double(), double(d), spectrum, lam, mu))
+    assert error(change((keys, delta)), expected) <= tolerance(torch.float32, 1)
+
+
+@pytest.mark.parametrize("condition", [1e2, 1e8])
+@pytest.mark.parametrize("by_rows", [True, False])
+def test_the_change_is_rounded_once_at_every_condition(by_rows, condition, monkeypatch):
+    monkeypatch.setattr(MODULE, "change_by_rows", lambda *_: by_rows)
+    m, n, rows, lam, mu = 8, 3, 6, 1e-5, 1e-5
+    spectrum, generator = spectrum_of(m, m, decay=3.0), torch.Generator().manual_seed(0)
+    u = torch.randn(1, m, generator=generator) + 0.1 * torch.randn(rows, m, generator=generator)
+    d = torch.randn(rows, n, generator=generator)
+    whitened = u.double() @ spectrum.vectors / (lam * spectrum.trace() + mu * spectrum.values).sqrt()
+    u *= condition**0.5 / torch.linalg.matrix_norm(whitened, 2)
+    found = change(ops.least_squares_change(u, d, spectrum, lam, mu))
+    expected = exact_change(u, d, spectrum, lam, mu)
+    assert error(found, expected) <= torch.finfo(torch.float32).eps + 1e-14 * condition
+
+
+def test_the_change_s_form_is_chosen_by_counting():
+    """A T x T matrix for few rows; for a metric that is kept whole, the m x m one long before rows reach inputs."""
+    assert change_by_rows(400, 3072, 300, 3072, True) and not change_by_rows(1875, 3072, 768, 3072, True)
+    assert change_by_rows(1875, 3072, 768, 3072, False) and not change_by_rows(6000, 3072, 768, 3072, False)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_rows(dtype):
     u, d, spectrum, lam, mu = case(SHAPES["few rows"])
@@ -336,6 +386,14 @@ def bad(i, value):
 
 NAN = torch.full((4, 13), float("nan"))
 EMPTY = Spectrum(torch.zeros(13).double(), torch.eye(13).double(), torch.zeros(()).double())
+
+
+def test_the_change_of_bad_rows_is_refused():
+    u, d, spectrum, lam, mu = case(WIDE["between"])
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        ops.least_squares_change(torch.full_like(u, float("inf")), d, spectrum, lam, mu)
+    with pytest.raises(ValueError, match="mu is 0.0"):
+        ops.least_squares_change(u, d, spectrum, lam, 0.0)
 
 
 @pytest.mark.parametrize("backend", ["aten", "reference"])

@@ -209,6 +209,20 @@ class TestBytes:
         assert (tmp_path / "file").read_bytes() == b"one two"
 
 
+def test_a_file_that_is_overwritten_in_place_takes_no_process_with_it(tmp_path):
+    """Mapped, its tensors would lie beyond its end: the system ends the process that reads them (SIGBUS)."""
+    path = tmp_path / "edit.safetensors"
+    Edit({"a.weight": (torch.ones(64, 4096), torch.ones(64, 4096), 1.0)}).save(path)
+    edit = Edit.load(path)
+    reader = os.fork() if hasattr(os, "fork") else None
+    if reader == 0:
+        with path.open("r+b") as file:
+            file.truncate(16)
+        os._exit(int(edit.factors["a.weight"].u[-1, -1].item() != 1))
+    if reader:
+        assert os.waitpid(reader, 0)[1] == 0
+
+
 class TestCheckpoint:
     def made(self, path):
         editor = MendEditor.from_model(make_model("gpt2"), None, MendConfig(**SMALL))

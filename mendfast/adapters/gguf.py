@@ -8,22 +8,17 @@ the weight as llama.cpp holds it, [n, m], from the start.
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from ..files import _umask
+from ..files import atomic_path
 from ..layers import unwrapped
 from ..schema import shown, some
-from .lora import check_free, lora_of
-
-if TYPE_CHECKING:
-    from ..edit import Edit
+from .lora import Update, check_free, lora_of
 
 # Hugging Face's model_type -> the name of llama.cpp's architecture, where weights are taken over as they are, or
 # rearranged in a way that _rearranged knows.
@@ -45,7 +40,7 @@ class GgufExport(NamedTuple):
 
 
 def export_gguf_lora(
-    edit: Edit, path: str | Path, model: nn.Module, rank: int | None = None, *, overwrite: bool = False
+    edit: Update, path: str | Path, model: nn.Module, rank: int | None = None, *, overwrite: bool = False
 ) -> GgufExport:
     """Write an adapter that ``llama-cli -m base.gguf --lora path`` loads. Needs the package ``gguf``.
 
@@ -65,10 +60,7 @@ def export_gguf_lora(
     kind = getattr(getattr(bare, "config", None), "model_type", None)
     names = _names(gguf, bare, kind, list(lora.matrices))
     arranged = {module: _rearranged(bare.config, kind, module) for module in lora.matrices}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
+    with atomic_path(path) as temporary:
         writer = gguf.GGUFWriter(temporary, arch=gguf.MODEL_ARCH_NAMES[_architecture(gguf, kind)])
         writer.add_type(gguf.GGUFType.ADAPTER)
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
@@ -83,13 +75,6 @@ def export_gguf_lora(
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
     weights = {f"{module}.weight": name for module, name in names.items()}
     return GgufExport(path, lora.rank, lora.errors, weights)
 

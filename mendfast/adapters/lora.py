@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -14,10 +14,19 @@ from torch import nn
 from ..layers import Layer
 from ..schema import shown
 
-if TYPE_CHECKING:
-    from ..edit import Edit
-
 Pair = tuple[torch.Tensor, torch.Tensor]
+
+
+class Update(Protocol):
+    """What is exported; an :class:`mendfast.Edit` is one."""
+
+    @property
+    def factors(self) -> Mapping[str, Any]: ...  # weight -> (u [T, m], delta [T, n], alpha)
+
+    @property
+    def requests(self) -> Sequence[Any]: ...
+
+    def layers_of(self, model: nn.Module) -> list[Layer]: ...
 
 
 class Lora(NamedTuple):
@@ -31,7 +40,7 @@ class Lora(NamedTuple):
 
 
 @torch.no_grad()
-def lora_of(edit: Edit, model: nn.Module, rank: int | None = None) -> Lora:
+def lora_of(edit: Update, model: nn.Module, rank: int | None = None) -> Lora:
     """The edit's matrices on the CPU, float32, as many rows as the largest of them needs.
 
     Args:
@@ -46,7 +55,7 @@ def lora_of(edit: Edit, model: nn.Module, rank: int | None = None) -> Lora:
         raise ValueError(f"rank is {rank}; it must be at least 1, or None for the exact edit.")
     if not edit.factors:
         raise ValueError("This edit changes no weights; there is nothing to export.")
-    layers = edit._layers(model)
+    layers = edit.layers_of(model)
     matrices, errors = {}, {}
     for layer, factor in zip(layers, edit.factors.values(), strict=True):
         a = factor.u.detach().cpu().double()

@@ -16,7 +16,7 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,10 +25,7 @@ from torch import nn
 from ..files import atomic_write, read_json_bytes, write_tensors
 from ..layers import is_conv1d, unwrapped
 from ..schema import brief, check_object, check_real, parse_json, shown, some
-from .lora import lora_of, new_directory, padded
-
-if TYPE_CHECKING:
-    from ..edit import Edit
+from .lora import Update, lora_of, new_directory, padded
 
 log = logging.getLogger("mendfast")
 
@@ -59,7 +56,7 @@ class PeftExport(NamedTuple):
 
 
 def export_peft(
-    edit: Edit, directory: str | Path, model: nn.Module, rank: int | None = None, *, overwrite: bool = False
+    edit: Update, directory: str | Path, model: nn.Module, rank: int | None = None, *, overwrite: bool = False
 ) -> PeftExport:
     """Write a LoRA adapter that ``PeftModel.from_pretrained(model, directory)`` and vLLM load.
 

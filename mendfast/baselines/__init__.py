@@ -9,19 +9,43 @@ from torch import nn
 
 from ..config import MendConfig
 from .enn import EditableNetwork
-from .fine_tuning import FineTuning, FineTuningKL
+from .fine_tuning import FineTuning, FineTuningBreadthFirst, FineTuningKL, FineTuningOneLayer
+from .in_context import InContext
 from .knowledge_editor import KnowledgeEditor
-from .mend import Identity, Mend, NoIdentity, NoNormalisation, NoSharing, OnlyDelta, OnlySmaller, OnlyU
+from .lora import Lora
+from .mend import (
+    Identity,
+    Malmen,
+    Mend,
+    MendSum,
+    NoIdentity,
+    NoNormalisation,
+    NoSharing,
+    OnlyDelta,
+    OnlySmaller,
+    OnlyU,
+)
+from .rome import Memit, Rome
 from .system import System
+from .ultraedit import UltraEdit
 
 SYSTEMS: dict[str, type[System]] = {
     system.key: system
     for system in (
         FineTuning,
         FineTuningKL,
+        FineTuningOneLayer,
+        FineTuningBreadthFirst,
+        Lora,
+        InContext,
+        Rome,
+        Memit,
         EditableNetwork,
         KnowledgeEditor,
+        UltraEdit,
+        Malmen,
         Mend,
+        MendSum,
         Identity,
         NoSharing,
         NoNormalisation,
@@ -53,10 +77,19 @@ __all__ = [
     "SYSTEMS",
     "EditableNetwork",
     "FineTuning",
+    "FineTuningBreadthFirst",
     "FineTuningKL",
+    "FineTuningOneLayer",
     "Identity",
+    "InContext",
     "KnowledgeEditor",
+    "Lora",
+    "Malmen",
+    "Memit",
     "Mend",
+    "MendSum",
+    "Rome",
     "System",
+    "UltraEdit",
     "make_system",
 ]

@@ -14,10 +14,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .. import ops
 from ..capture import frozen
-from ..edit import EditRequest
 from ..editable import EditableModel
 from ..objective import Batch, all_correct, kept_rows, nll, per_sample_mean, target_rows, to_device
 from ..reference.token_nll import token_nll_rows
+from ..requests import EditRequest
 from ..training import TrainConfig
 from ..training.data import Draw
 from ..training.learner import LossPart
@@ -122,9 +122,7 @@ class EditableNetwork(Fitted):
         return total, {name: part.detach() for name, part in parts.items()}
 
     @torch.enable_grad()
-    def descend(
-        self, weights: dict[str, torch.Tensor], batch: Batch, *, create_graph: bool
-    ) -> dict[str, torch.Tensor]:
+    def descend(self, weights: dict[str, torch.Tensor], batch: Batch, *, create_graph: bool) -> dict[str, torch.Tensor]:
         """The weights after the steps; with ``create_graph`` differentiable in the first ones through the gradients."""
         size = len(batch["input_ids"])
         for rates in self.network.log_rates.exp():
@@ -139,15 +137,23 @@ class EditableNetwork(Fitted):
             }
         return weights
 
+    def _edited(self, requests: Sequence[EditRequest]) -> contextlib.AbstractContextManager:
+        return self._descended([requests])
+
+    def _edited_in_turn(self, requests: Sequence[EditRequest]) -> contextlib.AbstractContextManager:
+        return self._descended([[request] for request in requests])
+
     @contextlib.contextmanager
-    def _edited(self, requests: Sequence[EditRequest]) -> Iterator[None]:
-        batch = to_device(self.subject.tokenize(requests), self.subject.device)
+    def _descended(self, groups: Sequence[Sequence[EditRequest]]) -> Iterator[None]:
+        """One edit after the other, each by all requests of its group."""
         weights = {layer.name: layer.weight for layer in self.subject.layers}
-        with restored(list(weights.values())) as before:
-            leaves = {name: old.requires_grad_() for name, old in zip(weights, before, strict=True)}
-            with frozen(self.network):
-                edited = self.descend(leaves, batch, create_graph=False)
-            with torch.no_grad():
-                for name, weight in weights.items():
-                    weight.copy_(edited[name])
+        with restored(list(weights.values())):
+            for requests in groups:
+                batch = to_device(self.subject.tokenize(requests), self.subject.device)
+                leaves = {name: weight.detach().clone().requires_grad_() for name, weight in weights.items()}
+                with frozen(self.network):
+                    edited = self.descend(leaves, batch, create_graph=False)
+                with torch.no_grad():
+                    for name, weight in weights.items():
+                        weight.copy_(edited[name])
             yield

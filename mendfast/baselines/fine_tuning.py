@@ -1,4 +1,4 @@
-"""Fine-tuning on the edit example: the baselines FT and FT+KL of Mitchell et al. (2022, section 5)."""
+"""Fine-tuning on the edits: FT and FT+KL of Mitchell et al. (2022, section 5), one layer, and breadth first."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import json
 import random
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,18 +14,19 @@ from torch import nn
 
 from .. import ops
 from ..capture import frozen
-from ..edit import EditRequest
 from ..editable import EditableModel
 from ..files import atomic_write, read_json_bytes
+from ..layers import Layer
 from ..objective import kept_rows, nll, per_sample_mean, target_rows, to_device
+from ..requests import EditRequest
 from ..schema import parse_json, shown
 from ..training import Sampler, TrainConfig
-from .system import System, call, restored
+from .system import Untrained, call, restored
 
 MAX_STEPS = 100
 
 
-class FineTuning(System):
+class FineTuning(Untrained):
     """Adam on the matrices that ``subject`` edits, until every target token is the first choice.
 
     Args:
@@ -40,59 +42,153 @@ class FineTuning(System):
         self.learning_rate, self.max_steps = learning_rate, max_steps
         self.steps = 0  # of the last edit
 
-    def fit(
-        self,
-        sampler: Sampler,
-        config: TrainConfig,
-        *,
-        output: str | Path | None = None,
-        validation: Sampler | None = None,
-        progress: bool = True,
-    ) -> dict[str, float]:
-        """There is nothing to train."""
-        return {}
+    @property
+    def layers(self) -> list[Layer]:
+        """Those that are trained."""
+        return self.subject.layers
 
-    def parameter_count(self) -> int:
-        return 0
+    def _edited(self, requests: Sequence[EditRequest]) -> contextlib.AbstractContextManager:
+        return self._trained([requests])
 
-    def save(self, directory: str | Path) -> None:
-        """There is nothing to write."""
-
-    def load(self, directory: str | Path) -> None:
-        """There is nothing to read."""
+    def _edited_in_turn(self, requests: Sequence[EditRequest]) -> contextlib.AbstractContextManager:
+        return self._trained([[request] for request in requests])
 
     @contextlib.contextmanager
-    def _edited(self, requests: Sequence[EditRequest]) -> Iterator[None]:
-        weights = [layer.weight for layer in self.subject.layers]
+    def _trained(self, groups: Sequence[Sequence[EditRequest]]) -> Iterator[None]:
+        """Trained on one group of requests after the other."""
+        weights = [layer.weight for layer in self.layers]
         with restored(weights) as before:
-            self._train(weights, before, requests)
+            for requests in groups:
+                self._train(weights, before, requests)
             yield
 
-    def _train(
-        self, weights: list[nn.Parameter], before: list[torch.Tensor], requests: Sequence[EditRequest]
-    ) -> None:
+    def _train(self, weights: list[nn.Parameter], before: list[torch.Tensor], requests: Sequence[EditRequest]) -> None:
         model = self.subject.model
         batch = to_device(self.subject.tokenize(requests), self.subject.device)
-        optimizer = torch.optim.Adam(weights, lr=self.learning_rate)
-        with frozen(model), torch.enable_grad():
-            for weight in weights:
-                weight.requires_grad_(True)
+        with trainable(model, weights), torch.enable_grad():
+            optimizer = torch.optim.Adam(weights, lr=self.learning_rate)
             for step in range(self.max_steps + 1):
                 self.steps = step
                 rows = target_rows(model, batch)
                 if step == self.max_steps or bool((rows.logits.argmax(-1) == rows.labels).all()):
                     break
-                loss = nll(rows, len(requests)).mean() + self._penalty(step, before)
-                for weight, gradient in zip(weights, torch.autograd.grad(loss, weights), strict=True):
-                    weight.grad = gradient
-                optimizer.step()
-            for weight in weights:
-                weight.grad = None
-                weight.requires_grad_(False)
+                descend(optimizer, nll(rows, len(requests)).mean() + self._penalty(step, before))
 
     def _penalty(self, step: int, before: list[torch.Tensor]) -> torch.Tensor | float:
         """What is added to the loss, given the step and the unedited weights."""
         return 0.0
+
+
+class FineTuningOneLayer(FineTuning):
+    """Fine-tuning of one matrix alone.
+
+    Args:
+        subject, learning_rate, max_steps: see :class:`FineTuning`.
+        layer: which of ``subject.layers``, counted from 0, or from the last, -1.
+    """
+
+    key, name = "ft_one_layer", "FT, one layer"
+
+    def __init__(
+        self, subject: EditableModel, learning_rate: float = 1e-3, max_steps: int = MAX_STEPS, *, layer: int = -1
+    ):
+        super().__init__(subject, learning_rate, max_steps)
+        _check_layer(subject, layer)
+        self.layer = layer
+
+    @property
+    def layers(self) -> list[Layer]:
+        return [self.subject.layers[self.layer]]
+
+
+def _check_layer(subject: EditableModel, layer: int) -> None:
+    count = len(subject.layers)
+    if not -count <= layer < count:
+        raise ValueError(f"layer is {layer}, and there are {count} layers; pass {-count} to {count - 1}.")
+
+
+class FineTuningBreadthFirst(FineTuning):
+    """LocFT-BF (Yang et al. 2025, arXiv:2509.22072): epochs over all edits, and not one edit after the other.
+
+    Each epoch shuffles the edits into batches and takes a step of Adam on each whose loss is not below ``enough``;
+    it ends with the first epoch whose mean loss is. One matrix is trained, and targets end in the end token.
+
+    Args:
+        subject: see :class:`System`.
+        learning_rate: Adam's.
+        epochs: at most.
+        batch_size: edits in a batch.
+        enough: of the loss.
+        layer: see :class:`FineTuningOneLayer`.
+        seed: of the order.
+    """
+
+    key, name = "ft_breadth_first", "FT, breadth first"
+
+    def __init__(
+        self,
+        subject: EditableModel,
+        learning_rate: float = 5e-4,
+        *,
+        epochs: int = 25,
+        batch_size: int = 100,
+        enough: float = 1e-2,
+        layer: int = -1,
+        seed: int = 0,
+    ):
+        super().__init__(subject, learning_rate, epochs)
+        _check_layer(subject, layer)
+        self.epochs, self.batch_size, self.enough, self.layer, self.seed = epochs, batch_size, enough, layer, seed
+        ends = subject.kind == "causal" and getattr(subject.tokenizer, "eos_token_id", None) is not None
+        # what is asked afterwards goes on as before, so that the figures are those of the same questions
+        taught = replace(subject.config, append_eos=ends or subject.config.append_eos)
+        self._taught = EditableModel(subject.model, subject.tokenizer, taught)
+
+    @property
+    def layers(self) -> list[Layer]:
+        return [self.subject.layers[self.layer]]
+
+    def _edited_in_turn(self, requests: Sequence[EditRequest]) -> contextlib.AbstractContextManager:
+        return self._edited(requests)
+
+    def _train(self, weights: list[nn.Parameter], before: list[torch.Tensor], requests: Sequence[EditRequest]) -> None:
+        model, rng, order = self.subject.model, random.Random(self.seed), list(requests)
+        with trainable(model, weights), torch.enable_grad():
+            optimizer = torch.optim.Adam(weights, lr=self.learning_rate)
+            for epoch in range(self.epochs):
+                self.steps, total = epoch + 1, 0.0
+                rng.shuffle(order)
+                for start in range(0, len(order), self.batch_size):
+                    chosen = order[start : start + self.batch_size]
+                    batch = to_device(self._taught.tokenize(chosen), self.subject.device)
+                    loss = nll(target_rows(model, batch), len(chosen)).mean()
+                    total += loss.item() * len(chosen)
+                    if loss.item() >= self.enough:
+                        descend(optimizer, loss)
+                if total < self.enough * len(order):
+                    break
+
+
+@contextlib.contextmanager
+def trainable(model: nn.Module, weights: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Within the block these weights of the model, and no others, ask for gradients; afterwards they have none."""
+    with frozen(model):
+        try:
+            for weight in weights:
+                weight.requires_grad_(True)
+            yield
+        finally:
+            for weight in weights:
+                weight.grad = None
+                weight.requires_grad_(False)
+
+
+def descend(optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> None:
+    """One step of the optimizer, on its own parameters alone."""
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    for weight, gradient in zip(weights, torch.autograd.grad(loss, weights), strict=True):
+        weight.grad = gradient
+    optimizer.step()
 
 
 class FineTuningKL(FineTuning):
@@ -107,7 +203,7 @@ class FineTuningKL(FineTuning):
         batch_size: inputs in each step.
     """
 
-    key, name = "ft_kl", "FT+KL"
+    key, name, fitted = "ft_kl", "FT+KL", True
     FILE = "locality.json"
 
     def __init__(
@@ -164,6 +260,7 @@ class FineTuningKL(FineTuning):
         with torch.no_grad():
             base = call(self.subject.model, dict(zip(names, before, strict=True)), kept_rows, batch)
         rows = kept_rows(self.subject.model, batch)
-        return self.c_loc * per_sample_mean(
-            ops.kl_divergence_rows(base.logits, rows.logits), rows.sample, len(pairs)
-        ).mean()
+        return (
+            self.c_loc
+            * per_sample_mean(ops.kl_divergence_rows(base.logits, rows.logits), rows.sample, len(pairs)).mean()
+        )

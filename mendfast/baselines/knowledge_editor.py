@@ -13,11 +13,12 @@ from torch.nn.utils.parametrizations import weight_norm
 from torch.nn.utils.rnn import pack_sequence, pad_sequence
 
 from ..capture import Factors, frozen
-from ..edit import Edit, EditRequest
+from ..edit import Edit
 from ..editable import EditableModel
 from ..labels import pad_token_id
 from ..layers import Layer
 from ..objective import IGNORE, Batch, context_length, target_rows, to_device
+from ..requests import EditRequest
 from ..training import TrainConfig, meta_loss
 from ..training.data import Draw
 from ..training.learner import LossPart

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
 import torch
@@ -62,6 +62,10 @@ class Outcome:
     figures: dict[str, float]
     shown: list[tuple[str, str, str]]
     """Prompt, answer before, answer after."""
+    right: list[bool] = field(default_factory=list)
+    """Of each edit whether it is answered with all target tokens, teacher-forced."""
+    exact: list[bool] = field(default_factory=list)
+    """Of each edit whether the generated answer is the target, as in exact_match."""
 
 
 class Before:
@@ -98,7 +102,7 @@ class Before:
     def told(self, pairs: Sequence[Pair]) -> tuple[torch.Tensor, float]:
         """Whether each pair is answered right, teacher-forced ([N] float), and the perplexity of all their tokens."""
         if new := [pair for pair in dict.fromkeys(pairs) if pair not in self._told]:
-            found = tell(self.subject, new)
+            found = tell(self.subject, new, logits=False)
             for i, (pair, right) in enumerate(zip(new, found.correct.tolist(), strict=True)):
                 self._told[pair] = right, found.nll[found.sample == i].cpu()
         right, losses = zip(*(self._told[pair] for pair in pairs), strict=True)
@@ -130,6 +134,7 @@ def measure(
     premises: Sequence[tuple[str, bool]] = (),
     forms: Sequence[str] = (),
     max_new_tokens: int = 64,
+    in_turn: bool = False,
 ) -> Outcome:
     """Make one edit, or several simultaneous ones, ask, and take it back; :data:`FIGURES` says what comes out.
 
@@ -151,6 +156,7 @@ def measure(
         premises: questions of yes (True) or no, as :func:`mendfast.answers.truth_question` makes them.
         forms: other forms to ask the edits in, of :func:`other_forms`.
         max_new_tokens: of each answer; the same for all, whatever the target.
+        in_turn: make the edits one after the other, and ask after the last.
 
     Raises:
         ValueError: no requests; a ``before`` of another model; whatever the system's edit raises.
@@ -165,12 +171,14 @@ def measure(
     base = before.told(locality) if locality else None
     texts = before.texts()
     said = before.answers(show, max_new_tokens)
-    others = _Others(before, [prompt for prompt, _ in locality], near or {}, max_new_tokens) if generate else None
-    pairs = [*requests, *rephrasings, *portability]
+    others = None
+    if generate:
+        others = _Others(editor, before, [prompt for prompt, _ in locality], near or {}, max_new_tokens)
+    pairs, exact = [*requests, *rephrasings, *portability], []
     with contextlib.ExitStack() as stack:
         with PeakMemory(editor.device) as memory:
-            stack.enter_context(system.edit(requests))
-        told = tell(editor, pairs)
+            stack.enter_context(system.edit(requests, in_turn=True) if in_turn else system.edit(requests))
+        told = tell(editor, pairs, logits=False)
         asked = told.correct.float()
         figures = {
             "edit_success": asked[: n + r].mean().item(),
@@ -185,7 +193,7 @@ def measure(
         if memory.bytes is not None:
             figures["peak_bytes"] = memory.bytes
         if base is not None:
-            after = tell(editor, locality)
+            after = tell(editor, locality, logits=False)
             figures["drawdown"] = (base[0] - after.correct.float().cpu()).mean().item()
             figures["ppl_drawdown"] = after.perplexity() - base[1]
         if texts:
@@ -193,6 +201,7 @@ def measure(
         if generate:
             starts = _target_starts(editor, pairs, told)
             given = generate_answers(editor, [prompt for prompt, _ in pairs], max_new_tokens, starts=starts)
+            exact = [exact_match(a.text, target) for a, (_, target) in zip(given, requests, strict=False)]
             figures |= _spoken(given, pairs, n, r)
             for form in forms:
                 given = generate_answers(editor, [prompt for prompt, _ in requests], max_new_tokens, form)
@@ -204,7 +213,8 @@ def measure(
                 figures["premises"] = _mean(yes_or_no(a.text) is t for a, t in zip(given, truths, strict=True))
             figures |= others.figures([target for _, target in requests])
         now = answer(editor, show, max_new_tokens) if show else []
-    return Outcome(figures, [(p, b.text, a) for p, b, a in zip(show, said, now, strict=True)])
+    answers = [(p, b.text, a) for p, b, a in zip(show, said, now, strict=True)]
+    return Outcome(figures, answers, told.correct[:n].tolist(), exact)
 
 
 def other_forms(subject: EditableModel) -> tuple[str, ...]:
@@ -226,7 +236,7 @@ def _target_starts(subject: EditableModel, pairs: Sequence[Pair], told: Told) ->
     examples = [subject.encode(*pair) for pair in pairs]
     labels = [[label for label in example["labels"] if label != IGNORE] for example in examples]
     flat = torch.tensor([label for row in labels for label in row])
-    starts = agreed(told.logits.argmax(-1), flat, told.sample, len(pairs))
+    starts = agreed(told.choice, flat, told.sample, len(pairs))
     if subject.kind == "causal":
         for i, ((prompt, _), example, row) in enumerate(zip(pairs, examples, labels, strict=True)):
             # a target whose first token has merged with the prompt's last follows other tokens than the prompt's
@@ -271,11 +281,16 @@ class _Others:
     """Answers that an edit must leave alone: made before it, with the logits along them; :meth:`figures` after it."""
 
     def __init__(
-        self, before: Before, prompts: Sequence[str], near: Mapping[str, Sequence[str]], max_new_tokens: int
+        self,
+        subject: EditableModel,
+        before: Before,
+        prompts: Sequence[str],
+        near: Mapping[str, Sequence[str]],
+        max_new_tokens: int,
     ):
         if unknown := [kind for kind in near if f"unchanged_{kind}" not in FIGURES]:
             raise ValueError(f'near has the kind {unknown[0]!r}; use "relation" and "subject".')
-        self.subject, self.limit, self.n = before.subject, max_new_tokens, len(prompts)
+        self.subject, self.limit, self.n = subject, max_new_tokens, len(prompts)
         self.spans, self.prompts = {"": slice(0, len(prompts))}, list(prompts)
         for kind, more in near.items():
             self.spans[f"_{kind}"] = slice(len(self.prompts), len(self.prompts) + len(more))

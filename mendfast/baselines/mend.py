@@ -12,10 +12,14 @@ import torch
 from torch import nn
 
 from ..config import MendConfig
-from ..edit import EditRequest
 from ..editor import MendEditor
+from ..memory import EditMemory
+from ..metric import Metric
+from ..moments import SecondMoment
+from ..requests import EditRequest
 from ..training import Sampler, TrainConfig, Trainer
 from .system import System
+from .ultraedit import isotropic
 
 
 class Mend(System):
@@ -24,6 +28,13 @@ class Mend(System):
     key, name = "mend", "MEND"
     changes: ClassVar[Mapping[str, Any]] = {}
     """What sets a variant's configuration apart from the one it is given."""
+
+    subject: MendEditor
+
+    @classmethod
+    def of(cls, editor: MendEditor) -> Mend:
+        """The system of an editor that is there already."""
+        return cls(editor)
 
     @classmethod
     def make(cls, model: nn.Module, tokenizer: Any, config: MendConfig, **options: Any) -> System:
@@ -60,6 +71,50 @@ class Mend(System):
     def _edited(self, requests: Sequence[EditRequest]) -> contextlib.AbstractContextManager:
         return self.subject.edit(requests).attached(self.subject.model)
 
+    def _edited_in_turn(self, requests: Sequence[EditRequest]) -> contextlib.AbstractContextManager:
+        memory = EditMemory(self.subject)
+        memory.add(requests, progress=False)
+        return memory.attached()
+
+
+class MendSum(Mend):
+    """The same editor, its simultaneous edits summed (Mitchell et al. 2022, Algorithm 2)."""
+
+    key, name, changes, fitted = "mend_sum", "MEND, summed", {"aggregation": "sum"}, False
+
+    @classmethod
+    def of(cls, editor: MendEditor) -> Mend:
+        """``editor``'s own networks and step sizes, under the other aggregation."""
+        summed = MendEditor(editor.model, editor.tokenizer, replace(editor.config, **cls.changes))
+        summed.networks, summed.alpha_multiplier = editor.networks, editor.alpha_multiplier
+        return cls(summed.eval())
+
+
+class Malmen(Mend):
+    """MALMEN (Tan et al., ICLR 2024): least squares under a ridge alone, ``(lambda I + U^T U)^-1 U^T D``.
+
+    Each layer's lambda is learned and starts at 1, as in their released code. It is MEND by least squares whose
+    protected inputs are isotropic, their weight mu so small that training can't move it.
+    """
+
+    key, name = "malmen", "MALMEN"
+    changes: ClassVar[Mapping[str, Any]] = {"aggregation": "least_squares", "ridge": 1.0, "protection": 1e-30}
+
+    @classmethod
+    def make(cls, model: nn.Module, tokenizer: Any, config: MendConfig, **options: Any) -> System:
+        system = super().make(model, tokenizer, replace(config, protect_rank=None), **options)
+        editor = system.subject
+        editor.protect_with(
+            Metric({layer.name: _isotropic(layer.m, editor.device) for layer in editor.layers}, model.config.model_type)
+        )
+        return system
+
+
+def _isotropic(m: int, device: torch.device) -> SecondMoment:
+    """C = I / m, whose trace is 1, so that lambda tr(C) I = lambda I."""
+    numbers = {"m": m, "rank": None, "count": 1, "trace": 1.0, "error": 0.0}
+    return SecondMoment.from_state(isotropic(m, device)._asdict(), numbers)
+
 
 class NoSharing(Mend):
     key, name, changes = "mend_no_sharing", "MEND, no sharing", {"shared": False}
@@ -91,10 +146,14 @@ class Identity(Mend):
     Fitting observes the statistics that it normalises by, and trains nothing.
     """
 
-    key, name = "identity", "untrained editor"
+    key, name, fitted = "identity", "untrained editor", False
 
     BATCHES = 32
     """Batches of edits that the statistics are taken over, at most."""
+
+    @classmethod
+    def of(cls, editor: MendEditor) -> Mend:
+        return cls(editor.untrained())
 
     @torch.no_grad()
     def fit(

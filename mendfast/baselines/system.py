@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 from ..config import MendConfig
-from ..edit import EditRequest
 from ..editable import EditableModel
 from ..generation import answer
 from ..objective import Batch, Rows
+from ..requests import EditRequest
 from ..training import Sampler, TrainConfig
 
 
@@ -32,10 +32,13 @@ class System(ABC):
     """What it is asked for by, as in :data:`mendfast.baselines.SYSTEMS`."""
     name: ClassVar[str]
     """What tables print."""
+    fitted: ClassVar[bool] = True
+    """Whether it is of use only after :meth:`fit`, and so needs data to train on."""
 
     def __init__(self, subject: EditableModel):
         self.subject = subject
         self.seconds = 0.0  # of the last edit
+        self.subjects: dict[str, str] = {}  # of prompts, where the data names them; what each edit is about
 
     @classmethod
     def make(cls, model: nn.Module, tokenizer: Any, config: MendConfig, **options: Any) -> System:
@@ -71,11 +74,17 @@ class System(ABC):
     def load(self, directory: str | Path) -> None:
         """Take over what :meth:`save` wrote for a system of this kind and a model of the same shape."""
 
+    def prepare(self) -> None:  # noqa: B027
+        """Make, before the first edit, what all edits need; its time is no edit's."""
+
     # -- for each edit -------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def edit(self, requests: Sequence[tuple[str, str]]) -> Iterator[nn.Module]:
-        """Within the block ``subject.model`` is edited, by all ``requests`` at once; afterwards it has its old bits.
+    def edit(self, requests: Sequence[tuple[str, str]], *, in_turn: bool = False) -> Iterator[nn.Module]:
+        """Within the block ``subject.model`` is edited by all ``requests``; afterwards it has its old bits.
+
+        Args:
+            in_turn: one after the other, as they come over time, and not all at once.
 
         Raises:
             ValueError: no requests, or one that cannot be tokenised; see :meth:`mendfast.MendEditor.edit`.
@@ -83,15 +92,21 @@ class System(ABC):
         requests = [EditRequest(*request) for request in requests]
         if not requests:
             raise ValueError("edit was given no requests; pass at least one (prompt, target).")
+        self.prepare()
         with contextlib.ExitStack() as stack:
             started = self._clock()
-            stack.enter_context(self._edited(requests))
+            stack.enter_context((self._edited_in_turn if in_turn else self._edited)(requests))
             self.seconds = self._clock() - started
             yield self.subject.model
 
     @abstractmethod
     def _edited(self, requests: Sequence[EditRequest]) -> contextlib.AbstractContextManager:
         """Edits on entering, and undoes it on leaving."""
+
+    def _edited_in_turn(self, requests: Sequence[EditRequest]) -> contextlib.AbstractContextManager:
+        """The same for edits that come one after the other; by default what they make together, of a system that is
+        meant to be given all of them."""
+        return self._edited(requests)
 
     def predict(self, prompts: Sequence[str]) -> list[str]:
         """Greedy answers of ``subject.model`` as it is now."""
@@ -101,6 +116,33 @@ class System(ABC):
         if self.subject.device.type == "cuda":
             torch.cuda.synchronize(self.subject.device)
         return time.perf_counter()
+
+
+class Untrained(System):
+    """A system that has nothing to train, and nothing to keep."""
+
+    fitted = False
+
+    def fit(
+        self,
+        sampler: Sampler,
+        config: TrainConfig,
+        *,
+        output: str | Path | None = None,
+        validation: Sampler | None = None,
+        progress: bool = True,
+    ) -> dict[str, float]:
+        """There is nothing to train."""
+        return {}
+
+    def parameter_count(self) -> int:
+        return 0
+
+    def save(self, directory: str | Path) -> None:
+        """There is nothing to write."""
+
+    def load(self, directory: str | Path) -> None:
+        """There is nothing to read."""
 
 
 @contextlib.contextmanager

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -15,16 +16,43 @@ from ..files import atomic_directory, read_json_bytes
 from ..schema import brief, check_object, check_settings, parse_json
 from ..tasks.task import Task
 
-if TYPE_CHECKING:
-    from .train import TrainSettings
-
 PRETRAINED_RATE = 2e-4
 MADE = "made_by_mendfast.json"  # of what, beside the model
 _WHOLE = (("config.json",), ("model.safetensors", "model.safetensors.index.json"), ("tokenizer_config.json",))
 
 
-def base_model(task: Task, settings: TrainSettings, directory: Path, progress: bool = True) -> tuple[Any, Any]:
+@dataclass(kw_only=True)
+class BaseSettings:
+    """Which base model is made."""
+
+    base: str | None = field(
+        default=None, metadata={"help": "shape of that small model (the task's first)", "choices": tuple(SHAPES)}
+    )
+    base_from: str | None = field(
+        default=None, metadata={"help": "fine-tune this pretrained model on the data instead", "metavar": "MODEL"}
+    )
+    base_width: int = field(default=160, metadata={"help": "its width", "least": 1, "most": 1 << 14})
+    base_depth: int = field(default=4, metadata={"help": "its number of blocks", "least": 1, "most": 1 << 10})
+    base_vocabulary: int = field(default=4000, metadata={"help": "its number of tokens", "least": 1, "most": 1 << 20})
+    base_steps: int = field(default=2600, metadata={"help": "optimiser steps of its training", "least": 1})
+
+
+def base_model(
+    task: Task,
+    data: str,
+    settings: BaseSettings,
+    directory: Path,
+    *,
+    layers: list[str] | None,
+    seed: int,
+    limit: int | None = None,
+    progress: bool = True,
+) -> tuple[Any, Any]:
     """A small model that knows the task's data, or a pretrained one fine-tuned on it; made once per ``directory``.
+
+    Args:
+        data, limit: where ``task`` comes from, and how many facts of it.
+        layers: the weights that it is to have for editing; None: any.
 
     Raises:
         ValueError: a shape that can't serve the task, layers that it won't have, a directory with another model or
@@ -40,21 +68,20 @@ def base_model(task: Task, settings: TrainSettings, directory: Path, progress: b
         "t5": hf.AutoModelForSeq2SeqLM,
         "bert": hf.AutoModelForSequenceClassification,
     }[shape]
-    made = _made(settings, shape)
+    made = _made(settings, shape, {"task": task.key, "data": data, "limit": limit, "seed": seed})
     if _is_whole(directory, made):
         return _load(kind, directory)
-    seed = settings.training.seed
     options = {"steps": settings.base_steps, "seed": seed, "append_eos": task.ends, "progress": progress}
     if settings.base_from:
         model, tokenizer = _pretrained(kind, settings.base_from, shape, seed)
-        find_layers(model, settings.layers)
+        find_layers(model, layers)
         pairs = task.base_pairs()
         fit_base_model(model, tokenizer, pairs, learning_rate=PRETRAINED_RATE, matrix_rate=None, **options)
     else:
         size = {"width": settings.base_width, "depth": settings.base_depth}
         with torch.device("meta"):
             planned = SHAPES[shape][0](8, heads=max(1, settings.base_width // 32), **size)
-        find_layers(planned, settings.layers)
+        find_layers(planned, layers)
         model, tokenizer = make_base(shape, task.base_pairs(), vocabulary=settings.base_vocabulary, **size, **options)
     _remove_halves(directory)
     with atomic_directory(directory) as place:
@@ -64,11 +91,10 @@ def base_model(task: Task, settings: TrainSettings, directory: Path, progress: b
     return model, tokenizer
 
 
-def _made(settings: TrainSettings, shape: str) -> dict[str, Any]:
+def _made(settings: BaseSettings, shape: str, data: dict[str, Any]) -> dict[str, Any]:
     """What a base model is made of, as far as the options say."""
-    names = ("task", "data", "limit", "base_from", "base_steps")
     sizes = () if settings.base_from else ("base_width", "base_depth", "base_vocabulary")
-    return {"base": shape, "seed": settings.training.seed, **{n: getattr(settings, n) for n in (*names, *sizes)}}
+    return {"base": shape, **data, **{name: getattr(settings, name) for name in ("base_from", "base_steps", *sizes)}}
 
 
 def _is_whole(directory: Path, made: dict[str, Any]) -> bool:

@@ -118,7 +118,8 @@ def _requests(settings: EditSettings, editor: MendEditor, console: Console) -> t
     tell(problems, console)
     if not examples:
         raise ValueError(f"None of the edits in {settings.data} can be made; the first problem: {refused[0]}")
-    return [(example.prompt, example.target) for example in examples], [str(problem) for problem in problems]
+    requests = [(part.prompt, part.target) for example in examples for part in example.parts]
+    return requests, [str(problem) for problem in problems]
 
 
 def _shown(

@@ -12,16 +12,23 @@ import torch
 
 from .. import pretrained
 from ..config import MendConfig
+from ..editable import EditableModel
 from ..editor import MendEditor
 from ..editors import shipped
-from ..files import atomic_write
+from ..files import atomic_write, read_json_bytes
 from ..labels import chat_prompt, end_of_turn
 from ..metric import Metric
 from ..own_words import own_words
+from ..schema import check_object, check_settings, parse_json
 from ..tasks import world
 from ..tasks.load import load_task
+from ..tasks.sieve import fitting, sieve
 from ..training import FactSampler, FormSampler, Item, TrainConfig, Trainer
+from ..training.data import digest
+from ..training.learner import base_model_digest
+from ..training.lock import occupied
 from .console import make_console, plain
+from .evaluate import tell
 from .loading import LoadSettings, load_model
 from .outputs import check_directory
 
@@ -35,14 +42,14 @@ EDITOR = MendConfig(
     rank=128, scale_v=True, chat=True, aggregation="least_squares", protect_rank=128, ridge=1e-3, protection=30.0
 )
 TRAINING = TrainConfig(
-    steps=400,
+    steps=240,
     batch_size=8,
     joint=[1, 1, 1, 8, 8, 48],
-    learning_rate=8e-4,
-    alpha_learning_rate=1.5e-2,
+    learning_rate=1e-3,
+    alpha_learning_rate=2e-2,
     calibrate=True,
     warmup=10,
-    validate_every=120,
+    validate_every=80,
     validation_size=24,
     checkpoint_every=10,
     cache_bytes=3 << 30,
@@ -97,19 +104,47 @@ def build(
     text: str | None = None,
     editor: MendConfig = EDITOR,
     training: TrainConfig = TRAINING,
+    restart: bool = False,
 ) -> MendEditor:
-    """Train an editor for a chat model; an interrupted run goes on. What ships is then in ``output/best``."""
-    output, rng = Path(output), random.Random(training.seed)
-    output.mkdir(parents=True, exist_ok=True)
+    """Train an editor for a chat model; an interrupted run goes on. What ships is then in ``output/best``.
+
+    Args:
+        restart: start anew, whatever ``output`` holds.
+
+    Raises:
+        ValueError: what lies in ``output`` was made of another model, other data or with other settings.
+        Occupied: another training is at work there.
+    """
+    with occupied(output):
+        return _build(model, tokenizer, Path(output), data, text, editor, training, restart)
+
+
+def _build(
+    model: Any,
+    tokenizer: Any,
+    output: Path,
+    data: str | None,
+    text: str | None,
+    editor: MendConfig,
+    training: TrainConfig,
+    restart: bool,
+) -> MendEditor:
+    rng = random.Random(training.seed)
+    kept_metric, made_of = output / "metric.safetensors", output / "made_of.json"
+    if restart:
+        for path in (output / "own_words.json", kept_metric, made_of):
+            path.unlink(missing_ok=True)
+    _check_made_of(made_of, model, tokenizer, data, text, editor, training)
     own = conversations(model, tokenizer, output / "own_words.json", SAMPLED)
     running = pieces(text, 4 * SAMPLED + PROTECTED, rng) if text else []
-    items = facts(data, training.seed)
-    rng.shuffle(items)
     torch.manual_seed(training.seed)
     made = MendEditor.from_model(model, tokenizer, editor)
+    running, own = fitting(made, running), fitting(made, own)
+    items, problems = sieve(made, facts(data, training.seed), list(FORMS))
+    tell(problems, make_console())
+    rng.shuffle(items)
     questions = [(item.wordings[0], item.answer) for item in rng.sample(items, min(len(items), PROTECTED))]
     chosen = [*rng.sample(running, min(len(running), PROTECTED)), *own[:PROTECTED]]
-    kept_metric = output / "metric.safetensors"
     if kept_metric.is_file():
         made.protect_with(Metric.load(kept_metric))
     else:
@@ -117,13 +152,43 @@ def build(
     texts = [*running, *own, *own]
     held_out, kept = items[::20], [item for i, item in enumerate(items) if i % 20]
     samplers = [
-        FormSampler(FactSampler(part, neighbours=items, include_inner=0.4, seed=seed), forms=FORMS, texts=texts)
+        FormSampler(
+            FactSampler(part, neighbours=items, loc=2, include_inner=0.4, seed=seed),
+            forms=FORMS,
+            inner={"chat": 1.0},  # as the editor, which has ``chat``, will be asked
+            texts=texts,
+        )
         for part, seed in ((kept, training.seed), (held_out, training.seed + 1))
     ]
     trainer = Trainer(made, samplers[0], training, output=output, validation=samplers[1])
-    trainer.resume()
+    if restart:
+        trainer.restart()
+    else:
+        trainer.resume()
     trainer.run()
     return made
+
+
+def _check_made_of(
+    path: Path,
+    model: Any,
+    tokenizer: Any,
+    data: str | None,
+    text: str | None,
+    editor: MendConfig,
+    training: TrainConfig,
+) -> None:
+    """The model's words and the metric are kept beside the run: made of something else they would go into it unseen."""
+    subject = EditableModel(model, tokenizer, editor)
+    read = {name: digest(Path(file).read_bytes()) if file and Path(file).is_file() else file or ""
+            for name, file in (("data", data), ("text", text))}  # fmt: skip
+    now = {"base model": base_model_digest(subject), "seed": training.seed, "protect_rank": editor.protect_rank, **read}
+    if path.is_file():
+        before = check_object(parse_json(read_json_bytes(path), str(path)), str(path))
+        advice = "pass the same ones, another --output, or --restart (restart=True) to start anew in this one."
+        check_settings(f"The run in {path.parent} was begun", before, now, advice)
+    else:
+        atomic_write(path, json.dumps(now, indent=2).encode() + b"\n")
 
 
 @dataclass(kw_only=True)
@@ -139,12 +204,13 @@ class EditorsSettings(LoadSettings):
     data: str | None = field(default=None, metadata={"help": "for --build: questions and answers"})
     text: str | None = field(default=None, metadata={"help": "for --build: a file of running text", "metavar": "FILE"})
     output: str | None = field(default=None, metadata={"help": "for --build: where the run goes", "metavar": "DIR"})
+    restart: bool = field(default=False, metadata={"help": "for --build: start anew where --output holds a run"})
 
     def __post_init__(self) -> None:
         self.model = self.build
         super().__post_init__()
         if self.build is None:
-            if given := [name for name in ("data", "text", "output") if getattr(self, name) is not None]:
+            if given := [name for name in ("data", "text", "output", "restart") if getattr(self, name)]:
                 raise ValueError(f"--{given[0]} goes with --build MODEL; pass both, or neither to list what ships.")
             return
         if not self.output:
@@ -163,6 +229,6 @@ def editors(settings: EditorsSettings) -> dict[str, Any]:
             console.print(plain(name))
         return {"editors": names}
     model, tokenizer = load_model(settings)
-    build(model, tokenizer, settings.output, data=settings.data, text=settings.text)
+    build(model, tokenizer, settings.output, data=settings.data, text=settings.text, restart=settings.restart)
     console.print(plain(f"What ships is {Path(settings.output) / 'best'}"))
     return {"output": settings.output}

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from ..baselines.measure import FIGURES
@@ -35,8 +36,13 @@ COLUMNS = {
     "rephrase_exact_match": Column("exact, rephrased"),
     "contains": Column("contains"),
     "never_stopped": Column("never stopped"),
+    "exact_match_plain": Column("exact, plain"),
+    "exact_match_chat": Column("exact, chat"),
+    "exact_match_system": Column("exact, system"),
     "drawdown": Column("drawdown"),
     "unchanged": Column("unchanged"),
+    "unchanged_relation": Column("unchanged, relation"),
+    "unchanged_subject": Column("unchanged, subject"),
     "leaked": Column("leaked"),
     "first_choice_changed": Column("first choice changed"),
     "ppl_drawdown": Column("perplexity drawdown", form=".2g"),
@@ -45,8 +51,9 @@ COLUMNS = {
     "text_kl": Column("KL on text", form=".2g"),
     "portability": Column("portable"),
     "portability_exact_match": Column("portable, exact"),
+    "premises": Column("yes or no"),
     "already": Column("right before"),
-    "seconds": Column("ms", 1e3, ".0f"),
+    "seconds": Column("ms", 1e3, ",.0f"),
     "peak_bytes": Column("peak MiB", 2**-20, ",.0f"),
 }
 PUBLISHED = {
@@ -85,16 +92,25 @@ def _columns(result: dict[str, Any]) -> list[str]:
     return [name for name in COLUMNS if any(name in row["figures"] for row in result["rows"])]
 
 
+MANY = {"batched": "at once", "sequential": "in turn"}
+"""Tables of several edits, and what their number is called."""
+SHORT = {
+    "edit_success": "success", "efficacy": "kept", "generality": "rephr.", "exact_match": "exact", "drawdown": "drawd.",
+    "unchanged": "unch.", "ppl_drawdown": "ppl dd", "perplexity_rise": "ppl +", "seconds": "ms",
+}  # fmt: skip
+"""Titles in a terminal, so that a table fits 80 columns."""
+
+
 def _drawdown(result: dict[str, Any]) -> str:
     return "ppl_drawdown" if result["task"] == "generation" else "drawdown"
 
 
 def _cells(result: dict[str, Any], names: Sequence[str]) -> Iterator[list[str]]:
-    """A table's header, then its rows: system, edits at once where they differ, parameters, the named figures."""
-    batched = result["table"] == "batched"
-    yield ["system", *["at once"] * batched, "trained parameters", *(COLUMNS[name].title for name in names)]
+    """A table's header, then its rows: system, number of edits where it differs, parameters, the named figures."""
+    many = MANY.get(result["table"])
+    yield ["system", *[many] * bool(many), "trained parameters", *(COLUMNS[name].title for name in names)]
     for row in result["rows"]:
-        cells = [row["name"], *[str(row["k"])] * batched, f"{row['parameters']:,}"]
+        cells = [row["name"], *[str(row["k"])] * bool(many), f"{row['parameters']:,}"]
         yield cells + [_number(name, row["figures"].get(name, {}).get("mean")) for name in names]
 
 
@@ -113,14 +129,18 @@ def caption(result: dict[str, Any]) -> str:
 
 
 def console_table(result: dict[str, Any]) -> Table:
-    """The table for a terminal: the figures that systems are told apart by."""
-    names = ("edit_success", "generality", "exact_match", _drawdown(result), "unchanged", "seconds")
-    header, *rows = _cells(result, [name for name in names if name in _columns(result)])
-    table = Table(title=plain(caption(result)))
-    for i, title in enumerate(header):
+    """The table for a terminal of 80 columns: the figures that systems are told apart by."""
+    names = ["edit_success", "generality", "exact_match", _drawdown(result), "unchanged", "seconds"]
+    if result["table"] == "sequential":
+        names = ["efficacy", *names[1:5], "perplexity_rise", "seconds"]
+    names = [name for name in names if name in _columns(result)]
+    many = MANY.get(result["table"])
+    table = Table(box=SIMPLE_HEAD, padding=0)
+    for i, title in enumerate(["system", *[many] * bool(many), *(SHORT[name] for name in names)]):
         table.add_column(title, justify="right" if i else "left")
-    for row in rows:
-        table.add_row(*map(plain, row))
+    for cells in list(_cells(result, names))[1:]:
+        start = 1 + bool(many)
+        table.add_row(*map(plain, [*cells[:start], *cells[start + 1 :]]))  # without the parameters
     return table
 
 
@@ -130,6 +150,8 @@ def markdown(result: dict[str, Any]) -> str:
     lines = [caption(result), "", *_pipes(header, rows)]
     if published := _published(result):
         lines += ["", published[0], "", *_pipes(published[1], published[2])]
+    if old := _survival(result):
+        lines += ["", old[0], "", *_pipes(old[1], old[2])]
     return "\n".join(lines) + "\n"
 
 
@@ -146,6 +168,20 @@ def _published(result: dict[str, Any]) -> tuple[str, list[str], list[list[str]]]
     rows = [[names[key], *figures[key]] for key in names if key in figures]
     title = f"As published, on other data and a larger model ({where}: Mitchell et al. 2022, Table 4):"
     return (title, ["system", "edit success", drawdown], rows) if rows else None
+
+
+def _survival(result: dict[str, Any]) -> tuple[str, list[str], list[list[str]]] | None:
+    """How old edits fare, by system and length: a title, a header and rows; None where no edits came in turn."""
+    rows = [row for row in result["rows"] if row.get("survival")]
+    if not rows:
+        return None
+    ages = sorted({(part["from"], part["to"]) for row in rows for part in row["survival"]})
+    header = ["system", "in turn", *(str(low) if low == high else f"{low} to {high}" for low, high in ages)]
+    body = []
+    for row in rows:
+        found = {(part["from"], part["to"]): f"{part['mean']:.3f}" for part in row["survival"]}
+        body.append([row["name"], str(row["k"]), *(found.get(age, "") for age in ages)])
+    return "Edits still answered right at the end, by how many came after them:", header, body
 
 
 def comma_separated(result: dict[str, Any]) -> str:
@@ -166,27 +202,53 @@ def comma_separated(result: dict[str, Any]) -> str:
 
 
 def plot(result: dict[str, Any]) -> bytes:
-    """Edit success, generality and drawdown, with intervals: bars by system, or lines by edits at once."""
+    """Edit success, generality and drawdown, with intervals: bars by system, or lines by the number of edits; of edits
+    in turn also running text's perplexity and how old edits fare."""
     from matplotlib.figure import Figure
 
-    names = [name for name in ("edit_success", "generality", _drawdown(result)) if name in _columns(result)]
+    many, in_turn = MANY.get(result["table"]), result["table"] == "sequential"
+    wanted = ["edit_success", "generality", _drawdown(result)]
+    wanted = ["efficacy", _drawdown(result), "perplexity_rise"] if in_turn else wanted
+    names = [name for name in wanted if name in _columns(result)]
     systems = list(dict.fromkeys(row["name"] for row in result["rows"]))
-    batched = result["table"] == "batched"
-    figure = Figure(figsize=(11, 3.6 if batched else 1.4 + 0.32 * len(systems)), layout="constrained")
-    panels = figure.subplots(1, len(names), squeeze=False, sharey=not batched)[0]
-    for axis, name in zip(panels, names, strict=True):
-        (_lines if batched else _bars)(axis, result["rows"], systems, name)
+    count = len(names) + in_turn
+    figure = Figure(figsize=(3.7 * count, 3.6 if many else 1.4 + 0.32 * len(systems)), layout="constrained")
+    panels = figure.subplots(1, count, squeeze=False, sharey=not many)[0]
+    for axis, name in zip(panels, names, strict=False):
+        (_lines if many else _bars)(axis, result["rows"], systems, name)
         axis.set_title(COLUMNS[name].title)
-        axis.grid(alpha=0.3, axis="both" if batched else "x")
-        if batched and name in ("edit_success", "generality"):
+        axis.grid(alpha=0.3, axis="both" if many else "x")
+        if many:
+            axis.set_xlabel(f"edits {many}")
+        if many and name in ("edit_success", "efficacy", "generality"):
             axis.set_ylim(-0.03, 1.03)
         elif name in ("edit_success", "generality"):
             axis.set_xlim(0, 1.03)
-    if batched:
-        panels[0].legend()
+        elif name == "perplexity_rise":
+            axis.set_yscale("symlog")
+    if in_turn:
+        _ages(panels[-1], result["rows"], systems)
+    if many:
+        panels[0].legend(fontsize="small" if len(systems) > 5 else None)
     stream = io.BytesIO()
     figure.savefig(stream, format="png", dpi=120)
     return stream.getvalue()
+
+
+def _ages(axis: Any, rows: Sequence[dict[str, Any]], systems: list[str]) -> None:
+    """How old edits fare at the end of each system's longest sequence."""
+    longest = {row["name"]: row for row in sorted(rows, key=lambda row: row["k"]) if row.get("survival")}
+    ages = sorted({(part["from"], part["to"]) for row in longest.values() for part in row["survival"]})
+    for i, system in enumerate(systems):
+        if system in longest:
+            found = longest[system]["survival"]
+            below, above = zip(*map(_spread, found), strict=True)
+            places = [ages.index((part["from"], part["to"])) for part in found]
+            means = [part["mean"] for part in found]
+            axis.errorbar(places, means, [below, above], marker="os^dvx"[i % 6], label=system, capsize=2)
+    axis.set(xlabel="edits made since", title="still right at the end", ylim=(-0.03, 1.03))
+    axis.set_xticks(range(len(ages)), [str(low) if low == high else f"{low} to {high}" for low, high in ages])
+    axis.grid(alpha=0.3)
 
 
 def _spread(figure: dict[str, float]) -> tuple[float, float]:
@@ -212,7 +274,7 @@ def _lines(axis: Any, rows: Sequence[dict[str, Any]], systems: list[str], name: 
             means = [figure["mean"] for _, figure in found]
             axis.errorbar([k for k, _ in found], means, [below, above], marker="os^dvx"[i % 6], label=system, capsize=2)
     sizes = sorted({row["k"] for row in rows})
-    axis.set(xscale="log", xlabel="edits at once")
+    axis.set(xscale="log")
     axis.set_xticks(sizes, [str(size) for size in sizes])
     axis.minorticks_off()
 
@@ -250,6 +312,8 @@ def page(result: dict[str, Any], picture: bytes) -> str:
     if published := _published(result):
         title, header, rows = published
         parts.append(f'<h2>Published figures</h2><div class="note"><p>{_e(title)}</p>{_table(header, rows)}</div>')
+    if old := _survival(result):
+        parts.append(f'<h2>Old edits</h2><p>{_e(old[0])}</p><div class="scroll">{_table(old[1], old[2])}</div>')
     if result["problems"]:
         shown = "".join(f"<li>{_e(problem)}</li>" for problem in result["problems"][:20])
         parts.append(f"<h2>Data: {len(result['problems']):,} lines to look at</h2><ul>{shown}</ul>")

@@ -19,28 +19,38 @@ from rich.console import Console
 from tqdm import tqdm
 
 from ..baselines import SYSTEMS, System, make_system
+from ..baselines.fine_tuning import FineTuning
 from ..baselines.measure import Before, measure, summarise
-from ..baselines.mend import Identity, Mend
+from ..baselines.mend import Mend
 from ..editor import MendEditor
 from ..files import atomic_write, read_json_bytes
 from ..schema import check_object, check_settings, parse_json, shown
 from ..tasks.load import TASKS, load_task
 from ..tasks.records import Example, Problem
-from ..tasks.task import Known, Task, refusal, usable
+from ..tasks.task import usable
 from ..training import TrainConfig
+from ..training.config import MOST_EDITS
+from . import sequences
 from .console import make_console, text
 from .doctor import device_name
-from .eval_report import console_table, write_report
+from .eval_report import caption, console_table, write_report
 from .journal import Journal
 from .loading import EditorSettings, load_editor
 from .outputs import check_directory
+from .questions import Questions
 
 TABLES = {
     "systems": ("mend", "enn", "ke", "ft", "ft_kl", "identity"),
-    "variants": ("mend", *(key for key in SYSTEMS if key.startswith("mend_"))),
-    "batched": ("mend", "enn", "ft"),
-}
-SIZES = (1, 5, 25, 75, 125)
+    "variants": ("mend", *(key for key, system in SYSTEMS.items() if key.startswith("mend_") and system.fitted)),
+    "batched": (
+        "mend", "mend_sum", "malmen", "ultraedit", "ft", "ft_one_layer", "ft_breadth_first", "ft_kl", "enn",
+    ),
+    "sequential": (
+        "mend", "mend_sum", "malmen", "ultraedit", "ft", "ft_one_layer", "ft_breadth_first", "ft_kl", "enn",
+    ),
+}  # fmt: skip
+SIZES = {"batched": (1, 5, 25, 75, 125), "sequential": sequences.SIZES}
+SEQUENCES = 3
 SHOWN = 8  # edits whose answers before and after go into the report
 FITTED_WITH = (
     "steps", "batch_size", "joint", "learning_rate", "alpha_learning_rate", "c_edit", "validate_every", "patience",
@@ -69,8 +79,23 @@ class EvalSettings(EditorSettings):
     systems: list[str] | None = field(
         default=None, metadata={"help": "what to compare; default: the table's", "metavar": "KEY"}
     )
-    sizes: list[int] = field(
-        default_factory=lambda: list(SIZES), metadata={"help": "edits at once, of the table batched", "least": 1}
+    sizes: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "edits at once (batched: 1 5 25 75 125), or one after the other (sequential: 1 10 100 1000)",
+            "least": 1,
+            "most": MOST_EDITS,
+        },
+    )
+    sequences: int = field(
+        default=SEQUENCES, metadata={"help": "sequences of each size, of other edits, as far as they go", "least": 1}
+    )
+    text: str | None = field(
+        default=None,
+        metadata={
+            "help": "running text, a file or Hub name, whose perplexity an edit should not raise; default: none, "
+            "but of the table sequential the model's own words"
+        },
     )
     output: str | None = field(
         default=None, metadata={"help": "keep measured edits, trained systems and the report there", "metavar": "DIR"}
@@ -90,8 +115,15 @@ class EvalSettings(EditorSettings):
         super().__post_init__()
         self.training = replace(self.training, seed=self.seed)
         self.chosen_systems()
-        if self.table != "batched" and self.sizes != list(SIZES):
-            raise ValueError(f"--sizes are of the table batched, and --table is {self.table}; leave one of them out.")
+        if self.table not in SIZES and self.sizes is not None:
+            raise ValueError(
+                f"--sizes are of the table batched, and --table is {self.table}; take batched or sequential, or leave "
+                "--sizes out."
+            )
+        if self.table != "sequential" and self.sequences != SEQUENCES:
+            raise ValueError(
+                f"--sequences are of the table sequential, and --table is {self.table}; leave one of them out."
+            )
         for key in dict.fromkeys(_parsed(given)[0] for given in self.option):
             self.options_of(key)
         check_directory("--output", self.output)
@@ -109,9 +141,22 @@ class EvalSettings(EditorSettings):
             )
         return list(dict.fromkeys(kept)), missing
 
+    def sizes_for(self, examples: int) -> list[int]:
+        """How many edits at once, or in turn, are measured, where there are so many examples."""
+        wanted = self.sizes or SIZES.get(self.table, (1,))
+        if self.table == "sequential":
+            return sequences.sizes_for(wanted, examples)
+        if not (found := [size for size in wanted if size <= examples]):
+            raise ValueError(f"There are {examples} edits, fewer than --sizes {self.sizes}; pass smaller ones.")
+        return found
+
+    def groups(self, size: int, examples: int) -> int:
+        """How many groups of so many edits are measured."""
+        return min(examples // size, self.sequences) if self.table == "sequential" else examples // size
+
     def options_of(self, key: str) -> tuple[dict[str, Any], TrainConfig]:
         """What a system is made with, and trained by, --option included."""
-        made = {"learning_rate": self.fine_tuning_rate} if key in ("ft", "ft_kl") else {}
+        made = {"learning_rate": self.fine_tuning_rate} if issubclass(SYSTEMS[key], FineTuning) else {}
         accepted = _accepted(key)
         training = {f.name: f for f in fields(TrainConfig)}
         changed: dict[str, Any] = {}
@@ -131,7 +176,7 @@ class EvalSettings(EditorSettings):
     def in_common(self) -> dict[str, Any]:
         """What two parts of one evaluation must have in common."""
         names = ("table", "model", "editor", "dtype", "quantize", "revision", "data", "known", "limit", "unrelated")
-        names += ("seed", "train_data", "fine_tuning_rate", "option")
+        names += ("text", "seed", "train_data", "fine_tuning_rate", "option")
         trained = {name: getattr(self.training, name) for name in FITTED_WITH}
         return {"task": self.task, **{name: getattr(self, name) for name in names}, **trained}
 
@@ -196,15 +241,15 @@ def evaluate(editor: MendEditor, settings: EvalSettings) -> dict[str, Any]:
     tell(problems, console)
     if not examples:
         raise ValueError(f"The model can be asked none of the {len(task.examples)} edits; the first: {refused[0]}")
-    known = _known(editor, task, settings, read)
-    sizes = [size for size in (settings.sizes if settings.table == "batched" else (1,)) if size <= len(examples)]
-    if not sizes:
-        raise ValueError(f"There are {len(examples)} edits, fewer than --sizes {settings.sizes}; pass smaller ones.")
+    sizes = settings.sizes_for(len(examples))
+    own_text = settings.table == "sequential"
+    questions = Questions(editor, task, settings.known, settings.unrelated, settings.text, own_text, **read)
     fitting = _Fitting(editor, settings, read) if settings.train_data is not None else None
     journal = Journal(settings.output, settings.in_common())
     started = time.perf_counter()
+    before: Before | None = None
     for key in keys:
-        _evaluate_system(key, editor, fitting, journal, examples, known, sizes, settings)
+        before = _evaluate_system(key, editor, fitting, journal, examples, questions, sizes, settings, before)
     rows = [_row(journal, key, size, settings.seed) for size in sizes for key in keys]
     if not any(row["figures"] for row in rows):
         error = next((row["first_error"] for row in rows if row["first_error"]), None)
@@ -223,6 +268,7 @@ def evaluate(editor: MendEditor, settings: EvalSettings) -> dict[str, Any]:
         "rows": rows,
         "examples": journal.shown(keys, sizes[0]),
     }
+    console.print(text(caption(result)), soft_wrap=True)
     console.print(console_table(result))
     if settings.output:
         console.print(text(f"Report: {write_report(settings.output, result)}"))
@@ -231,7 +277,7 @@ def evaluate(editor: MendEditor, settings: EvalSettings) -> dict[str, Any]:
 
 def is_fitted(key: str, table: str) -> bool:
     """Whether the command trains the system. Among its variants MEND is trained as long as they are."""
-    return key not in ("ft", "identity") and (key != "mend" or table == "variants")
+    return SYSTEMS[key].fitted and (key != "mend" or table == "variants")
 
 
 def tell(problems: Sequence[Problem], console: Console) -> None:
@@ -241,17 +287,6 @@ def tell(problems: Sequence[Problem], console: Console) -> None:
     if len(problems) > 5:
         flagged = sum(problem.kept for problem in problems)
         console.print(f"[yellow]in all {len(problems) - flagged} problems, and {flagged} flagged and kept[/]")
-
-
-def _known(editor: MendEditor, task: Task, settings: EvalSettings, read: dict[str, Any]) -> list[Known]:
-    """What an edit must leave alone; empty where each example has its own."""
-    if settings.known:
-        found = load_task(settings.task, settings.known, **read).known()
-    elif any(answer for example in task.examples for _, answer in example.locality):
-        return []
-    else:
-        found = task.known()
-    return [item for item in found if not refusal(editor, item.prompt, item.answer)]
 
 
 def _environment(editor: MendEditor) -> dict[str, str]:
@@ -274,78 +309,83 @@ def _evaluate_system(
     fitting: _Fitting | None,
     journal: Journal,
     examples: Sequence[Example],
-    known: Sequence[Known],
+    questions: Questions,
     sizes: Sequence[int],
     settings: EvalSettings,
-) -> None:
-    groups = {size: len(examples) // size for size in sizes}
+    before: Before | None,
+) -> Before | None:
+    """Measure what the journal lacks; returns what is known of the unedited model, for the next system."""
+    groups = {size: settings.groups(size, len(examples)) for size in sizes}
     if journal.has_system(key) and all((key, k, i) in journal for k in sizes for i in range(groups[k])):
-        return
+        return before
     system = _prepare(key, editor, fitting, settings)
+    system.subjects = {example.prompt: example.subject for example in examples if example.subject}
     journal.add_system(system)
-    before = Before(system.subject)
+    if before is None or not before.serves(system.subject):
+        before = Before(system.subject, questions.texts())
+    in_turn = settings.table == "sequential"
     for size in sizes:
-        bar = tqdm(range(groups[size]), f"{system.name}, {size} at once" if size > 1 else system.name, disable=None)
+        many = f"{system.name}, {size} {'in turn' if in_turn else 'at once'}" if size > 1 else system.name
+        bar = tqdm(range(groups[size]), many, disable=None)
         for i in bar:
             if (key, size, i) not in journal:
-                group = examples[i * size : (i + 1) * size]
+                group = [part for example in examples[i * size : (i + 1) * size] for part in example.parts]
                 rng = random.Random(f"{settings.seed}:{size}:{i}")
+                asked = questions.after(group, rng, brief=in_turn)
                 show = i < SHOWN and size == sizes[0]
-                others = _locality(group, known, settings.unrelated, rng)
-                row = measure_group(system, group, others, show=show, before=before)
+                row = measure_group(system, group, asked, show=show, before=before, in_turn=in_turn)
                 journal.add({"system": key, "k": size, "group": i, **row})
             bar.set_postfix(journal.running(key, size))
+    return before
 
 
 def measure_group(
     system: System,
     group: Sequence[Example],
-    locality: Sequence[tuple[str, str]],
+    asked: dict[str, Any],
     *,
     show: bool = False,
     before: Before | None = None,
+    in_turn: bool = False,
 ) -> dict[str, Any]:
-    """One simultaneous edit by all of ``group`` as a line of the journal; an edit that fails is a line too."""
+    """One edit by all of ``group`` as a line of the journal; an edit that fails is a line too.
+
+    ``asked``: as :meth:`mendfast.commands.questions.Questions.after` gives it.
+    """
     first = group[0]
-    asked = [first.prompt, *first.rephrasings[:1], *(prompt for prompt, _ in locality[:1])]
+    asked = dict(asked)
+    others = [asked.pop(name) for name in ("rephrasings", "locality", "portability")]
+    shown = [first.prompt, *first.rephrasings[:1], *(prompt for prompt, _ in others[1][:1])]
     try:
         outcome = measure(
             system,
             [(example.prompt, example.target) for example in group],
-            [(wording, example.target) for example in group for wording in example.rephrasings],
-            locality,
-            [pair for example in group for pair in example.portability],
-            show=asked if show else (),
+            *others,
+            show=shown if show else (),
             before=before,
+            in_turn=in_turn,
+            **asked,
         )
     except (ValueError, RuntimeError, ArithmeticError) as error:  # of the data, of memory: not of the program
         return {"error": f"{type(error).__name__}: {error}"}
     # JSON has no NaN.
-    figures = {name: value if math.isfinite(value) else None for name, value in outcome.figures.items()}
-    kinds = ["edit", *["rephrasing"] * bool(first.rephrasings), "unrelated"]
-    shown = [(kind, *rest) for kind, rest in zip(kinds, outcome.shown, strict=False)]
-    return {"figures": figures, **({"shown": shown, "target": first.target} if show else {})}
-
-
-def _locality(
-    group: Sequence[Example], known: Sequence[Known], count: int, rng: random.Random
-) -> list[tuple[str, str]]:
-    if not known:
-        return [(prompt, answer) for example in group for prompt, answer in example.locality if answer]
-    prompts = {prompt for example in group for prompt in (example.prompt, *example.rephrasings)}
-    subjects = {example.subject for example in group} - {None}
-    drawn = rng.sample(range(len(known)), min(len(known), count + 8 * len(prompts)))
-    others = [known[i] for i in drawn if known[i].prompt not in prompts and known[i].subject not in subjects]
-    return [(item.prompt, item.answer) for item in others[:count]]
+    row: dict[str, Any] = {
+        "figures": {name: value if math.isfinite(value) else None for name, value in outcome.figures.items()}
+    }
+    if in_turn:
+        row |= {"right": list(map(int, outcome.right)), "exact": list(map(int, outcome.exact))}
+    if show:
+        kinds = ["edit", *["rephrasing"] * bool(first.rephrasings), "unrelated"]
+        row |= {"shown": [(kind, *rest) for kind, rest in zip(kinds, outcome.shown, strict=False)]}
+        row |= {"target": first.target}
+    return row
 
 
 def _prepare(key: str, editor: MendEditor, fitting: _Fitting | None, settings: EvalSettings) -> System:
     if is_fitted(key, settings.table):
         return fitting.system(key)
-    if key == "mend":
-        return Mend(editor)
-    if key == "identity":
-        return Identity(editor.untrained())
+    if issubclass(SYSTEMS[key], Mend):
+        return SYSTEMS[key].of(editor)
     options, _ = settings.options_of(key)
     return make_system(key, editor.model, editor.tokenizer, editor.config, **options)
 
@@ -356,6 +396,7 @@ class _Fitting:
     def __init__(self, editor: MendEditor, settings: EvalSettings, read: dict[str, Any]):
         self.editor, self.settings = editor, settings
         self.task = load_task(settings.task, settings.train_data, **read)
+        tell(self.task.sieve(editor), make_console())
 
     def system(self, key: str) -> System:
         """The trained system: what an earlier run kept, or what this one trains, going on where it was cut off."""
@@ -363,11 +404,16 @@ class _Fitting:
         options, config = settings.options_of(key)
         torch.manual_seed(settings.seed)
         system = make_system(key, editor.model, editor.tokenizer, editor.config, **options)
+        if isinstance(system, Mend) and system.subject.config.aggregation == "least_squares":
+            if system.subject.metric is None and editor.metric is not None:
+                system.subject.protect_with(editor.metric)
         directory = Path(settings.output) / "systems" / key if settings.output else None
         made = json.loads(json.dumps({"options": options, "config": asdict(config), "data": settings.train_data}))
         if directory and (directory / "fitted.json").is_file():
             fitted = directory / "fitted.json"
             before = check_object(parse_json(read_json_bytes(fitted), str(fitted)), str(fitted))
+            trained = check_object(before.get("config"), f"The configuration in {fitted}")
+            before["config"] = {**asdict(TrainConfig()), **trained}  # an older one lacks the newer settings
             check_settings(f"{directory} was trained", before, made, "choose another --output.", named=False)
             system.load(directory / "final")
             return system
@@ -389,6 +435,8 @@ def _row(journal: Journal, key: str, size: int, seed: int) -> dict[str, Any]:
     rows = journal.rows(key, size)
     errors = [row["error"] for row in rows if "error" in row]
     summary = summarise([row["figures"] for row in rows if "figures" in row], seed=seed)
+    summary |= sequences.by_edit(rows, seed=seed)
+    old = sequences.survival(rows, seed=seed)
     return {
         **journal.system(key),
         "k": size,
@@ -396,4 +444,5 @@ def _row(journal: Journal, key: str, size: int, seed: int) -> dict[str, Any]:
         "failed": len(errors),
         "first_error": errors[0] if errors else None,
         "figures": {name: interval.to_dict() for name, interval in summary.items()},
+        **({"survival": old} if old else {}),
     }

@@ -25,8 +25,14 @@ _OF_PATHS = {
     errno.EPERM: "is not open to this user; change its permissions, or name another path",
     errno.EROFS: "is on a read-only file system; name a path elsewhere",
     errno.ENAMETOOLONG: "has a name that is too long; shorten it",
+    errno.ENOTEMPTY: "is a directory that is not empty; name another path, or remove it",
+    errno.EBUSY: "is in use by another program; end that, or name another path",
+    errno.ETXTBSY: "is a program that runs; end that, or name another path",
+    errno.EXDEV: "is on another file system; name a path on one",
+    errno.EINVAL: "is no path that this file system takes; name another",
     errno.ELOOP: "is a loop of symbolic links; name the file itself",
 }
+_OF_TARGET = (errno.EEXIST, errno.ENOTEMPTY, errno.EISDIR)  # of a renaming, these are about where it goes
 _OF_PLACE = {
     errno.ENOSPC: "There is no space left on the disk{}; make room, or write elsewhere.",
     errno.EDQUOT: "The disk quota is used up{}; make room, or write elsewhere.",
@@ -40,6 +46,8 @@ def sentence(error: BaseException) -> str:
     """One line that says what is wrong, of at most :data:`LONGEST` characters."""
     if isinstance(error, OSError) and error.errno is not None:
         text = _of_the_system(error)
+    elif isinstance(error, ImportError):
+        text = _of_an_import(error)
     elif isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         said = f" ({brief(_one_line(error), 160)})" if str(error) else ""
         text = f"There is not enough memory{said}; take smaller batches or a smaller model, or --dtype bfloat16."
@@ -54,9 +62,22 @@ def _one_line(error: BaseException) -> str:
     return re.sub(r"\s*\n\s*", " ", str(error)).strip()
 
 
+def _of_an_import(error: ImportError) -> str:
+    said, package = _one_line(error), (error.name or "").partition(".")[0]
+    if isinstance(error, ModuleNotFoundError) and package and "pip install" not in said:
+        return f"This needs the package {brief(package, 60)}, which is not installed: pip install {brief(package, 60)}"
+    if package and "pip install" not in said:
+        return (
+            f"The package {brief(package, 60)} is installed and can't be used ({brief(said, 200)}); install it again, "
+            "or another version: mendfast doctor shows what is there."
+        )
+    return said or "A package is missing; mendfast doctor shows what is there."
+
+
 def _of_the_system(error: OSError) -> str:
     # Bytes that are no text come from the file system; a number is an open file's.
-    path = os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes)) else None
+    named = error.filename if error.errno not in _OF_TARGET or error.filename2 is None else error.filename2
+    path = os.fsdecode(named) if isinstance(named, (str, bytes)) else None
     if error.errno in _OF_PLACE:
         return _OF_PLACE[error.errno].format(f" of {shown(path, 200)}" if path else "")
     if path and error.errno in _OF_PATHS:

@@ -12,7 +12,7 @@ from ..baselines import System
 from ..files import atomic_write, keep_json_lines, read_json_bytes
 from ..schema import check_object, check_settings, parse_json
 
-ADDED = {"dtype": "auto", "quantize": None, "revision": None}
+ADDED = {"dtype": "auto", "quantize": None, "revision": None, "text": None}
 """Settings that older journals do not name, and what they were then."""
 
 

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from .. import editors, pretrained
+from ..files import read_shapes
 from ..schema import brief, check_fields
+from .console import make_console, plain
 
 if TYPE_CHECKING:
     from ..editor import MendEditor
@@ -75,16 +77,13 @@ class EditorSettings(LoadSettings):
     """A base model and its editor; by default the demo's."""
 
     editor: str | None = field(
-        default=None, metadata={"help": "directory or Hub name of the editor; default: the demo's"}
+        default=None,
+        metadata={"help": "directory or Hub name of the editor; default: what ships for --model, or the demo's"},
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.editor is None and self.model is not None:
-            short = pretrained.resolve(self.model).short
-            if short and editors.directory(short):
-                self.editor = short
-        if (self.model is None) != (self.editor is None):
+        if self.model is None and self.editor is not None:
             raise ValueError(
                 "Pass both --model and --editor, since an editor serves one model; or neither: the demo's."
             )
@@ -148,4 +147,26 @@ def load_editor(settings: EditorSettings) -> MendEditor:
         from ..demo import build
 
         return build.load()
-    return MendEditor.from_pretrained(settings.editor, *load_model(settings))
+    model, tokenizer = load_model(settings)
+    name = settings.editor or shipped_for(model)
+    if name is None:
+        raise ValueError(
+            f"No editor ships for {brief(str(settings.model), 200)} (those that do: "
+            f"{', '.join(editors.shipped()) or 'none'}); pass --editor, or train one: mendfast train --help."
+        )
+    if settings.editor is None:
+        make_console().print(plain(f"Editing with {name}, the editor that ships for this model."))
+    return MendEditor.from_pretrained(name, model, tokenizer)
+
+
+def shipped_for(model: Any) -> str | None:
+    """Name of the shipped editor whose base holds the weights of ``model``, whatever it is called; None: there is
+    none."""
+    from ..fingerprint import Fingerprint
+
+    for name in editors.shipped():
+        _, metadata = read_shapes(editors.HERE / name / "editor.safetensors", "editor")
+        base = Fingerprint.from_json(metadata.get("fingerprint"), name)
+        if base is not None and metadata.get("model_type") == model.config.model_type and base.matches(model):
+            return name
+    return None

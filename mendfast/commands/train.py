@@ -8,33 +8,37 @@ from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from ..base_model import SHAPES
 from ..config import AGGREGATIONS, MendConfig
 from ..editor import MendEditor
 from ..metrics import correct
 from ..tasks.load import TASKS, load_task
 from ..tasks.task import FactTask
 from ..training import TrainConfig, Trainer
+from ..training.lock import occupied
 from ..training.processes import launched
-from .base import base_model
+from .base import BaseSettings, base_model
 from .console import make_console, plain
 from .evaluate import SEEDS, tell
 from .loading import LoadSettings, load_model, option
 from .outputs import check_directory
 
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
 PROTECTED = 200  # questions of the data, where edits are aggregated by least squares
 CHECKED = 1000  # known facts that the base model is asked before training
+MOST_PARAMETERS = 1 << 32  # of a small base model
 HEAD_WIDTH = 32  # of the small base models' attention
 
 
 @dataclass(kw_only=True)
-class TrainSettings(LoadSettings):
+class TrainSettings(BaseSettings, LoadSettings):
     """What ``mendfast train`` is asked."""
 
     task: str = field(default="qa", metadata={"help": "what is edited", "choices": TASKS})
@@ -47,18 +51,6 @@ class TrainSettings(LoadSettings):
             "trained on the data"
         },
     )
-    base: str | None = field(
-        default=None, metadata={"help": "shape of that small model (the task's first)", "choices": tuple(SHAPES)}
-    )
-    base_from: str | None = field(
-        default=None, metadata={"help": "fine-tune this pretrained model on the data instead", "metavar": "MODEL"}
-    )
-    base_width: int = field(default=160, metadata={"help": "its width", "least": 1, "most": 1 << 14})
-    base_depth: int = field(default=4, metadata={"help": "its number of blocks", "least": 1, "most": 1 << 10})
-    base_vocabulary: int = field(
-        default=4000, metadata={"help": "its number of tokens", "least": 1, "most": 1 << 20}
-    )
-    base_steps: int = field(default=2600, metadata={"help": "optimiser steps of its training", "least": 1})
     limit: int | None = field(default=None, metadata={"help": "use the first so many facts", "least": 1})
     from_editor: str | None = field(
         default=None, metadata={"help": "go on from this editor of --model, its settings kept"}
@@ -79,6 +71,9 @@ class TrainSettings(LoadSettings):
         },
     )
     tensorboard: bool = field(default=False, metadata={"help": "write events to OUTPUT/tensorboard too"})
+    restart: bool = field(
+        default=False, metadata={"help": "start anew where OUTPUT holds a run; its base model is kept"}
+    )
     dry_run: bool = field(default=False, metadata={"help": "print layers, parameters and bytes, and stop"})
     training: TrainConfig = field(default_factory=TrainConfig)
 
@@ -95,6 +90,13 @@ class TrainSettings(LoadSettings):
                 raise ValueError("--from-editor is an editor of --model; pass both.")
             new = ["layers", "rank", "step_size", "aggregation"]
             self._refuse(new, "is of a new editor, and --from-editor keeps its own")
+        parameters = 12 * self.base_depth * self.base_width**2 + self.base_vocabulary * self.base_width
+        if parameters > MOST_PARAMETERS:
+            raise ValueError(
+                f"base_width {self.base_width}, base_depth {self.base_depth} and base_vocabulary "
+                f"{self.base_vocabulary} make a base model of {parameters:,} parameters, and {MOST_PARAMETERS:,} is "
+                "the limit; take less of one."
+            )
         heads = max(1, self.base_width // HEAD_WIDTH)
         if self.base_width % heads:
             raise ValueError(
@@ -139,9 +141,15 @@ def train(settings: TrainSettings) -> dict[str, Any]:
 
     Raises:
         ValueError, FileNotFoundError: data that can't be read, or a model that can't serve the task.
+        Occupied: another training is at work in the output directory.
     """
     accelerator = launched()
     main = accelerator is None or accelerator.is_main_process
+    with occupied(settings.output) if main else contextlib.nullcontext():
+        return _train(settings, accelerator, main)
+
+
+def _train(settings: TrainSettings, accelerator: Accelerator | None, main: bool) -> dict[str, Any]:
     console, output = make_console(quiet=not main), Path(settings.output)
     config = settings.training
     read = {"limit": settings.limit, "seed": config.seed}
@@ -154,7 +162,9 @@ def train(settings: TrainSettings) -> dict[str, Any]:
         model, tokenizer = load_model(settings, str(accelerator.device) if accelerator else None)
     else:
         with accelerator.main_process_first() if accelerator else contextlib.nullcontext():
-            model, tokenizer = base_model(task, settings, output / "model", progress=main)
+            model, tokenizer = base_model(
+                task, settings.data, settings, output / "model", layers=settings.layers, **read, progress=main
+            )
     if not isinstance(task, FactTask):  # cut in the model's own tokens
         task = load_task(settings.task, settings.data, tokenizer=tokenizer, **read)
     torch.manual_seed(config.seed)
@@ -164,6 +174,7 @@ def train(settings: TrainSettings) -> dict[str, Any]:
         append_eos = task.ends and not settings.model
         editor = MendEditor.from_model(model, tokenizer, settings.editor_config(append_eos))
     task.check(model, editor.kind)
+    tell(task.sieve(editor), console)
     if editor.config.aggregation == "least_squares" and editor.metric is None:
         editor.protect(task.base_pairs()[:PROTECTED], progress=None)
         if editor.kind == "causal":
@@ -190,7 +201,9 @@ def train(settings: TrainSettings) -> dict[str, Any]:
         asked = [(item.wordings[0], item.answer) for item in task.items[:CHECKED]]
         figures["base_accuracy"] = correct(editor, asked).float().mean().item()
         console.print(f"The base model knows {figures['base_accuracy']:.1%} of the first {len(asked):,} facts.")
-    if trainer.resume():
+    if settings.restart:
+        trainer.restart()
+    elif trainer.resume():
         console.print(f"Going on from step {trainer.step}.")
     started = time.perf_counter()
     metrics = trainer.run()

@@ -18,11 +18,13 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from ..edit import Edit, EditRequest
+from ..edit import Edit
 from ..editor import MendEditor
 from ..layers import named_layers
 from ..ledger import forget_edits
+from ..memory import EditMemory
 from ..objective import target_rows, to_device
+from ..requests import EditRequest
 from ..schema import shown, some
 from ..updates import checksum
 from .easyedit_hparams import HyperParams, MENDHyperParams, MENDTrainingHparams
@@ -51,6 +53,8 @@ class BaseEditor:
     Attributes:
         model, tok: the plain Hugging Face model and its tokenizer.
         editor: the :class:`~mendfast.MendEditor` behind it.
+        memory: the :class:`~mendfast.EditMemory` of the sequential edits; what is removed from it is gone with the
+            next call.
     """
 
     @classmethod
@@ -63,7 +67,7 @@ class BaseEditor:
         self.hparams, self.alg_name, self.model_name = hparams, hparams.alg_name, hparams.model_name
         self.model, self.tok = load_model(hparams)
         self.editor = load_archive(hparams, self.model, self.tok)
-        self._kept: list[Edit] = []  # of sequential edits, all made on the unedited model
+        self.memory = EditMemory(self.editor)  # of sequential edits
         self._written = _Written(self.model)
 
     def edit(
@@ -82,8 +86,8 @@ class BaseEditor:
         """Edit, and measure before and after.
 
         Args:
-            sequential_edit: the edits add up and stay, over calls; False: each is made and measured alone, beside
-                those that stay.
+            sequential_edit: the edits go into :attr:`memory` and stay, over calls; False: each is made and measured
+                alone, beside those that stay.
             kwargs: ``subject``, ``loc_prompts``, and ``requests`` as EasyEdit has them.
 
         Returns:
@@ -113,18 +117,17 @@ class BaseEditor:
         pairs = [_pair(request) for request in requests]
         for pair in pairs:
             self.editor.tokenize([pair])  # what can't be edited is said before anything is
-        self._put(self._kept)
+        self._put(self.memory.edit())
         before = {name: weight.detach().clone() for name, weight in self._written.weights(self.editor).items()}
         metrics: list[dict[str, Any]] = [{"pre": _quality(self.editor, request)} for request in requests]
         bar = tqdm(requests, disable=None if verbose else True, desc="editing")
         for i, request in enumerate(bar):
             self._written.restore()
-            edit = self.editor.edit([pairs[i]])
             if sequential_edit:
-                self._kept = remembered(self._kept, edit)
-                self._put(self._kept)
+                self.memory.add([pairs[i]])
+                self._put(self.memory.edit())
             else:
-                self._put([*self._kept, edit])
+                self._put(Edit.sum([self.memory.edit(), self.editor.edit([pairs[i]])]))
             after = _quality(self.editor, request)
             metrics[i] |= {"case_id": i, "requested_rewrite": dict(request), "post": after}
             _compare(metrics[i]["pre"]["locality"], after["locality"])
@@ -132,19 +135,10 @@ class BaseEditor:
                 log.info("%d editing: %s -> %s\n%s", i, *pairs[i], metrics[i])
         return metrics, self.model, before
 
-    def _put(self, edits: Sequence[Edit]) -> None:
+    def _put(self, edit: Edit) -> None:
         self._written.restore()
-        if edits:
-            self._written.write(Edit.sum(edits))
-
-
-def remembered(kept: Sequence[Edit], edit: Edit) -> list[Edit]:
-    """Sequential edits: all of those that were kept, each made on the unedited model, and one more.
-
-    The edit of a prompt that was edited before takes its place.
-    """
-    prompts = {request.prompt for request in edit.requests}
-    return [*(old for old in kept if not prompts & {request.prompt for request in old.requests}), edit]
+        if edit.factors:
+            self._written.write(edit)
 
 
 class _Written:

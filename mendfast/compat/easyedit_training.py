@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 
 from ..editor import MendEditor
 from ..tasks.qa import QuestionAnswering, read_qa
+from ..tasks.records import Problem
 from ..training import Trainer
 from .easyedit_hparams import HyperParams, MENDTrainingHparams
 from .easyedit_model import load_archive, load_model
@@ -26,10 +27,7 @@ class _Dataset:
     def __init__(self, data_dir: str | Path, size: int | None = None, config: HyperParams | None = None):
         self.config = config
         self.examples, self.problems = read_qa(data_dir, limit=size, format=self.format)
-        for problem in self.problems[:5]:
-            log.warning("%s", problem)
-        if len(self.problems) > 5:
-            log.warning("and %d more such records", len(self.problems) - 5)
+        _tell(self.problems)
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -51,6 +49,13 @@ class _Dataset:
             "locality_ground_truth": example.locality[0][1] if example.locality else None,
         }
         return record if example.subject is None else {**record, "subject": example.subject}
+
+
+def _tell(problems: Sequence[Problem]) -> None:
+    for problem in problems[:5]:
+        log.warning("%s", problem)
+    if len(problems) > 5:
+        log.warning("and %d more such records", len(problems) - 5)
 
 
 class ZsreDataset(_Dataset):
@@ -89,10 +94,12 @@ class EditTrainer:
         settings = config.train_config(len(train_set))
         task = QuestionAnswering(train_set.examples, train_set.problems, settings.seed)
         task.check(model, self.editor.kind)
+        _tell(task.sieve(self.editor))
         if val_set is None:
             validation = task.sampler(settings.seed + 1, held_out=True)
         else:
             held_out = QuestionAnswering(val_set.examples, val_set.problems, settings.seed)
+            _tell(held_out.sieve(self.editor))
             validation = held_out.sampler(settings.seed + 1)
         sampler = task.sampler(settings.seed)
         self.trainer = Trainer(self.editor, sampler, settings, output=self.output, validation=validation)

@@ -5,6 +5,8 @@ Numbers in brackets are the equations of docs/ops/least_squares.md.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch.autograd.function import once_differentiable
 
@@ -83,6 +85,67 @@ def fewer_by_rows(groups: int, rows: int, m: int, k: int) -> bool:
     return by_rows <= by_columns
 
 
+def sums_serve(rows: int, m: int, n: int) -> bool:
+    """Whether a caller who adds rows to those that are there should keep their sums (6): each time that costs the
+    factor of M + U^T U and n solves with it, the rows' share being done, and by columns is not far from by rows."""
+    return rows > min(m, max(n, m // 2))
+
+
+def change_by_rows(rows: int, m: int, n: int, k: int, kept: bool) -> bool:
+    """Whether S itself, [n, m], takes fewer operations from B (4) than from M + U^T U (6), with C kept or made."""
+    sides = k if k == m else k + m
+    gram = 5 * rows * rows * sides // 4
+    by_rows = 2 * rows * m * (k if k == m else 2 * k) + gram + rows**3 // 3 + 2 * rows * n * (rows + sides)
+    by_rows += 2 * n * m * k
+    by_columns = (0 if kept else 5 * m * m * k // 4) + 5 * rows * m * m // 4 + m**3 // 3 + 2 * m * n * (rows + m)
+    return by_rows <= by_columns
+
+
+@torch.no_grad()
+def least_squares_change(
+    u: torch.Tensor,  # [T, m]
+    d: torch.Tensor,  # [T, n]
+    spectrum: Spectrum,
+    lam: torch.Tensor | float,
+    mu: torch.Tensor | float,
+    *,
+    dense: Callable[[], torch.Tensor] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The change of :func:`least_squares` for use and not for training: no graph, and at most n rows.
+
+    More rows than outputs come back as the change itself, keys = S [n, m] and delta = -I: D enters before the way back
+    from the eigenbasis, which then is of n rows and not of T, and so is everything that uses the factors.
+
+    Args:
+        dense: gives C, [m, m] float64, of which the lower triangle is right; for a caller who keeps it. Called only
+            where it serves, which is where the rows are not much fewer than the inputs.
+
+    Raises:
+        ValueError, TypeError: as :func:`least_squares`.
+    """
+    if u.dim() != 2 or len(u) <= d.shape[-1]:
+        return least_squares(u, d, spectrum, lam, mu)
+    _check(u, d, spectrum, lam, mu)
+    _check_keys(u)
+    (rows, m), n, k = u.shape, d.shape[1], spectrum.vectors.shape[1]
+    dtypes = [torch.promote_types(side.dtype, torch.float32) for side in (u, d)]
+    with _common.full_precision(u.device):
+        u, d = u.double(), d.double()
+        scales, rest = scales_of(spectrum, lam, mu)
+        if change_by_rows(rows, m, n, k, dense is not None):
+            q = spectrum.vectors.double()
+            _, scaled, outside, factor = _gram_by_rows(u, q, scales, rest)
+            x = torch.cholesky_solve(d, factor).mT
+            keys = (x @ scaled) @ q.T
+            if outside is not None:
+                keys += x @ outside / rest
+        else:
+            c = None if dense is None else dense()
+            h = add_lower(metric_matrix(spectrum, lam, mu, c), u.T, u.T)
+            keys = solve_normal(h, u.T @ d).T
+    return keys.to(dtypes[0]).contiguous(), -torch.eye(n, dtype=dtypes[1], device=u.device)
+
+
 @torch.no_grad()
 def least_squares_statistics(
     gram: torch.Tensor,  # [m, m]: U^T U
@@ -110,9 +173,22 @@ def least_squares_statistics(
 
 
 @torch.no_grad()
-def metric_matrix(spectrum: Spectrum, lam: torch.Tensor | float, mu: torch.Tensor | float) -> torch.Tensor:
-    """M (1), of which the lower triangle is right: [m, m] float64."""
-    return _metric_matrix(spectrum.vectors, *scales_of(spectrum, lam, mu))
+def metric_matrix(
+    spectrum: Spectrum, lam: torch.Tensor | float, mu: torch.Tensor | float, c: torch.Tensor | None = None
+) -> torch.Tensor:
+    """M (1), of which the lower triangle is right: [m, m] float64. With C in the same form it takes O(m^2)."""
+    if c is None:
+        return _metric_matrix(spectrum.vectors, *scales_of(spectrum, lam, mu))
+    lam, mu = (value.reshape(()).double() if isinstance(value, torch.Tensor) else value for value in (lam, mu))
+    matrix = mu * c
+    matrix.diagonal().add_(lam * spectrum.trace().double())
+    return matrix
+
+
+@torch.no_grad()
+def second_moment_matrix(spectrum: Spectrum) -> torch.Tensor:
+    """C, of which the lower triangle is right: [m, m] float64."""
+    return _metric_matrix(spectrum.vectors, spectrum.values.double(), spectrum.rest.double())
 
 
 def solve_normal(h: torch.Tensor, cross: torch.Tensor) -> torch.Tensor:
@@ -234,20 +310,25 @@ def _fwd(u, vectors, scales, rest, by_rows):
     return keys, *(part.contiguous() for part in kept)
 
 
-def _by_rows(u, vectors, scales, rest):
-    """(4), in the eigenbasis: P = U Q, B = I + P diag(1/s) P^T, K Q = B^-1 P diag(1/s)."""
-    q = vectors.double()
-    full = q.shape[0] == q.shape[1]
+def _gram_by_rows(u, q, scales, rest):
+    """P = U Q, P diag(1/s), what of U lies outside Q (None: nothing), and the Cholesky factor of B (4, 7)."""
     p = u @ q
     scaled = p / scales
     b = add_lower(p.new_zeros(*p.shape[:-1], p.shape[-2]), scaled, p)
-    if not full:  # what lies outside the leading directions, by one number
+    outside = None
+    if q.shape[0] > q.shape[1]:  # what lies outside the leading directions, by one number
         outside = u - p @ q.T
         add_lower(b, outside / rest, outside)
     b.diagonal(dim1=-2, dim2=-1).add_(1)
-    factor = _factor(b)
+    return p, scaled, outside, _factor(b)
+
+
+def _by_rows(u, vectors, scales, rest):
+    """(4), in the eigenbasis: P = U Q, B = I + P diag(1/s) P^T, K Q = B^-1 P diag(1/s)."""
+    q = vectors.double()
+    p, scaled, outside, factor = _gram_by_rows(u, q, scales, rest)
     solved = torch.cholesky_solve(scaled, factor)
-    if full:
+    if outside is None:
         return solved @ q.T, p, solved, u.new_empty(0)
     whole = torch.cholesky_solve(outside / rest, factor) + solved @ q.T
     return whole, p, solved, whole

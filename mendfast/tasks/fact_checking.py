@@ -46,7 +46,7 @@ class FactChecking(FactTask):
         if data.partition(":")[0] == "world":
             return cls._world(*data.split(":", 2)[1:], limit=limit, seed=seed)
         examples, problems = read_examples(data, _parse, limit=limit, columns=("claim", "label"))
-        items = [Item((e.prompt, *e.rephrasings), e.answers[0], None, e.subject) for e in examples]
+        items = [Item((e.prompt, *e.rephrasings), e.answers[0], None, e.subject, e.source) for e in examples]
         return cls(examples, problems, items)
 
     @classmethod
@@ -71,7 +71,8 @@ class FactChecking(FactTask):
             *wordings, held_out = claim.wordings()
             verdict = TRUE if claim.true else FALSE
             fact = claim.fact
-            items.append(Item(tuple(wordings), verdict, fact.relation, fact.entity))
+            source = f"{fact.relation}:{i + 1}"
+            items.append(Item(tuple(wordings), verdict, fact.relation, fact.entity, source))
             examples.append(
                 Example(
                     prompt=rng.choice(wordings),
@@ -79,7 +80,7 @@ class FactChecking(FactTask):
                     subject=fact.entity,
                     answers=(verdict,),
                     rephrasings=(held_out,),
-                    source=f"{fact.relation}:{i + 1}",
+                    source=source,
                 )
             )
         pairs = [(wording, TRUE if claim.true else FALSE) for claim in every for wording in claim.wordings()]

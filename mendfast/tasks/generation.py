@@ -19,8 +19,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..training.data import Draw, Pair
+from ..editable import EditableModel
+from ..training import Item
+from ..training.data import Draw, Pair, digest
 from .records import Bad, Example, Problem, lines, open_records, required, show
+from .sieve import sieve
 from .task import VALIDATION_SHARE, Known, Task
 
 PREFIX, CONTINUATION = 40, 10  # tokens
@@ -64,13 +67,16 @@ class Generation(Task):
                 problems.append(Problem(data, line, text.field, text.message))
             else:
                 windows += cut(text, f"{data}:{line}", tokenizer)
+        cls._check_passages(windows, data, "words" if tokenizer is None else "tokens")
+        return cls(windows, problems, limit, seed)
+
+    @staticmethod
+    def _check_passages(windows: Sequence[Window], what: str, unit: str = "tokens") -> None:
         if len({window.passage for window in windows}) < 2:
-            unit = "words" if tokenizer is None else "tokens"
             raise ValueError(
-                f"{data} holds {len(windows)} stretches of {PREFIX + CONTINUATION} {unit}, all of one passage or none; "
+                f"{what} holds {len(windows)} stretches of {PREFIX + CONTINUATION} {unit}, all of one passage or none; "
                 "pass a text of several passages, each on a line of its own."
             )
-        return cls(windows, problems, limit, seed)
 
     def _example(self, window: Window, rng: random.Random) -> Example:
         return Example(
@@ -85,6 +91,14 @@ class Generation(Task):
     def sampler(self, seed: int = 0, *, held_out: bool = False) -> WindowSampler:
         chosen = [window for i, window in enumerate(self.windows) if (i % VALIDATION_SHARE == 0) == held_out]
         return WindowSampler(chosen or self.windows, self.windows, seed=seed)
+
+    def sieve(self, subject: EditableModel) -> list[Problem]:
+        items = [Item((w.prefix,), w.continuation, source=w.passage) for w in self.windows]
+        kept, problems = sieve(subject, items)
+        left = {(item.wordings[0], item.answer) for item in kept}
+        self.windows = [w for w in self.windows if (w.prefix, w.continuation) in left]
+        self._check_passages(self.windows, "The text, as far as this model takes it,")
+        return problems
 
     def base_pairs(self) -> list[Pair]:
         return [window.rest() for window in self.windows]
@@ -117,6 +131,10 @@ class WindowSampler:
     ):
         self.windows, self.others, self.outer, self.loc, self.seed = windows, others, outer, loc, seed
 
+    def fingerprint(self) -> str:
+        texts = ([window[:2] for window in windows] for windows in (self.windows, self.others))
+        return digest(*texts, self.outer, self.loc, self.seed)
+
     def draw(self, step: int, size: int) -> Draw:
         rng = random.Random(f"{self.seed}:{step}")
         drawn = Draw([], [], [])
@@ -127,6 +145,18 @@ class WindowSampler:
             drawn.outer.extend((shorter(window.prefix, rng.choice((1.0, *SHORTER))), target) for _ in range(self.outer))
             drawn.loc.extend(_other(self.others, window, rng).rest() for _ in range(self.loc))
         return drawn
+
+
+def read_text(data: str, count: int) -> list[str]:
+    """So many passages of a text, evenly from all of it.
+
+    Raises:
+        ValueError: there is none.
+    """
+    passages = [text for _, text in _passages(data) if not isinstance(text, Bad)]
+    if not passages:
+        raise ValueError(f"{data} holds no running text; pass a text file, one passage to a line.")
+    return passages[:: max(1, len(passages) // count)][:count]
 
 
 def cut(text: str, passage: str, tokenizer: Any = None) -> Iterator[Window]:

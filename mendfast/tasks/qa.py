@@ -9,6 +9,8 @@ Formats, seen from the records themselves:
   and alternatives, rephrases, filtered_rephrases, meta.template_questions.
 - ``zsre``: subject, src, pred, rephrase, alt, answers, loc, loc_ans, cond of ROME and EasyEdit.
 - ``counterfact``: requested_rewrite, paraphrase_prompts, neighborhood_prompts of ROME.
+- ``knowedit``, ``wikibigedit``, ``ultraeditbench``, ``mquake``, ``unke``, ``akew``, ``cknowedit``: see
+  :mod:`mendfast.tasks.benchmarks`.
 
 Sources: Levy et al. 2017 (zsRE); Petroni et al. 2021 (KILT); De Cao et al. 2021 and Mitchell et al. 2022
 (the enriched zsRE); Meng et al. 2022 (CounterFact); Yao et al. 2023 (portability).
@@ -16,30 +18,50 @@ Sources: Levy et al. 2017 (zsRE); Petroni et al. 2021 (KILT); De Cao et al. 2021
 
 from __future__ import annotations
 
-import itertools
+import logging
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..schema import some
 from ..training import Item
-from .records import Bad, Example, Problem, flat, optional, others, read_examples, required, show, texts
+from .benchmarks import PARSERS, format_of
+from .records import (
+    Bad,
+    Example,
+    Noted,
+    Problem,
+    beside,
+    optional,
+    others,
+    pairs,
+    printable,
+    read_examples,
+    required,
+    rewritten,
+    show,
+    texts,
+)
 from .task import FactTask
 from .wordings import mine_wordings
 
+log = logging.getLogger("mendfast")
+
 QAExample = Example
 
-FORMATS = ("auto", "tsv", "jsonl", "kilt", "zsre", "counterfact")
+_NAMED = 40  # unused fields that the warning names
+FORMATS = ("auto", "tsv", "jsonl", "kilt", "zsre", "counterfact", "knowedit", "cknowedit", *PARSERS)
 
 
 def read_qa(
     path_or_hub_name: str | Path, *, limit: int | None = None, format: str = "auto"
 ) -> tuple[list[QAExample], list[Problem]]:
-    """Read question answering edits; see :func:`mendfast.tasks.records.read_examples`.
+    """Read question answering edits; see :func:`mendfast.tasks.records.read_examples`. Fields of the data that are
+    not used are named in one warning.
 
     Args:
-        format: one of "auto", "tsv", "jsonl", "kilt", "zsre", "counterfact".
+        format: one of :data:`FORMATS`; "auto" goes by each record's fields.
 
     Raises:
         ValueError: an unknown format, no such file or dataset, ``datasets`` not installed, no example in it.
@@ -47,25 +69,33 @@ def read_qa(
     if format not in FORMATS:
         raise ValueError(f"The format {format!r} is unknown; take one of {', '.join(FORMATS)}.")
     tabs = {"auto": None, "tsv": True}.get(format, False)
-    return read_examples(path_or_hub_name, lambda record: _parse(record, format), limit=limit, tabs=tabs)
+    idle: dict[str, None] = {}
+    found = read_examples(path_or_hub_name, lambda record: _parse(record, format, idle), limit=limit, tabs=tabs)
+    if idle:
+        log.warning("%s: the fields %s are not used.", path_or_hub_name, some(map(printable, idle), _NAMED))
+    return found
 
 
 # -- records into examples -------------------------------------------------------------------------
 
 
-def _parse(record: Any, format: str) -> tuple[QAExample, str]:
-    """The example, and the field whose target is already the answer ("" where it is not)."""
+def _parse(record: Any, format: str, idle: dict[str, None]) -> tuple[QAExample, str]:
+    """The example, and the field whose target is already the answer ("" where it is not); ``idle`` gets the fields
+    that it is not made of."""
     if not isinstance(record, dict):
         raise Bad("", f"is {show(record)}; a record is a JSON object")
     if format in ("auto", "tsv"):
-        format = next((name for name, keys in _SIGNS if any(key in record for key in keys)), "")
+        format = format_of(record)
         if not format:
-            fields = some(name.encode(errors="backslashreplace").decode() for name in record) or "(none)"
+            fields = some(map(printable, record)) or "(none)"
             raise Bad("", f"has the fields {fields}, which are those of no known format")
-    return _PARSERS[format](record)
+    noted = Noted(record)
+    found = _PARSERS[format](noted)
+    idle |= dict.fromkeys(noted.unread())
+    return found
 
 
-_TRUE = ("answers", "ground_truth", "answer", "target_true")
+_TRUE = ("answers", "ground_truth", "answer", "target_true", "target_old")
 
 
 def _own(record: dict[str, Any]) -> tuple[QAExample, str]:
@@ -74,19 +104,17 @@ def _own(record: dict[str, Any]) -> tuple[QAExample, str]:
     answers = texts(record, *_TRUE) or (target,)
     explicit = next((key for key in ("target", "target_new") if record.get(key) is not None), "")
     stated = any(record.get(key) is not None for key in _TRUE)
-    locality = _pairs(record, "locality", answer_needed=False)
-    if record.get("locality_prompt") is not None:
-        prompts = texts(record, "locality_prompt")
-        answer = texts(record, "locality_ground_truth")
-        locality += tuple(itertools.zip_longest(prompts, answer[: len(prompts)]))
+    locality = pairs(record, "locality", answer_needed=False)
+    portability = pairs(record, "portability", answer_needed=True)
+    more = beside(record, "portability_prompt", "portability_ground_truth", "portability_answer")
     example = QAExample(
         prompt=prompt,
         target=target,
         subject=optional(record, "subject", "concept"),
         answers=answers,
         rephrasings=others(prompt, texts(record, *_REPHRASINGS)),
-        locality=locality,
-        portability=_pairs(record, "portability", answer_needed=True),
+        locality=locality + beside(record, "locality_prompt", "locality_ground_truth", "locality_answer"),
+        portability=portability + tuple((question, answer) for question, answer in more if answer),
     )
     return example, explicit if stated and target in answers else ""
 
@@ -120,7 +148,7 @@ def _kilt(record: dict[str, Any]) -> tuple[QAExample, str]:
 
 
 def _zsre(record: dict[str, Any]) -> tuple[QAExample, str]:
-    prompt, target = required(record, "src"), required(record, "alt")
+    prompt, target = required(record, "src"), required(record, "alt", "ans")
     answers = texts(record, "answers")
     loc = optional(record, "loc")
     example = QAExample(
@@ -130,7 +158,7 @@ def _zsre(record: dict[str, Any]) -> tuple[QAExample, str]:
         answers=answers,
         rephrasings=others(prompt, texts(record, "rephrase")),
         locality=((loc, optional(record, "loc_ans")),) if loc else (),
-        portability=_pairs(record, "portability", answer_needed=True),
+        portability=pairs(record, "portability", answer_needed=True),
     )
     return example, "alt" if target in answers else ""
 
@@ -145,8 +173,8 @@ def _counterfact(record: dict[str, Any]) -> tuple[QAExample, str]:
     if "{}" not in prompt and subject not in prompt:
         raise Bad(prefix + "prompt", f"is {show(prompt)}; it must have {{}} where the subject goes")
     prompt = prompt.replace("{}", subject)
-    target = _object(rewrite, "target_new", prefix)
-    true = _object(rewrite, "target_true", prefix) if rewrite.get("target_true") is not None else None
+    target = rewritten(rewrite, "target_new", prefix)
+    true = rewritten(rewrite, "target_true", prefix) if rewrite.get("target_true") is not None else None
     example = QAExample(
         prompt=prompt,
         target=target,
@@ -159,54 +187,9 @@ def _counterfact(record: dict[str, Any]) -> tuple[QAExample, str]:
 
 
 _PARSERS: dict[str, Callable[[dict[str, Any]], tuple[QAExample, str]]] = {
-    "jsonl": _own, "kilt": _kilt, "zsre": _zsre, "counterfact": _counterfact,
+    "jsonl": _own, "knowedit": _own, "cknowedit": _own, "kilt": _kilt, "zsre": _zsre, "counterfact": _counterfact,
+    **PARSERS,
 }  # fmt: skip
-_SIGNS = (
-    ("counterfact", ("requested_rewrite",)),
-    ("zsre", ("src",)),
-    ("kilt", ("input",)),
-    ("jsonl", ("prompt", "question", "text")),
-)
-
-
-# -- fields ----------------------------------------------------------------------------------------
-
-
-def _object(rewrite: dict[str, Any], name: str, prefix: str) -> str:
-    value = rewrite.get(name)
-    return required({name: value.get("str") if isinstance(value, dict) else value}, name, prefix=prefix)
-
-
-def _pairs(record: dict[str, Any], name: str, *, answer_needed: bool) -> tuple[tuple[str, Any], ...]:
-    """(prompt, answer) pairs: a list of objects, pairs or texts, one object, or such lists in groups."""
-    return tuple(pair for pair in _pairs_in(record.get(name), name) if pair[1] or not answer_needed)
-
-
-def _pairs_in(value: Any, field: str) -> Iterator[tuple[str, str | None]]:
-    if value is None:
-        return
-    if isinstance(value, str):
-        yield value.strip(), None
-    elif isinstance(value, dict):
-        prompt = optional(value, *_PAIR_PROMPTS)
-        if prompt is not None:
-            yield prompt, optional(value, *_PAIR_ANSWERS)
-        else:
-            for group, items in value.items():
-                yield from _pairs_in(items, f"{field}.{group}")
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            if isinstance(item, (list, tuple)) and item and isinstance(item[0], str) and len(item) <= 2:
-                prompt, *answer = flat(list(item) if item[-1] else item[0], field)
-                yield prompt, answer[0] if answer else None
-            else:
-                yield from _pairs_in(item, field)
-    else:
-        raise Bad(field, f"is or holds {show(value)}; it must be pairs of prompt and answer")
-
-
-_PAIR_PROMPTS = ("prompt", "question", "New Question")
-_PAIR_ANSWERS = ("answer", "target", "ground_truth", "New Answer")
 
 
 # -- the task ---------------------------------------------------------------------------------------------
@@ -231,6 +214,10 @@ class QuestionAnswering(FactTask):
             self._items = fact_items(self.examples, self.seed)
         return self._items
 
+    @items.setter
+    def items(self, items: list[Item]) -> None:
+        self._items = items
+
     def check(self, model: Any, kind: str) -> None:
         if kind == "classifier":
             raise ValueError(
@@ -241,6 +228,7 @@ class QuestionAnswering(FactTask):
 
 def fact_items(examples: Sequence[Example], seed: int = 0) -> list[Item]:
     """Facts in the data's own rephrasings, or, where it has none, in the wordings of its other questions."""
+    examples = [part for example in examples for part in example.parts]
     answers = [example.answers[0] if example.answers else example.target for example in examples]
     wordings = mine_wordings([(example.prompt, answer) for example, answer in zip(examples, answers, strict=True)])
     items = []
@@ -255,6 +243,7 @@ def fact_items(examples: Sequence[Example], seed: int = 0) -> list[Item]:
                 answer,
                 wordings.relation(example.prompt),
                 example.subject or (split[1] if split else None),
+                example.source,
             )
         )
     return items

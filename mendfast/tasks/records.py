@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..schema import DECODER, brief, not_text
+from ..schema import MAX_DIGITS, brief, not_text
 
 MAX_LINE = 16 << 20
 """Bytes; a longer line is no record."""
@@ -36,6 +36,13 @@ class Example:
     """Questions whose answers follow from the edit."""
     source: str = ""
     """File and line, or dataset and row."""
+    together: tuple[Example, ...] = ()
+    """Edits that are made with this one, as its questions need them all (the several edits of a multi-hop question)."""
+
+    @property
+    def parts(self) -> tuple[Example, ...]:
+        """This edit and those that are made with it."""
+        return (self, *self.together)
 
 
 @dataclass(frozen=True)
@@ -53,6 +60,19 @@ class Problem:
     def __str__(self) -> str:
         field = f", {self.field}" if self.field else ""
         return f"{self.file}:{self.line}{field}: {self.message}" + (" (kept)" if self.kept else "")
+
+
+class _Digits:
+    """An integer that is too long to be one; whoever reads the field refuses it, and the other records stay."""
+
+    def __init__(self, digits: str):
+        self.count = len(digits)
+
+    def __str__(self) -> str:
+        return f"an integer of {self.count:,} digits"
+
+
+_DECODER = json.JSONDecoder(parse_int=lambda digits: int(digits) if len(digits) <= MAX_DIGITS else _Digits(digits))
 
 
 class Bad(Exception):
@@ -213,7 +233,7 @@ def _jsonl_records(path: Path) -> Records:
     for number, line in lines(path):
         if not isinstance(line, Bad):
             try:
-                line = DECODER.decode(line)
+                line = _DECODER.decode(line)
             except (ValueError, RecursionError) as error:
                 line = Bad("", f"is no JSON: {brief(error)}")
         yield number, line
@@ -233,7 +253,7 @@ def _array_records(path: Path) -> Records:
         if text[at : at + 1] == "]":
             return
         try:
-            record, at = DECODER.raw_decode(text, at)
+            record, at = _DECODER.raw_decode(text, at)
         except (ValueError, RecursionError) as error:
             # Inside an array nothing says where the next record starts.
             yield line, Bad("", f"is no JSON, and the rest of the array is lost with it: {brief(error)}")
@@ -285,10 +305,15 @@ def show(value: Any) -> str:
     return f"{text[:37]}..." if len(text) > 40 else text
 
 
+def printable(name: str) -> str:
+    """A field's name, lone surrogates escaped."""
+    return name.encode(errors="backslashreplace").decode()
+
+
 def _few(value: Any, depth: int = 3) -> Any:
     """A list or object cut to what 40 characters can show."""
     if isinstance(value, str):
-        return value[:60].encode(errors="backslashreplace").decode()
+        return printable(value[:60])
     if isinstance(value, (list, tuple)):
         return [_few(item, depth - 1) for item in value[:20]] if depth else "..."
     if isinstance(value, dict):
@@ -314,8 +339,9 @@ def optional(record: dict[str, Any], *names: str) -> str | None:
 def texts(record: dict[str, Any], *names: str, prefix: str = "") -> tuple[str, ...]:
     """The non-empty texts in the first field that is there: one text, or lists of them to any depth."""
     for name in names:
-        if record.get(name) is not None:
-            return tuple(text for text in flat(record[name], prefix + name) if text)
+        value = record.get(name)
+        if value is not None and value == value:  # NaN is how tables write a field that is missing
+            return tuple(text for text in flat(value, prefix + name) if text)
     return ()
 
 
@@ -338,3 +364,93 @@ def flat(value: Any, field: str) -> Iterator[str]:
 def others(prompt: str, texts: Iterable[str]) -> tuple[str, ...]:
     """The distinct texts that are not the prompt."""
     return tuple(text for text in dict.fromkeys(texts) if text != prompt)
+
+
+def rewritten(rewrite: dict[str, Any], name: str, prefix: str) -> str:
+    """A target of ROME's kind, a text or {"str": text}."""
+    value = rewrite.get(name)
+    return required({name: value.get("str") if isinstance(value, dict) else value}, name, prefix=prefix)
+
+
+def pairs(record: dict[str, Any], name: str, *, answer_needed: bool) -> tuple[tuple[str, Any], ...]:
+    """(prompt, answer) pairs: a list of objects, pairs or texts, one object, or such lists in groups."""
+    return tuple(pair for pair in _pairs_in(record.get(name), name) if pair[1] or not answer_needed)
+
+
+def beside(record: dict[str, Any], prompts: str, *answers: str) -> tuple[tuple[str, str | None], ...]:
+    """(prompt, answer) pairs in two fields side by side."""
+    asked = texts(record, prompts)
+    return tuple(itertools.zip_longest(asked, texts(record, *answers)[: len(asked)]))
+
+
+def _pairs_in(value: Any, field: str) -> Iterator[tuple[str, str | None]]:
+    if value is None:
+        return
+    if isinstance(value, str):
+        yield next(flat(value, field)), None
+    elif isinstance(value, dict):
+        prompt = optional(value, *_PAIR_PROMPTS)
+        if prompt is not None:
+            yield prompt, optional(value, *_PAIR_ANSWERS)
+        else:
+            for group, items in value.items():
+                yield from _pairs_in(items, f"{field}.{group}")
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            if isinstance(item, (list, tuple)) and item and isinstance(item[0], str) and len(item) <= 2:
+                prompt, *answer = flat(list(item) if item[-1] else item[0], field)
+                yield prompt, answer[0] if answer else None
+            else:
+                yield from _pairs_in(item, field)
+    else:
+        raise Bad(field, f"is or holds {show(value)}; it must be pairs of prompt and answer")
+
+
+_PAIR_PROMPTS = ("prompt", "question", "New Question")
+_PAIR_ANSWERS = ("answer", "target", "ground_truth", "New Answer")
+
+
+# -- what is not used --------------------------------------------------------------------------------------
+
+
+class Noted(dict[str, Any]):
+    """A JSON object, with those in it, that notes which of its fields were asked for."""
+
+    def __init__(self, values: dict[str, Any]):
+        super().__init__((name, _noted(value)) for name, value in values.items())
+        self._asked: set[str] = set()
+
+    def get(self, name: str, default: Any = None) -> Any:
+        self._asked.add(name)
+        return super().get(name, default)
+
+    def __getitem__(self, name: str) -> Any:
+        self._asked.add(name)
+        return super().__getitem__(name)
+
+    def items(self) -> Any:
+        self._asked.update(self)
+        return super().items()
+
+    def unread(self, prefix: str = "") -> Iterator[str]:
+        """The fields that hold something and that nobody asked for, by their paths."""
+        for name, value in super().items():
+            if name not in self._asked:
+                if value is not None and value == value and value not in ("", [], {}):
+                    yield prefix + name
+            else:
+                yield from _unread(value, f"{prefix}{name}.")
+
+
+def _noted(value: Any) -> Any:
+    if isinstance(value, dict):
+        return Noted(value)
+    return [_noted(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _unread(value: Any, prefix: str) -> Iterator[str]:
+    if isinstance(value, Noted):
+        yield from value.unread(prefix)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _unread(item, prefix)

@@ -11,6 +11,7 @@ from ..editable import EditableModel
 from ..training import FactSampler, Item
 from ..training.data import Pair, Sampler
 from .records import Example, Problem
+from .sieve import sieve
 
 VALIDATION_SHARE = 20  # one fact in so many
 
@@ -50,17 +51,32 @@ class Task(ABC):
 
     def known(self) -> list[Known]:
         """What an edit of another example must leave alone."""
-        return [Known(e.prompt, e.answers[0] if e.answers else e.target, e.subject) for e in self.examples]
+        parts = (part for example in self.examples for part in example.parts)
+        return [Known(e.prompt, e.answers[0] if e.answers else e.target, e.subject) for e in parts]
 
     @abstractmethod
     def check(self, model: Any, kind: str) -> None:
         """A ValueError that says why a model of this ``kind`` can't serve the task, where it can't."""
 
 
+    @abstractmethod
+    def sieve(self, subject: EditableModel) -> list[Problem]:
+        """Leave out, of what is trained on, what the model can't be asked (longer than its context, no tokens, no such
+        label); returns what that was. Called once, before :meth:`sampler`.
+
+        Raises:
+            ValueError: nothing is left.
+        """
+
+
 class FactTask(Task):
     """A task whose edits are facts in several wordings: :attr:`items`."""
 
     items: Sequence[Item]
+
+    def sieve(self, subject: EditableModel) -> list[Problem]:
+        self.items, problems = sieve(subject, self.items)
+        return problems
 
     def sampler(self, seed: int = 0, *, held_out: bool = False) -> FactSampler:
         chosen = [item for i, item in enumerate(self.items) if (i % VALIDATION_SHARE == 0) == held_out]
@@ -73,8 +89,8 @@ class FactTask(Task):
 def usable(editor: EditableModel, examples: Sequence[Example]) -> tuple[list[Example], list[Problem]]:
     """The examples that the model can be asked, without those neighbours that it can't, and what was left out.
 
-    An example whose edit can't be tokenised (longer than the context, no such label) is dropped; of the others
-    a rephrasing, a locality prompt or a question that can't is.
+    An example whose edit, or one that is made with it, can't be tokenised (longer than the context, no such label) is
+    dropped; of the others a rephrasing, a locality prompt or a question that can't is.
     """
     kept: list[Example] = []
     problems: list[Problem] = []
@@ -87,16 +103,17 @@ def usable(editor: EditableModel, examples: Sequence[Example]) -> tuple[list[Exa
                 problems.append(Problem(file, int(line), field, problem))  # noqa: B023
             return not problem
 
-        if fits((example.prompt, example.target), ""):
+        def trimmed(example: Example) -> Example:
             rephrased = [(wording, example.target) for wording in example.rephrasings]
-            kept.append(
-                replace(
-                    example,
-                    rephrasings=tuple(pair[0] for pair in rephrased if fits(pair, "rephrasings")),
-                    locality=tuple(pair for pair in example.locality if fits(pair, "locality")),
-                    portability=tuple(pair for pair in example.portability if fits(pair, "portability")),
-                )
+            return replace(
+                example,
+                rephrasings=tuple(pair[0] for pair in rephrased if fits(pair, "rephrasings")),  # noqa: B023
+                locality=tuple(pair for pair in example.locality if fits(pair, "locality")),  # noqa: B023
+                portability=tuple(pair for pair in example.portability if fits(pair, "portability")),  # noqa: B023
             )
+
+        if all([fits((part.prompt, part.target), "") for part in example.parts]):
+            kept.append(replace(trimmed(example), together=tuple(map(trimmed, example.together))))
     return kept, problems
 
 
@@ -104,7 +121,7 @@ def refusal(editor: EditableModel, prompt: str, target: str | None) -> str:
     """Why the model can't be asked this; "" where it can."""
     try:
         if target is not None:
-            editor.tokenize([(prompt, target)])
+            editor.check(editor.tokenize([(prompt, target)]))
     except ValueError as error:
         return str(error)
     return ""

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..files import read_tensors, write_tensors
-from ..schema import brief, check_object, check_settings, parse_json, shape_of, shown, some
+from ..schema import brief, check_object, parse_json, shape_of, shown, some
 
 COUNTS = ("step", "skipped", "stale")
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
@@ -23,24 +23,31 @@ def write(
     optimizer: torch.optim.Optimizer,
     config: Any,
     progress: Mapping[str, float],
+    run: Mapping[str, Any] | None = None,
     **metadata: str,
 ) -> None:
-    """Write one file, whole or not at all. ``config`` is a dataclass, ``progress`` what the loop counts."""
+    """Write one file, whole or not at all. ``config`` is a dataclass, ``progress`` what the loop counts, ``run`` what
+    else makes the run what it is, as JSON takes it."""
     tensors = {f"own:{name}": tensor for name, tensor in parameters.items()}
     for i, state in optimizer.state_dict()["state"].items():
         tensors |= {f"adam:{i}:{name}": torch.as_tensor(value) for name, value in state.items()}
-    settings = {"progress": json.dumps(progress), "config": json.dumps(asdict(config))}
+    settings = {"progress": json.dumps(progress), "config": json.dumps(asdict(config)), "run": json.dumps(run or {})}
     write_tensors(path, tensors, {"format": "mendfast.checkpoint", "format_version": "1", **settings, **metadata})
 
 
 def read(
-    path: Path, optimizer: torch.optim.Optimizer, config: Any, **metadata: str
+    path: Path,
+    optimizer: torch.optim.Optimizer,
+    config: Any,
+    run: Mapping[str, Any] | None = None,
+    **metadata: str,
 ) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
     """The parameters and the progress that :func:`write` was given; the optimiser gets its state.
 
     Raises:
-        ValueError: the file was written with another ``config`` or other ``metadata``, or is damaged: whatever an
-            optimiser's step would write through is held to the shape and dtype of its parameter.
+        ValueError: the file was written with another ``config`` (in fields that are not "free"), another ``run`` or
+            other ``metadata``, or is damaged: whatever an optimiser's step would write through is held to the shape
+            and dtype of its parameter.
     """
     tensors, found = read_tensors(path, "checkpoint")
     if missing := [name for name in ("config", "progress") if name not in found]:
@@ -49,8 +56,11 @@ def read(
     settings = check_object(parse_json(found["config"], f"The configuration in {path}"), f"The configuration in {path}")
     progress = check_object(parse_json(found["progress"], f"The progress in {path}"), f"The progress in {path}")
     saved = {**defaults, **settings, **{name: found.get(name) for name in metadata}}
-    advice = "resume with the same ones, or choose another output directory."
-    check_settings(f"{path.parent} was trained", saved, {**asdict(config), **metadata}, advice)
+    free = {f.name for f in fields(config) if f.metadata.get("free")}
+    now = {**{name: value for name, value in asdict(config).items() if name not in free}, **metadata}
+    _check_same(path, saved, now)
+    if "run" in found:  # an older one does not say
+        _check_same(path, check_object(parse_json(found["run"], f"The run in {path}"), f"The run in {path}"), run or {})
     _check_progress(progress, path)
     state = optimizer.state_dict()
     parameters = {}
@@ -67,6 +77,29 @@ def read(
     state["state"] = _checked_states(states, optimizer, path)
     optimizer.load_state_dict(state)
     return parameters, progress
+
+
+def _check_same(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """What makes a run what it is must be what it was; of what an older version did not write nothing is known."""
+    changed = [
+        _difference(name, before[name], value)
+        for name, value in json.loads(json.dumps(now)).items()
+        if name in before and before[name] != value
+    ]
+    if changed:
+        more = f"; and {len(changed) - 4} more" if len(changed) > 4 else ""
+        raise ValueError(
+            f"{path.parent} was trained otherwise: {'; '.join(changed[:4])}{more}. Go on with the same settings and "
+            "data, choose another output directory, or start anew in this one: --restart (Trainer.restart() in Python)."
+        )
+
+
+def _difference(name: str, before: Any, now: Any) -> str:
+    name = brief(name, 40)
+    if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        i = next(i for i, (a, b) in enumerate(zip(before, now, strict=True)) if a != b)
+        name, before, now = f"{name}[{i}]", before[i], now[i]
+    return f"{name} was {shown(before, 40)} and is {shown(now, 40)}"
 
 
 def _damaged(path: Path, how: str) -> ValueError:

@@ -8,32 +8,44 @@ from dataclasses import dataclass, field
 from ..schema import check_fields
 from ..types import C_EDIT
 
+MOST_EDITS = 1 << 16
+"""At once; no memory takes more."""
+
 
 @dataclass
 class TrainConfig:
-    """How an editor is trained."""
+    """How an editor is trained. Fields whose metadata say "free" may be others when a run goes on."""
 
-    steps: int = field(default=1000, metadata={"help": "Optimiser steps."})
-    batch_size: int = field(default=16, metadata={"help": "Independent edits per step, B, of all processes."})
+    steps: int = field(default=1000, metadata={"help": "Optimiser steps.", "free": True, "most": 10**9})
+    batch_size: int = field(
+        default=16, metadata={"help": "Independent edits per step, B, of all processes.", "most": MOST_EDITS}
+    )
     accumulate: int = field(
-        default=1, metadata={"help": "Parts that a step's edits go through the model in, to save memory."}
+        default=1,
+        metadata={"help": "Parts that a step's edits go through the model in, to save memory.", "most": MOST_EDITS},
     )
     checkpoint_activations: bool = field(
-        default=False, metadata={"help": "Compute the edited blocks again in the backward pass, to save memory."}
+        default=False,
+        metadata={"help": "Compute the edited blocks again in the backward pass, to save memory.", "free": True},
     )
     cache_bytes: int = field(
         default=1 << 30,
-        metadata={"help": "Bytes for what the blocks below the edits give for each text; 0 = run them.", "least": 0},
+        metadata={
+            "help": "Bytes for what the blocks below the edits give for each text; 0 = run them.",
+            "least": 0,
+            "free": True,
+        },
     )
     cache_disk_bytes: int = field(
-        default=0, metadata={"help": "Bytes of those to keep on disk, where memory is full; 0 = none.", "least": 0}
+        default=0,
+        metadata={"help": "Bytes of those to keep on disk, where memory is full; 0 = none.", "least": 0, "free": True},
     )
     loc_positions: int = field(
         default=0, metadata={"help": "Positions of a locality text to compare, drawn each step; 0 = all.", "least": 0}
     )
     joint: list[int] = field(
         default_factory=lambda: [1],
-        metadata={"help": "Sizes of simultaneous edits, drawn at random each step; 1 = alone."},
+        metadata={"help": "Sizes of simultaneous edits, drawn at random each step; 1 = alone.", "most": MOST_EDITS},
     )
     learning_rate: float = field(default=1e-3, metadata={"help": "Adam's rate for the editor network.", "least": 0})
     alpha_learning_rate: float = field(default=1e-2, metadata={"help": "Adam's rate for the step sizes.", "least": 0})
@@ -46,12 +58,19 @@ class TrainConfig:
     clip: float = field(default=1.0, metadata={"help": "Largest norm of the gradient.", "least": 0})
     c_edit: float = field(default=C_EDIT, metadata={"help": "Weight of the edit's loss (the paper: 0.1).", "least": 0})
     c_loc: float = field(default=1.0, metadata={"help": "Weight of the locality loss.", "least": 0})
-    validate_every: int = field(default=200, metadata={"help": "Steps between validations; 0 = never.", "least": 0})
-    validation_size: int = field(default=64, metadata={"help": "Edits in a validation."})
-    patience: int = field(
-        default=0, metadata={"help": "Stop after so many validations without a better loss; 0 = never.", "least": 0}
+    validate_every: int = field(
+        default=200, metadata={"help": "Steps between validations; 0 = never.", "least": 0, "free": True}
     )
-    checkpoint_every: int = field(default=200, metadata={"help": "Steps between checkpoints."})
+    validation_size: int = field(default=64, metadata={"help": "Edits in a validation.", "most": 1 << 20})
+    patience: int = field(
+        default=0,
+        metadata={"help": "Stop after so many validations without a better loss; 0 = never.", "least": 0, "free": True},
+    )
+    checkpoint_every: int = field(default=200, metadata={"help": "Steps between checkpoints.", "free": True})
+    checkpoint_minutes: float = field(
+        default=10.0,
+        metadata={"help": "Minutes between checkpoints, beside those; 0 = never by time.", "least": 0, "free": True},
+    )
     seed: int = field(default=0, metadata={"help": "Of the data order."})
 
     def __post_init__(self) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
 
 from ..schema import shown
 
@@ -21,6 +22,8 @@ class Item:
     answer: str
     relation: str | int | None = None  # items of one relation share the answers that an edit may name
     entity: str | None = None
+    source: str = field(default="", compare=False, repr=False)
+    """File and line."""
 
 
 class Draw(NamedTuple):
@@ -43,6 +46,25 @@ class Sampler(Protocol):
     loc: int  # questions to leave alone per edit
 
     def draw(self, step: int, size: int) -> Draw: ...
+
+
+def digest(*parts: Any) -> str:
+    """A short name for what ``parts`` and the parts within them say of themselves."""
+    found = hashlib.sha256()
+    for part in parts:
+        for item in part if isinstance(part, (list, tuple)) else (part,):
+            found.update(repr(item).encode(errors="backslashreplace") + b"\n")
+        found.update(b"\0")
+    return found.hexdigest()[:16]
+
+
+def fingerprint(sampler: Sampler | None) -> str:
+    """A short name for all that ``sampler`` draws from, the same in every process; of a sampler without a
+    ``fingerprint()`` for what it draws first."""
+    if sampler is None:
+        return "none"
+    own = getattr(sampler, "fingerprint", None)
+    return own() if own is not None else digest(*(sampler.draw(step, 4) for step in range(4)))
 
 
 class FactSampler:
@@ -91,6 +113,10 @@ class FactSampler:
                 f"All {len(self.items):,} facts have the answer {shown(self._all_answers[0])}, and an edit needs "
                 "another one to put in its place: add facts with other answers to the data."
             )
+
+    def fingerprint(self) -> str:
+        how = (self.outer, self.loc, self.include_inner, self.targets, self.seed)
+        return digest(self.items, self.neighbours, how)
 
     def draw(self, step: int, size: int) -> Draw:
         rng = random.Random(f"{self.seed}:{step}")
@@ -146,7 +172,8 @@ class FormSampler:
 
     Args:
         sampler: whose draws are taken; of its locality pairs every turn but the first of an edit is replaced.
-        forms: form -> its share of the inner and outer requests.
+        forms: form -> its share of the outer requests, and of the questions that must stay.
+        inner: form -> its share of the inner requests, those that are edited; ``forms`` by default.
         texts: what must stay, as (beginning, rest, form), each long enough to see an edit leak into it.
         few_from: simultaneous edits of so many and more get one locality text each.
     """
@@ -156,19 +183,26 @@ class FormSampler:
         sampler: FactSampler,
         *,
         forms: Mapping[str | None, float],
+        inner: Mapping[str | None, float] | None = None,
         texts: Sequence[tuple[str, str, str | None]] = (),
         few_from: int = 24,
     ):
-        if not forms or min(forms.values()) < 0 or not sum(forms.values()) > 0:
-            raise ValueError(f"forms is {dict(forms)}; it must give at least one form a share above 0.")
+        inner = forms if inner is None else inner
+        for name, given in (("forms", forms), ("inner", inner)):
+            if not given or min(given.values()) < 0 or not sum(given.values()) > 0:
+                raise ValueError(f"{name} is {dict(given)}; it must give at least one form a share above 0.")
         self.sampler, self.outer, self.loc, self.seed = sampler, sampler.outer, sampler.loc, sampler.seed
-        self._forms, self._shares = list(forms), list(forms.values())
+        self._forms, self._inner = dict(forms), dict(inner)
         self.texts, self.few_from = list(texts), few_from
+
+    def fingerprint(self) -> str:
+        return digest(fingerprint(self.sampler), self._forms, self._shares, self.texts, self.few_from)
 
     def draw(self, step: int, size: int) -> Draw:
         rng = random.Random(f"{self.seed}:{step}:forms")
         draw = self.sampler.draw(step, size)
-        inner, outer = ([Ask(*pair, self._form(rng)) for pair in pairs] for pairs in (draw.inner, draw.outer))
+        inner = [Ask(*pair, _drawn(rng, self._inner)) for pair in draw.inner]
+        outer = [Ask(*pair, _drawn(rng, self._forms)) for pair in draw.outer]
         loc: list[Pair | Ask] = []
         for i in range(size):
             own = draw.loc[i * self.loc : (i + 1) * self.loc]
@@ -178,10 +212,11 @@ class FormSampler:
             loc += [self._text(rng, pair, turn) for turn, pair in zip(turns, own, strict=True)]
         return Draw(inner, outer, loc)
 
-    def _form(self, rng: random.Random) -> str | None:
-        return rng.choices(self._forms, self._shares)[0]
-
     def _text(self, rng: random.Random, pair: Pair, turn: int) -> Pair | Ask:
         if not self.texts or turn % 3 == 0:
-            return Ask(*pair, self._form(rng))
+            return Ask(*pair, _drawn(rng, self._forms))
         return Ask(*rng.choice(self.texts))
+
+
+def _drawn(rng: random.Random, shares: Mapping[str | None, float]) -> str | None:
+    return rng.choices(list(shares), list(shares.values()))[0]

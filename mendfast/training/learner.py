@@ -6,7 +6,7 @@ import logging
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +15,28 @@ from torch import nn
 
 from ..editable import EditableModel
 from ..editor import MendEditor
+from ..fingerprint import fingerprint_of
+from ..labels import encode_prompt
 from .cache import PrefixCache
 from .config import TrainConfig
-from .data import Draw
+from .data import Draw, digest
 from .memory import predict
 from .meta import editor_loss
 
 STEP_SIZE = "config.step_size"
+HOW_READ = ("layers", "loss_reduction", "chat", "prompt_template", "separator", "append_eos")
+A_QUESTION = "What is the capital of France?"
 STEP_SIZES = [10 ** (i / 2) for i in range(-12, 1)]
 
 log = logging.getLogger("mendfast")
 
 LossPart = tuple[torch.Tensor, dict[str, torch.Tensor]]
+
+
+def base_model_digest(subject: EditableModel) -> str:
+    """A short name for the base model's weights, of which some hundred numbers are read."""
+    found = fingerprint_of(subject.model, subject.layers)
+    return digest([f"{name} {sample.values.tolist()}" for name, sample in sorted(found.samples.items())])
 
 
 class Learner(ABC):
@@ -66,6 +76,22 @@ class Learner(ABC):
         """Write what is needed for use, as safetensors and JSON."""
 
     # What a learner may leave as it is.
+    def settings(self) -> dict[str, Any]:
+        """What makes its training what it is, beside the configuration of the loop, as JSON takes it: a run goes on
+        from a checkpoint only with the same. Here how text becomes tokens, the layers and the base model's weights."""
+        subject = self.subject
+        # of chat template and vocabulary the configuration does not speak
+        text = subject.prompt_text(A_QUESTION) if subject.tokenizer is not None else ""
+        return {
+            **{name: getattr(subject.config, name) for name in HOW_READ},
+            "tokens of a question": encode_prompt(subject.tokenizer, text) if text else [],
+            "base model": base_model_digest(subject),
+        }
+
+    def finite(self) -> bool:
+        """Whether :meth:`state` may be written: it holds neither NaN nor infinity."""
+        return all(bool(tensor.isfinite().all()) for tensor in self.state().values())
+
     def start(self, draw: Draw, config: TrainConfig) -> None:  # noqa: B027
         """Called once before the first step of a run that is not resumed, with edits to start from."""
 
@@ -104,6 +130,7 @@ class EditorLearner(Learner):
     def __init__(self, editor: MendEditor):
         self.subject = self.editor = editor
         self.cache: PrefixCache | None = None
+        self._first_step_size = editor.config.step_size  # a calibration finds another
 
     def parameter_groups(self, config: TrainConfig) -> list[dict[str, Any]]:
         scales = self.editor.scales()
@@ -113,6 +140,14 @@ class EditorLearner(Learner):
             {"params": networks, "lr": config.learning_rate},
             {"params": scales, "lr": config.alpha_learning_rate},
         ]
+
+    def settings(self) -> dict[str, Any]:
+        return {**super().settings(), **asdict(self.editor.config), "step_size": self._first_step_size}
+
+    def finite(self) -> bool:
+        if self.editor.config.normalize:
+            return super().finite()
+        return all(bool(parameter.isfinite().all()) for parameter in self.editor.parameters())
 
     def losses(self, draw: Draw, config: TrainConfig, joint: int) -> Iterator[LossPart]:
         batches = [self.editor.tokenize(pairs) for pairs in draw]

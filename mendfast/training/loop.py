@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import math
+import shutil
+import signal
 import time
 from collections import Counter, deque
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm import tqdm
@@ -18,19 +22,24 @@ from ..editor import MendEditor
 from ..files import atomic_write
 from . import checkpoint
 from .config import TrainConfig
-from .data import Draw, Sampler, share
+from .data import Draw, Sampler, fingerprint, share
 from .learner import EditorLearner, Learner
+from .lock import occupied
 from .memory import peak_bytes, reset_peak
 from .processes import Processes, launched
 from .record import Record
 from .report import read_metrics, write_report
+from .stopping import Stopping
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 MAX_SKIPPED_IN_A_ROW = 10
 CHECKPOINT = "checkpoint.safetensors"
+SMALLER = "Lower the learning rates or step_size, or load the base model in float32."
 START_EDITS = 16  # that a learner sees before its first step, to start from
+
+log = logging.getLogger("mendfast")
 
 
 class TrainingError(RuntimeError):
@@ -51,7 +60,8 @@ class Trainer:
             Each takes its share of every step's edits, so that the steps are those of one process that takes all;
             the first writes the files.
 
-    A step whose loss or gradient is not finite is skipped and counted; ten in a row stop the run.
+    A step whose loss or gradient is not finite is skipped and counted; ten in a row stop the run. With an ``output``
+    Ctrl-C and SIGTERM let the step end and be saved, and then do what they did before (a second Ctrl-C at once).
 
     Raises:
         ValueError: a step's edits can't be divided evenly by processes and ``accumulate``.
@@ -87,6 +97,8 @@ class Trainer:
                     f"batch_size that is a multiple of {joint * parts}."
                 )
         self.step, self.skipped, self.best, self.stale = 0, 0, math.inf, 0
+        self._saved = time.monotonic()
+        self._known: dict[str, Any] | None = None
         self.optimizer = torch.optim.Adam(
             self.learner.parameter_groups(config),
             fused=self.device.type in ("cpu", "cuda"),  # in place: no temporaries of the parameters' size
@@ -108,6 +120,12 @@ class Trainer:
     def run(self) -> dict[str, float]:
         """Train to ``config.steps``, or until validation stops improving; returns the last metrics, and as
         "peak_bytes" the most memory that was taken (of the GPU; on a CPU, by the process)."""
+        with contextlib.ExitStack() as stack:
+            if self.output and self.processes.main:
+                stack.enter_context(occupied(self.output))
+            return self._whole_run()
+
+    def _whole_run(self) -> dict[str, float]:
         on_disk = self.output is not None and self.config.cache_disk_bytes
         self.learner.open_cache(self.config, self.output / "cache" if on_disk else None)
         self.learner.gather_with(self.processes.gather)
@@ -124,14 +142,17 @@ class Trainer:
             disable=not self.progress,
         )
         try:
-            metrics = self._run(bar)
+            several = self.processes.count > 1  # then all stop at the same step, or wait for each other
+            # Without an output there is nothing to finish for.
+            with Stopping(several) if self.output or several else contextlib.nullcontext() as stopping:
+                metrics = self._run(bar, stopping)
+                if metrics and not self.save():
+                    raise TrainingError(f"{self.learner.name}: {self._not_finite()}. {SMALLER}")
         finally:
             self.optimizer.zero_grad(set_to_none=True)
             self.learner.gather_with(None)
             self._record.close()
             bar.close()
-        if metrics:
-            self.save()
         self.learner.flush_cache()
         if self.output and self.processes.main:
             # A run that had ended before has no step left to tell of.
@@ -140,11 +161,12 @@ class Trainer:
         self.learner.train(False)
         return {**metrics, "peak_bytes": peak_bytes(self.device)}
 
-    def _run(self, bar: tqdm) -> dict[str, float]:
+    def _run(self, bar: tqdm, stopping: Stopping | None) -> dict[str, float]:
         config, recent, in_a_row = self.config, deque(maxlen=50), 0
         metrics: dict[str, float] = {}
         validated: dict[str, float] = {}
         started, done = time.perf_counter(), 0
+        self._saved = time.monotonic()
         parameters = self.learner.parameters(config)
         while self.step < config.steps and not self._ended():
             self.learner.train()
@@ -161,7 +183,7 @@ class Trainer:
                         f"{self.learner.name}: {in_a_row} steps in a row had a loss or gradient that is not "
                         f"finite (the last loss was {losses['loss']}); stopped at step {self.step}. "
                         + (f"The last good checkpoint is {self.output / 'last'}. " if self.output else "")
-                        + "Lower the learning rates or step_size, or load the base model in float32."
+                        + SMALLER
                     )
             self.step, done = self.step + 1, done + config.groups(joint) * joint
             metrics = {"step": self.step, "joint": joint, "gradient_norm": norm, **losses}
@@ -181,11 +203,39 @@ class Trainer:
                 metrics |= validated
                 self._keep_best(validated)
             self._record.add(metrics)
-            if self.step % config.checkpoint_every == 0 and self.step < config.steps:
+            if self.step % config.checkpoint_every == 0 and self.step < config.steps or self._is_late():
                 self.save()
+            if stopping and (number := self.processes.most(stopping.asked or 0)):
+                bar.clear()
+                self._interrupted(number)
+                stopping.hand_over(number)
             if self._ended():
                 bar.write(f"No better validation loss in {self.stale} validations: stopped at step {self.step}.")
         return metrics
+
+    def _is_late(self) -> bool:
+        """Whether ``checkpoint_minutes`` have passed since the last checkpoint."""
+        minutes = self.config.checkpoint_minutes
+        return 0 < minutes * 60 <= time.monotonic() - self._saved
+
+    def _interrupted(self, number: int) -> None:
+        saved = self.save()
+        self.processes.most(0)  # a process that ends takes the others with it
+        if self.processes.main and self.output:
+            log.warning(
+                "%s: %s after step %d of %d; %s. The same command goes on there (in Python, Trainer.resume() and "
+                "run()).",
+                self.learner.name,
+                signal.Signals(number).name,
+                self.step,
+                self.config.steps,
+                f"everything is in {self.output / 'last'}" if saved else self._not_finite(),
+            )
+
+    def _not_finite(self) -> str:
+        good = self.output / "last" / CHECKPOINT if self.output else None
+        kept = f"; {good} is the last good checkpoint" if good and good.is_file() else ""
+        return f"the parameters of step {self.step} are not finite and were not saved{kept}"
 
     def _ended(self) -> bool:
         """Whether validation has not improved for as long as ``patience`` bears."""
@@ -246,7 +296,7 @@ class Trainer:
     def _keep_best(self, validated: dict[str, float]) -> None:
         if "val_loss" not in validated:
             return
-        if validated["val_loss"] < self.best:
+        if validated["val_loss"] < self.best and self.learner.finite():
             self.best, self.stale = validated["val_loss"], 0
             if self.output and self.processes.main:
                 self.learner.save(self.output / "best")
@@ -255,25 +305,70 @@ class Trainer:
 
     # -- files ---------------------------------------------------------------------------------------------
 
-    def save(self) -> None:
+    def save(self) -> bool:
         """Write ``last/``: the editor for use, and in one file all that a resume needs. Each file is atomic,
-        and the one that a resume reads holds the editor too, so that a kill between them does no harm."""
+        and the one that a resume reads holds the editor too, so that a kill between them does no harm.
+
+        Returns:
+            False if the parameters are not finite: nothing is written then, and what was there stays.
+        """
+        if not self.learner.finite() or not all(
+            bool(value.isfinite().all())
+            for state in self.optimizer.state.values()
+            for value in state.values()
+            if isinstance(value, torch.Tensor)
+        ):
+            return False
         if not self.output or not self.processes.main:
-            return
+            return True
         last = self.output / "last"
         progress = {"step": self.step, "skipped": self.skipped, "best": self.best, "stale": self.stale}
         self.learner.save(last)
         atomic_write(last / "train_config.json", json.dumps(asdict(self.config), indent=2).encode())
         checkpoint.write(
-            last / CHECKPOINT, self.learner.state(), self.optimizer, self.config, progress, learner=self.learner.key
+            last / CHECKPOINT,
+            self.learner.state(),
+            self.optimizer,
+            self.config,
+            progress,
+            self._identity(),
+            learner=self.learner.key,
         )
+        self._saved = time.monotonic()
+        return True
+
+    def _identity(self) -> dict[str, Any]:
+        """What a run must have in common with the one that it goes on from, beside the configuration."""
+        if self._known is None:
+            settings = self.learner.settings()
+            if self.config.calibrate:
+                settings.pop("step_size", None)
+            data = {"training data": fingerprint(self.sampler), "validation data": fingerprint(self.validation)}
+            self._known = {**settings, **data}
+        return self._known
+
+    def restart(self) -> None:
+        """Remove what an earlier run left in the output directory; the base model and the cache stay."""
+        if not self.output or not self.processes.main:
+            return
+        with occupied(self.output):
+            (self.output / "last" / CHECKPOINT).unlink(missing_ok=True)  # first: half of a run is no run
+            for name in ("last", "best"):
+                shutil.rmtree(self.output / name, ignore_errors=True)
+            for name in ("metrics.jsonl", "curves.png", "report.html"):
+                (self.output / name).unlink(missing_ok=True)
 
     def resume(self) -> bool:
-        """Go on from ``last/`` if there is one. The run then ends in the same bits as one never interrupted."""
+        """Go on from ``last/`` if there is one. The run then ends in the same bits as one never interrupted.
+
+        Raises:
+            ValueError: what is there was trained with other settings (those of :class:`TrainConfig` that may change
+                say "free"), another base model or other data, or is damaged.
+        """
         path = self.output / "last" / CHECKPOINT if self.output else None
         if path is None or not path.is_file():
             return False
-        state, progress = checkpoint.read(path, self.optimizer, self.config, learner=self.learner.key)
+        state, progress = checkpoint.read(path, self.optimizer, self.config, self._identity(), learner=self.learner.key)
         self.learner.load_tensors(state, str(path))
         self.step, self.skipped = progress["step"], progress["skipped"]
         self.best, self.stale = progress["best"], progress["stale"]

@@ -42,6 +42,12 @@ class Processes:
         """The sum over processes, the same in each."""
         return self.accelerator.reduce(tensor, "sum") if self.count > 1 else tensor
 
+    def most(self, value: int) -> int:
+        """The largest ``value`` of any process; none goes on before all have come here."""
+        if self.count == 1:
+            return value
+        return int(self.gather(torch.tensor([value], device=self.accelerator.device)).max())
+
     def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
         """Let every process hold the sum of all processes' gradients."""
         if self.count > 1:

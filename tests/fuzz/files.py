@@ -131,6 +131,10 @@ def kinds(directory: Path) -> dict[str, Kind]:
         {**kilt, "alternatives": ["I"]},
         {**zsre, "loc": "Where?", "loc_ans": "Here"},
         {"requested_rewrite": rewrite, "paraphrase_prompts": ["So it is"]},
+        {"requested_rewrite": [rewrite, {**rewrite, "question": "Is it?"}], "questions": ["So?"], "new_answer": "a"},
+        {"requested_rewrite": {**rewrite, "fact_new_uns": "It is a."}, "neighborhood_prompts": ["That is"]},
+        {"question": "Who?", "para_question": "By whom?", "answer": "I.", "sub_question": ["a"], "sub_answer": ["b"]},
+        {"update": "Who?", "ans": "I", "personas": "Whoever?", "mhop": None, "loc": "Where?", "loc_ans": "Here"},
     ]
     lines = "\n".join(json.dumps(record) for record in records).encode()
     table = "question\tanswer\nWho wrote Hamlet?\tShakespeare\nWhere is Évry?\tFrance\n".encode()

@@ -1,0 +1,344 @@
+"""ROME (Meng et al., NeurIPS 2022) and MEMIT (Meng et al., ICLR 2023): facts written where their subject is read."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from .. import ops
+from ..capture import frozen, undone
+from ..choice import mlp_outputs
+from ..editable import EditableModel
+from ..editor import METRIC_FILE
+from ..labels import encode_prompt
+from ..layers import Layer, named_layers
+from ..metric import Metric, observe
+from ..objective import Batch, kept_rows, nll, target_rows, to_device
+from ..own_words import own_words
+from ..requests import EditRequest
+from ..training import Sampler, TrainConfig
+from .fine_tuning import descend
+from .system import System, restored
+
+ENOUGH = 5e-2
+"""The loss below which the search for a value stops, as in the released code."""
+TINY = 1e-6
+"""A ridge on C, in units of its trace: what few protected words leave out has no inverse."""
+LEARNED_FROM = 512
+"""Locality inputs of the training data that C is taken from, where it is taken from those."""
+
+
+class Fact(NamedTuple):
+    """One edit as these methods need it: its texts, each behind another beginning, and where the subject ends."""
+
+    request: EditRequest
+    batch: Batch  # [P, S]: prompt and target
+    place: torch.Tensor  # [P] int64: the subject's last token
+    essence: Batch  # [1, S]: "<subject> is a"
+    essence_place: torch.Tensor  # [1]
+
+
+class Rome(System):
+    """One matrix, one fact at a time: the least change of W, as C weighs it, under which W k = v.
+
+    k is the MLP's inner activation at the subject's last token, mean over beginnings that the model wrote itself; v
+    the output there that makes the model give the target, by ``steps`` of Adam on ``NLL + kl KL + decay |v - v0|^2 /
+    |v0|^2``, the KL of what follows "<subject> is a". With C the second moment of such activations on protected text,
+    ``W <- W + (v - W k) (C^-1 k)^T / (k^T C^-1 k)`` (section 3.1, equation 2). Several facts come one after the other.
+
+    C is taken from the model's own words, from texts that :meth:`protect` is given, or, by :meth:`fit`, from locality
+    inputs of training data.
+
+    Args:
+        subject: see :class:`System`; a causal language model. Which matrix is edited is not its choice but ``block``.
+        block: whose MLP is edited; None: the one a third of the way up.
+        steps, learning_rate: Adam's, of v.
+        kl, decay: weights of the loss.
+        clamp: the longest change of v, in lengths of v0.
+        prefixes: beginnings, beside none.
+        words: texts of the model's own that C is taken from.
+    """
+
+    key, name, fitted = "rome", "ROME", False
+    depth = 1
+    """Blocks that are edited, up to ``block``."""
+
+    def __init__(
+        self,
+        subject: EditableModel,
+        *,
+        block: int | None = None,
+        steps: int = 25,
+        learning_rate: float = 0.5,
+        kl: float = 0.0625,
+        decay: float = 0.5,
+        clamp: float = 4.0,
+        prefixes: int = 5,
+        words: int = 200,
+    ):
+        super().__init__(subject)
+        if subject.kind != "causal":
+            raise ValueError(f"{self.name} edits causal language models; this is a {subject.kind}. Leave it out.")
+        found = mlp_outputs(subject.model)
+        block = len(found) // 3 if block is None else block
+        if not isinstance(block, int) or not 0 <= block < len(found):
+            raise ValueError(f"block is {block!r}; the model's blocks with an MLP are 0 to {len(found) - 1}.")
+        chosen = found[max(0, block - self.depth + 1) : block + 1]
+        self.layers: list[Layer] = named_layers(subject.model, [name for _, name in chosen])
+        self.last = chosen[-1][0]  # the block
+        self.steps, self.learning_rate, self.prefixes = steps, learning_rate, prefixes
+        self.kl, self.decay, self.clamp, self.words = kl, decay, clamp, words
+        self.metric: Metric | None = None
+        self._beginnings: list[str] | None = None
+
+    # -- once ----------------------------------------------------------------------------------------------
+
+    def protect(self, texts: Sequence[str | tuple[str, str] | Batch] | None = None) -> None:
+        """Take C from ``texts``, by default from the model's own words."""
+        model, subject = self.subject.model, self.subject
+        own: Sequence[str | tuple[str, str] | Batch] = texts or ()
+        if texts is None:
+            own = own_words(model, subject.tokenizer, samples=self.words, chat=subject.chat)
+        self.metric = observe(model, self.layers, subject.text_batches(own))
+
+    def prepare(self) -> None:
+        if self.metric is None:
+            self.protect()
+        if self._beginnings is None:
+            self._beginnings = [""]
+            if self.prefixes:
+                tokenizer = self.subject.tokenizer
+                written = own_words(
+                    self.subject.model, tokenizer, samples=self.prefixes, max_new_tokens=10, chat=False, seed=1
+                )
+                rows = [row for batch in written for row in batch["input_ids"]]
+                texts = (tokenizer.decode(row, skip_special_tokens=True).strip() for row in rows)
+                self._beginnings += [f"{text}. " for text in texts if text]
+
+    def fit(
+        self,
+        sampler: Sampler,
+        config: TrainConfig,
+        *,
+        output: str | Path | None = None,
+        validation: Sampler | None = None,
+        progress: bool = True,
+    ) -> dict[str, float]:
+        """Take C from locality inputs; nothing is trained."""
+        draws = -(-LEARNED_FROM // max(1, sampler.loc * config.batch_size))
+        pairs = [pair for step in range(draws) for pair in sampler.draw(step, config.batch_size).loc]
+        self.protect(list(dict.fromkeys(pairs))[:LEARNED_FROM])
+        return {}
+
+    def parameter_count(self) -> int:
+        return 0
+
+    def save(self, directory: str | Path) -> None:
+        self.prepare()
+        assert self.metric is not None
+        self.metric.save(Path(directory) / METRIC_FILE)
+
+    def load(self, directory: str | Path) -> None:
+        metric = Metric.load(Path(directory) / METRIC_FILE)
+        metric.check(self.layers, self.subject.model.config.model_type)
+        self.metric = metric
+
+    # -- for each edit -------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _edited(self, requests: Sequence[EditRequest]) -> Iterator[None]:
+        facts = [self._fact(request) for request in requests]
+        with restored([layer.weight for layer in self.layers]):
+            self._write(facts)
+            yield
+
+    def _write(self, facts: Sequence[Fact]) -> None:
+        (layer,) = self.layers
+        for fact in facts:
+            key = self._keys([fact], layer)[0]
+            value = self.value(fact, layer.module)
+            with torch.no_grad():
+                self._add(layer, *self.rank_one(layer, key, value))
+
+    def rank_one(self, layer: Layer, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """u [1, m] and d [1, n] of W <- W + d^T u, under which W k = v (the bias included)."""
+        assert self.metric is not None
+        c = self.metric.moments[layer.name].matrix().to(key.device).double()
+        c.diagonal().add_(TINY * c.trace())
+        u = torch.linalg.solve(c, key.double())
+        missing = value.double() - layer.module(key.to(layer.weight.dtype)).double()
+        return (u / (u @ key.double()))[None].float(), missing[None].float()
+
+    @staticmethod
+    def _add(layer: Layer, u: torch.Tensor, d: torch.Tensor) -> None:
+        ops.rank1_update_(layer.weight.data, u.contiguous(), d.contiguous(), -1.0, layout=layer.layout)
+
+    def value(self, fact: Fact, site: nn.Module) -> torch.Tensor:
+        """[n]: what ``site`` should give at the subject's last token, so that the model gives the target."""
+        model, size = self.subject.model, len(fact.place)
+        with frozen(model):
+            with torch.no_grad():
+                base = self._last(fact.essence).log_softmax(-1)
+            origin = self._output(site, fact)
+            change = torch.zeros_like(origin, requires_grad=True)
+            optimizer = torch.optim.Adam([change], lr=self.learning_rate)
+            longest = self.clamp * origin.norm()
+            with torch.enable_grad():
+                for step in range(self.steps + 1):
+                    with _at(site, fact.place, lambda x: x + change.to(x.dtype)):
+                        loss = nll(target_rows(model, fact.batch), size).mean()
+                    if step == self.steps or loss.item() < ENOUGH:
+                        break
+                    with _at(site, fact.essence_place, lambda x: x + change.to(x.dtype)):
+                        now = self._last(fact.essence).log_softmax(-1)
+                    divergence = (base.exp() * (base - now)).sum()
+                    decay = change.square().sum() / origin.square().sum()
+                    descend(optimizer, loss + self.kl * divergence + self.decay * decay)
+                    with torch.no_grad():
+                        change.mul_((longest / change.norm().clamp(min=1e-30)).clamp(max=1))
+        return (origin + change).detach()
+
+    @torch.no_grad()
+    def _output(self, site: nn.Module, fact: Fact) -> torch.Tensor:
+        """[n]: what ``site`` gives at the subject's last token, of the prompt without a beginning."""
+        found: list[torch.Tensor] = []
+
+        def look(x: torch.Tensor) -> torch.Tensor:
+            found.append(x[0].float())
+            return x
+
+        with _at(site, fact.place, look):
+            target_rows(self.subject.model, fact.batch)
+        return found[0]
+
+    def _last(self, batch: Batch) -> torch.Tensor:
+        """The logits after the last token of one text, [V] float32."""
+        keep = torch.zeros_like(batch["attention_mask"], dtype=torch.bool)
+        keep[0, -1] = True
+        return kept_rows(self.subject.model, batch, keep).logits[0].float()
+
+    @torch.no_grad()
+    def _keys(self, facts: Sequence[Fact], layer: Layer) -> torch.Tensor:
+        """[facts, m]: the layer's input at each subject's last token, mean over the beginnings."""
+        keys = []
+        with frozen(self.subject.model):
+            for fact in facts:
+                seen: list[torch.Tensor] = []
+
+                def look(module: nn.Module, args: tuple, seen: list[torch.Tensor] = seen) -> None:
+                    seen.append(args[0])
+
+                with undone() as changes:
+                    changes.hook(layer.module, look, before=True)
+                    target_rows(self.subject.model, fact.batch)
+                x = seen[0].reshape(len(fact.place), -1, layer.m)
+                keys.append(x[torch.arange(len(x)), fact.place.to(x.device)].float().mean(0))
+        return torch.stack(keys)
+
+    def _fact(self, request: EditRequest) -> Fact:
+        subject = self.subjects.get(request.prompt)
+        if not subject:
+            raise ValueError(
+                f"{self.name} writes a fact where its subject is read, and the data names no subject for "
+                f"{request.prompt!r}: give the records a field subject, or leave {self.key} out."
+            )
+        if subject not in request.prompt:
+            raise ValueError(f"The subject {subject!r} is not in {request.prompt!r}, where {self.name} looks for it.")
+        assert self._beginnings is not None
+        prompts = [beginning + request.prompt for beginning in self._beginnings]
+        batch = self.subject.tokenize([(prompt, request.target) for prompt in prompts])
+        places = [self._place(self.subject.prompt_text(prompt), subject) for prompt in prompts]
+        essence = f"{subject} is a"
+        ids = torch.tensor([encode_prompt(self.subject.tokenizer, essence)])
+        device = self.subject.device
+        return Fact(
+            request,
+            to_device(batch, device),
+            torch.tensor(places, device=device),
+            {"input_ids": ids.to(device), "attention_mask": torch.ones_like(ids).to(device)},
+            torch.tensor([self._place(essence, subject)], device=device),
+        )
+
+    def _place(self, text: str, subject: str) -> int:
+        """The token that the subject's last letter is in."""
+        whole = encode_prompt(self.subject.tokenizer, text)
+        start = encode_prompt(self.subject.tokenizer, text[: text.rindex(subject) + len(subject)])
+        # where a token goes on beyond the subject, the two part at that token
+        parted = next((i for i, (a, b) in enumerate(zip(start, whole, strict=False)) if a != b), len(start) - 1)
+        return min(parted, len(whole) - 1)
+
+
+class Memit(Rome):
+    """Many facts at once, spread over several blocks' matrices.
+
+    Each fact's value z is found as in ROME, at the output of the last of the blocks. Then block after block takes its
+    share of what z still lacks, r = (z - h) / (blocks left), for all facts together: ``W <- W + R^T K (weight C + K^T
+    K)^-1`` (section 4, equation 14), which is ops.least_squares.
+
+    Args:
+        subject, block, steps, learning_rate, kl, decay, clamp, prefixes, words: see :class:`Rome`; ``clamp`` in
+            lengths of the block's output.
+        weight: of C beside the facts' own keys.
+    """
+
+    key, name = "memit", "MEMIT"
+    depth = 5
+
+    def __init__(
+        self,
+        subject: EditableModel,
+        *,
+        block: int | None = None,
+        steps: int = 25,
+        learning_rate: float = 0.5,
+        kl: float = 0.0625,
+        decay: float = 0.5,
+        clamp: float = 0.75,
+        prefixes: int = 5,
+        words: int = 200,
+        weight: float = 15000.0,
+    ):
+        super().__init__(
+            subject, block=block, steps=steps, learning_rate=learning_rate, kl=kl, decay=decay, clamp=clamp,
+            prefixes=prefixes, words=words,
+        )  # fmt: skip
+        self.weight = weight
+
+    def _edited_in_turn(self, requests: Sequence[EditRequest]) -> contextlib.AbstractContextManager:
+        return self._edited(requests)
+
+    def _write(self, facts: Sequence[Fact]) -> None:
+        assert self.metric is not None
+        values = torch.stack([self.value(fact, self.last) for fact in facts])
+        for i, layer in enumerate(self.layers):
+            with torch.no_grad():
+                with frozen(self.subject.model):
+                    states = torch.stack([self._output(self.last, fact) for fact in facts])
+                lacking = (values - states) / (len(self.layers) - i)
+                keys = self._keys(facts, layer)
+                spectrum = self.metric.spectrum(layer.name).to(keys.device)
+                u, delta = ops.least_squares(keys, lacking, spectrum, TINY * self.weight, self.weight)
+                self._add(layer, u, -delta)
+
+
+@contextlib.contextmanager
+def _at(site: nn.Module, place: torch.Tensor, change: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    """Within the block ``site`` gives ``change(x)`` for its outputs x [P, h] at the token ``place`` of each text."""
+
+    def hook(module: nn.Module, args: tuple, output: torch.Tensor | tuple) -> torch.Tensor | tuple:
+        x = output[0] if isinstance(output, tuple) else output
+        flat = x.reshape(len(place), -1, x.shape[-1])
+        rows = torch.arange(len(place), device=x.device)
+        places = place.to(x.device)
+        changed = flat.index_put((rows, places), change(flat[rows, places]).to(x.dtype).expand(len(place), -1))
+        changed = changed.reshape(x.shape)
+        return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+    with undone() as changes:
+        changes.hook(site, hook)
+        yield
