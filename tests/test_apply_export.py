@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mendfast import Edit, MendConfig, MendEditor
+from mendfast import Edit, EditMemory, MendConfig, MendEditor
 from mendfast.base_model import small_gpt2
 from mendfast.choice import find_layers
 from mendfast.cli import main, read
@@ -39,7 +39,11 @@ def made(tokenizer, tmp_path_factory) -> Path:
     for seed, name in enumerate(("one", "two"), 1):
         make_edit(model, seed).save(place / f"{name}.safetensors")
     make_edit(small_gpt2(len(tokenizer), width=64, depth=3, heads=4), 1).save(place / "wider.safetensors")
-    MendEditor.from_model(model, tokenizer, MendConfig(rank=2)).save_pretrained(place / "editor")
+    editor = MendEditor.from_model(model, tokenizer, MendConfig(rank=2))
+    editor.save_pretrained(place / "editor")
+    memory = EditMemory(editor)
+    memory.add(*WHO)
+    memory.save(place / "memory.safetensors")
     return place
 
 
@@ -220,6 +224,7 @@ ONE = [*BASE, "--edit", "{made}/one.safetensors"]
         (["apply", *BASE, "--edit", "{made}/editor/editor.safetensors", "--save-model", "x"], "not a mendfast edit"),
         (["apply", *BASE, "--edit", "{made}/wider.safetensors", "--save-model", "x"], "made for another model"),
         (["apply", *BASE, "--memory", "nowhere", "--save-model", "x"], "There is no file nowhere"),
+        (["apply", *BASE, "--memory", "{made}/memory.safetensors", "--save-model", "x"], "by the editor that made it"),
         (["apply", "--editor", "{made}/editor", "--edit", "{made}/one.safetensors", "--save-model", "x"], "serves one"),
         (["apply", *ONE, "--save-model", "x", "--rounding", "up"], "invalid choice: 'up'"),
         (["apply", "--edit", "{made}/one.safetensors"], "arguments are required: --save-model"),

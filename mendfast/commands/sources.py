@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from .. import editors, pretrained
+from .. import pretrained
 from ..adapters.peft import CONFIG_FILE
 from ..config import MendConfig
 from ..edit import Edit
@@ -19,7 +19,7 @@ from ..fingerprint import Fingerprint
 from ..memory_file import read_requests
 from ..metrics import correct
 from ..schema import some
-from .loading import LoadSettings, load_model
+from .loading import LoadSettings, load_model, shipped_for
 
 MEASURED = 256  # requests that the model is asked, at most
 _ASKED_AT_ONCE = 16
@@ -40,7 +40,7 @@ class SourceSettings(LoadSettings):
         default=None,
         metadata={
             "help": "editor that made --memory, or that says how the requests of --edit are put; default: the demo's, "
-            "or the one that ships for --model"
+            "or what ships for --model"
         },
     )
     strict: bool = field(
@@ -49,10 +49,6 @@ class SourceSettings(LoadSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.editor is None and self.model is not None:
-            short = pretrained.resolve(self.model).short
-            if short and editors.directory(short):
-                self.editor = short
         if self.editor is not None and self.model is None:
             raise ValueError("--editor serves one model; pass that too, as --model, or neither: the demo's.")
         if repeated := sorted({path for path in self.edit if self.edit.count(path) > 1}):
@@ -62,8 +58,6 @@ class SourceSettings(LoadSettings):
         if self.memory is not None:
             if not read_requests(self.memory) and not self.edit:
                 raise ValueError(f"{self.memory} holds no edits; there is nothing to do.")
-            if self.model is not None and self.editor is None:
-                raise ValueError("--memory is solved by the editor that made it; name that with --editor.")
 
 
 class Sources(NamedTuple):
@@ -117,8 +111,13 @@ def load_sources(settings: SourceSettings, base: Fingerprint | None = None) -> S
         model, tokenizer = subject.model, subject.tokenizer
     else:
         model, tokenizer = load_model(settings)
-        if settings.editor is not None:
-            subject = MendEditor.from_pretrained(settings.editor, model, tokenizer, strict=settings.strict)
+        if (name := settings.editor or shipped_for(model)) is not None:
+            subject = MendEditor.from_pretrained(name, model, tokenizer, strict=settings.strict)
+        elif settings.memory is not None:
+            raise ValueError(
+                f"{settings.memory} is solved by the editor that made it, and none ships for this model; name it with "
+                "--editor."
+            )
     edits = {path: read[path] if path in read else Edit.from_peft(path, model) for path in settings.edit}
     if settings.memory is not None:
         from ..memory import EditMemory
