@@ -128,7 +128,7 @@ def load_sources(settings: SourceSettings, base: Fingerprint | None = None) -> S
         if base is not None and edit.fingerprint is not None and _agree(base, edit.fingerprint):
             edit.fingerprint = None  # what is different in the model's weights is known
         try:
-            names |= {layer.name: None for layer in edit._layers(model, settings.strict)}
+            names |= {layer.name: None for layer in edit.layers_of(model, settings.strict)}
         except (ValueError, TypeError) as error:
             raise type(error)(f"{path}: {error}") from error
     if subject is None:
