@@ -427,8 +427,9 @@ class EditMemory(OnHub):
 
 
 def update_file(
-    path: str | Path, editor: MendEditor, requests: Any = (), remove: Iterable[str] = (), *, progress: bool | None = None
-) -> EditMemory:
+    path: str | Path, editor: MendEditor, requests: Any = (), remove: Iterable[str] = (),
+    *, progress: bool | None = None,
+) -> EditMemory:  # fmt: skip
     """Add to the memory in a file, which need not exist yet, and remove from it: ``mendfast edit --memory FILE``.
 
     The file is as it was where a key is unknown or a request is wrong.
