@@ -408,6 +408,9 @@ class EditMemory(OnHub):
         """The memory in ``path``, or an empty one where there is none yet."""
         return cls.load(path, editor) if Path(path).is_file() or journal_of(path).is_file() else cls(editor)
 
+    def _save_in(self, directory: Path) -> None:  # not save(): the file that this memory goes on in stays the same
+        write(directory / self.hub_file, list(self._records.values()), self._identity())
+
     def _about(self) -> About:
         return self.editor._about().of_memory(self.requests)
 
@@ -430,13 +433,9 @@ class EditMemory(OnHub):
 
 
 def update_file(
-    path: str | Path,
-    editor: MendEditor,
-    requests: Any = (),
-    remove: Iterable[str] = (),
-    *,
-    progress: bool | None = None,
-) -> EditMemory:
+    path: str | Path, editor: MendEditor, requests: Any = (), remove: Iterable[str] = (),
+    *, progress: bool | None = None,
+) -> EditMemory:  # fmt: skip
     """Add to the memory in a file, which need not exist yet, and remove from it: ``mendfast edit --memory FILE``.
 
     The file is as it was where a key is unknown or a request is wrong.

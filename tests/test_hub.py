@@ -129,7 +129,10 @@ def test_edit(editor, uploads, tmp_path):
 def test_memory(editor, uploads, tmp_path):
     memory = EditMemory(editor)
     memory.add([REQUEST, *((f"Who is number {i}?", "Nobody") for i in range(59))])
+    memory.save(tmp_path / "mine.safetensors")
     memory.push_to_hub("me/facts")
+    memory.add("Who came last?", "Nobody", save_to=tmp_path / "mine.safetensors")  # its file is still this one
+    memory.remove("Who came last?")
     card = huggingface_hub.ModelCard.load(tmp_path / "uploaded" / "README.md")
     assert card.data.base_model == "someone/small-gpt2" and card.data.tags[-1] == "mendfast-memory"
     assert "60 in all" in card.text and "and 10 more." in card.text
