@@ -36,7 +36,7 @@ def run(call: Callable[[], object], files: tuple[str, ...], at: int | None = Non
         return local_trace
 
     before, collecting = sys.gettrace(), gc.isenabled()
-    gc.disable()  # lines of a generator that is collected meanwhile are not the call's, and what they raise goes nowhere
+    gc.disable()  # lines of a generator that it collects are not the call's, and what they raise goes nowhere
     sys.settrace(global_trace)
     try:
         call()
