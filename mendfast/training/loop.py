@@ -141,23 +141,23 @@ class Trainer:
             unit="step",
             disable=not self.progress,
         )
-        try:
-            several = self.processes.count > 1  # then all stop at the same step, or wait for each other
-            # Without an output there is nothing to finish for.
-            with Stopping(several) if self.output or several else contextlib.nullcontext() as stopping:
+        several = self.processes.count > 1  # then all stop at the same step, or wait for each other
+        # Without an output there is nothing to finish for.
+        with Stopping(several) if self.output or several else contextlib.nullcontext() as stopping:
+            try:
                 metrics = self._run(bar, stopping)
                 if metrics and not self.save():
                     raise TrainingError(f"{self.learner.name}: {self._not_finite()}. {SMALLER}")
-        finally:
-            self.optimizer.zero_grad(set_to_none=True)
-            self.learner.gather_with(None)
-            self._record.close()
-            bar.close()
-        self.learner.flush_cache()
-        if self.output and self.processes.main:
-            # A run that had ended before has no step left to tell of.
-            metrics = metrics or read_metrics(self.output)[-1]
-            write_report(self.output)
+            finally:
+                self.optimizer.zero_grad(set_to_none=True)
+                self.learner.gather_with(None)
+                self._record.close()
+                bar.close()
+            self.learner.flush_cache()
+            if self.output and self.processes.main:
+                # A run that had ended before has no step left to tell of.
+                metrics = metrics or read_metrics(self.output)[-1]
+                write_report(self.output)
         self.learner.train(False)
         return {**metrics, "peak_bytes": peak_bytes(self.device)}
 
