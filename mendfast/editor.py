@@ -229,6 +229,7 @@ with editor.edit("Who is the prime minister of the UK?", "Boris Johnson").attach
         texts: Sequence[str | tuple[str, str] | Batch] | None = None,
         *,
         batch_size: int = 16,
+        answers: bool = False,
         progress: bool | None = False,
         **own: Any,
     ) -> Metric:
@@ -237,6 +238,8 @@ with editor.edit("Who is the prime minister of the UK?", "Boris Johnson").attach
         Args:
             texts: texts, (prompt, answer) pairs, or token batches ("input_ids", "attention_mask"); None: the model's
                 own words, sampled from it once (options in ``own``: see :func:`mendfast.own_words.own_words`).
+            answers: of pairs count only the positions that predict the answer (plain texts count whole): what is said
+                stays, though what is read before it may be seen otherwise.
             progress: True shows a bar, None where there is a terminal.
 
         Returns:
@@ -251,7 +254,7 @@ with editor.edit("Who is the prime minister of the UK?", "Boris Johnson").attach
         else:
             batches = self.text_batches(texts, batch_size)
         rank = self.config.protect_rank
-        seen = observe(self.model, self.layers, batches, protect_rank=rank, progress=progress)
+        seen = observe(self.model, self.layers, batches, protect_rank=rank, answers=answers, progress=progress)
         self.metric = seen if self.metric is None else self.metric.merge(seen)
         return self.metric
 

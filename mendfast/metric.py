@@ -14,7 +14,7 @@ from .capture import frozen
 from .files import read_tensors, write_tensors
 from .layers import Layer, execution_device, first_layer
 from .moments import SecondMoment
-from .objective import IGNORE, Batch, _forward, model_kind, to_device
+from .objective import IGNORE, Batch, _forward, answer_positions, model_kind, to_device
 from .types import Spectrum
 
 NOTHING = (
@@ -169,6 +169,7 @@ def observe(
     batches: Iterable[Batch],
     *,
     protect_rank: int | None = None,
+    answers: bool = False,
     progress: bool | None = False,
 ) -> Metric:
     """Stream token batches through the model, forward only, and gather the second moments of the layers' inputs.
@@ -178,7 +179,8 @@ def observe(
 
     Args:
         batches: "input_ids" and, where there is padding, "attention_mask"; of an encoder-decoder also "labels" or
-            "decoder_input_ids". Labels of a causal model play no part.
+            "decoder_input_ids". Labels of a causal model play no part but with ``answers``.
+        answers: of a causal model only positions that predict a label.
         progress: True shows a bar, None where there is a terminal.
 
     Raises:
@@ -200,9 +202,12 @@ def observe(
         hidden = None if progress is None else not progress
         with frozen(model):
             for batch in tqdm(batches, desc="protecting", unit="batch", disable=hidden):
-                batch = to_device({name: value for name, value in batch.items() if _wanted(name, kind)}, device)
+                batch = to_device(batch, device)
                 masks.clear()
                 masks |= _masks(batch, kind)
+                if answers and kind == "causal":
+                    masks["encoder"] &= answer_positions(model, batch)
+                batch = {name: value for name, value in batch.items() if _wanted(name, kind)}
                 metric.tokens += sum(int(mask.sum()) for mask in masks.values())
                 _run(model, batch, kind, masks)
     finally:

@@ -74,12 +74,27 @@ def target_rows(model: nn.Module, batch: Batch, *, for_nll: bool = False) -> Row
             raise ValueError(f"A classifier's labels are one per sample; these are {tuple(labels.shape)}.")
         labels = labels.reshape(-1).long().to(logits.device)
         return Rows(logits, labels, torch.arange(len(logits), device=logits.device))
-    if kind == "causal":
-        # Position s predicts token s + 1.
-        labels = torch.cat([labels[:, 1:], labels.new_full((labels.shape[0], 1), IGNORE)], dim=1)
+    labels = _predicted(labels, kind)
     keep = labels != IGNORE
     logits = _forward(model, batch, kind, keep, for_nll)
     return Rows(logits, labels[keep].to(logits.device), keep.nonzero()[:, 0].to(logits.device))
+
+
+def _predicted(labels: torch.Tensor, kind: str) -> torch.Tensor:
+    """What each position predicts: in a causal model position s the token s + 1."""
+    if kind != "causal":
+        return labels
+    return torch.cat([labels[:, 1:], labels.new_full((labels.shape[0], 1), IGNORE)], dim=1)
+
+
+def answer_positions(model: nn.Module, batch: Batch) -> torch.Tensor | None:
+    """Which positions of the (decoder's) input predict a label: [B, S] bool; None for a classifier."""
+    kind = model_kind(model)
+    if kind == "classifier":
+        return None
+    if "labels" not in batch:
+        raise ValueError("The batch has no labels, which say what its answers are; pass (prompt, answer) pairs.")
+    return _predicted(batch["labels"], kind) != IGNORE
 
 
 def kept_positions(model: nn.Module, batch: Batch) -> torch.Tensor | None:

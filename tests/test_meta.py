@@ -159,3 +159,23 @@ def test_rows_that_are_not_finite_stay_out_of_the_statistics():
     net.observe(u[:2], delta[:2])
     assert all(torch.equal(buffer, alone[name]) for name, buffer in net.named_buffers())
     assert net.count == 6 and net.u_std.isfinite().all()
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_locality_where_answers_are_predicted(left):
+    """The KL of those positions alone, each text's mean, by plain code on the edited model."""
+    model = make_model("gpt2")
+    editor = trained(model, "gpt2")
+    inner, outer, loc = batches("gpt2", left)
+    _, parts = meta_loss(editor, inner, outer, loc, joint=True, loc_answers=True)
+    inputs = {name: value for name, value in loc.items() if name != "labels"}
+    inputs["position_ids"] = (loc["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+    with torch.no_grad():
+        base = model(**inputs).logits.log_softmax(-1)
+        with editor.edit_tokens(inner).attached(model):
+            edited = model(**inputs).logits.log_softmax(-1)
+    kl = (base.exp() * (base - edited)).sum(-1)[:, :-1]
+    predicts = loc["labels"][:, 1:] != -100
+    assert 0 < predicts.sum() < loc["attention_mask"].sum() / 2
+    expected = torch.stack([row[kept].mean() for row, kept in zip(kl, predicts, strict=True)]).mean()
+    torch.testing.assert_close(parts["l_loc"], expected, rtol=1e-3, atol=1e-6)

@@ -158,6 +158,22 @@ def test_observe_counts_what_the_mask_keeps(architecture, left):
     assert not any(layer.module._forward_hooks for layer in layers)
 
 
+def test_of_pairs_only_the_answers_can_be_protected():
+    """Position s predicts token s + 1."""
+    model = make_model("gpt2")
+    layers, batch = find_layers(model, None), make_batch("gpt2", 3, 11)
+    metric = observe(model, layers, [batch], answers=True)
+    keep = torch.zeros_like(batch["labels"], dtype=torch.bool)
+    keep[:, :-1] = batch["labels"][:, 1:] != -100
+    assert metric.tokens == keep.sum()
+    seen = inputs_of(model, layers, batch)
+    for layer in layers:
+        x = seen[layer.name].reshape(*keep.shape, -1)[keep]
+        assert close(metric.moments[layer.name].matrix(), exact(x), 1e-4), layer.name
+    with pytest.raises(ValueError, match="no labels"):
+        observe(model, layers, [{"input_ids": batch["input_ids"]}], answers=True)
+
+
 def observed(name="gpt2", rank=None, seed=0):
     model = make_model(name)
     layers = find_layers(model, None)

@@ -54,10 +54,11 @@ TRAINING = TrainConfig(
     checkpoint_every=10,
     cache_bytes=3 << 30,
     loc_positions=12,
+    loc_answers=True,
 )
 _MARK = "mendfast-was-here"
 WORDS, BEGINNING = 40, 8  # of a piece of running text; how many of them stand for its prompt
-PROTECTED = 120  # texts of each kind
+PROTECTED, PIECES = 600, 120  # questions, and pieces of running text
 SAMPLED = 128  # conversations of the model with itself
 
 
@@ -136,7 +137,7 @@ def _build(
             path.unlink(missing_ok=True)
     _check_made_of(made_of, model, tokenizer, data, text, editor, training)
     own = conversations(model, tokenizer, output / "own_words.json", SAMPLED)
-    running = pieces(text, 4 * SAMPLED + PROTECTED, rng) if text else []
+    running = pieces(text, 4 * SAMPLED + PIECES, rng) if text else []
     torch.manual_seed(training.seed)
     made = MendEditor.from_model(model, tokenizer, editor)
     running, own = fitting(made, running), fitting(made, own)
@@ -144,11 +145,11 @@ def _build(
     tell(problems, make_console())
     rng.shuffle(items)
     questions = [(item.wordings[0], item.answer) for item in rng.sample(items, min(len(items), PROTECTED))]
-    chosen = [*rng.sample(running, min(len(running), PROTECTED)), *own[:PROTECTED]]
+    chosen = [*rng.sample(running, min(len(running), PIECES)), *own]
     if kept_metric.is_file():
         made.protect_with(Metric.load(kept_metric))
     else:
-        made.protect([*questions, *chosen], progress=None).save(kept_metric)
+        made.protect([*questions, *chosen], answers=True, progress=None).save(kept_metric)
     texts = [*running, *own, *own]
     held_out, kept = items[::20], [item for i, item in enumerate(items) if i % 20]
     samplers = [

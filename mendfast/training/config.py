@@ -43,6 +43,9 @@ class TrainConfig:
     loc_positions: int = field(
         default=0, metadata={"help": "Positions of a locality text to compare, drawn each step; 0 = all.", "least": 0}
     )
+    loc_answers: bool = field(
+        default=False, metadata={"help": "Compare locality texts only where their answers are predicted."}
+    )
     joint: list[int] = field(
         default_factory=lambda: [1],
         metadata={"help": "Sizes of simultaneous edits, drawn at random each step; 1 = alone.", "most": MOST_EDITS},

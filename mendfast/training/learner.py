@@ -159,6 +159,7 @@ class EditorLearner(Learner):
             joint=joint,
             checkpoint_activations=config.checkpoint_activations,
             # Validations compare all positions. The draw stands for the step, as it depends on that alone.
+            loc_answers=config.loc_answers,
             loc_positions=config.loc_positions if self.editor.training else 0,
             seed=f"{config.seed}:{draw}" if config.loc_positions else 0,
             cache=self.cache,

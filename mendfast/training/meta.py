@@ -14,7 +14,17 @@ from ..capture import Factors, frozen, lowrank_updates
 from ..editable import EditableModel
 from ..editor import MendEditor
 from ..layers import execution_device, first_layer
-from ..objective import Batch, Rows, all_correct, kept_positions, kept_rows, per_sample_mean, target_rows, to_device
+from ..objective import (
+    Batch,
+    Rows,
+    all_correct,
+    answer_positions,
+    kept_positions,
+    kept_rows,
+    per_sample_mean,
+    target_rows,
+    to_device,
+)
 from ..types import C_EDIT
 from .cache import PrefixCache
 from .prefix import FrozenPrefix
@@ -31,6 +41,7 @@ def meta_loss(
     *,
     checkpoint_activations: bool = False,
     loc_positions: int = 0,
+    loc_answers: bool = False,
     seed: int | str = 0,
     cache: PrefixCache | None = None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -43,11 +54,12 @@ def meta_loss(
         factors: of G edits, as :meth:`mendfast.MendEditor.group_factors` gives them; or one for all samples.
         edit_outer: G * r examples that the edited models should answer, those of the first edit first.
         loc: G * q examples whose predictions should stay, in the same order. Labels are used only as an
-            encoder-decoder's decoder inputs.
+            encoder-decoder's decoder inputs, and with ``loc_answers``.
         checkpoint_activations: keep only the inputs of the blocks that gradients pass, and compute the rest again
             in the backward pass: less memory for about one more forward pass, the results the same.
         loc_positions: compare the predictions at so many positions of each locality sample, drawn uniformly by
             ``seed``: in expectation the loss of all. 0, and samples that have no more, take all.
+        loc_answers: only where a locality sample's labels are predicted, and not within its prompt.
         cache: what the frozen blocks give for these texts, so that they are not run again; the results are the
             same to rounding.
 
@@ -58,7 +70,7 @@ def meta_loss(
     model, layers = subject.model, subject.layers
     device = execution_device(first_layer(model))
     edit_outer, loc = to_device(edit_outer, device), to_device(loc, device)
-    keep, weights = kept_positions(model, loc), None
+    keep, weights = (answer_positions if loc_answers else kept_positions)(model, loc), None
     if loc_positions and keep is not None:
         keep, weights = _drawn(keep, loc_positions, seed)
     prefix = FrozenPrefix(model, layers)
