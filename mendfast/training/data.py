@@ -196,7 +196,7 @@ class FormSampler:
         self.texts, self.few_from = list(texts), few_from
 
     def fingerprint(self) -> str:
-        return digest(fingerprint(self.sampler), self._forms, self._shares, self.texts, self.few_from)
+        return digest(fingerprint(self.sampler), self._forms, self._inner, self.texts, self.few_from)
 
     def draw(self, step: int, size: int) -> Draw:
         rng = random.Random(f"{self.seed}:{step}:forms")
