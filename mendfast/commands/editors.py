@@ -39,7 +39,7 @@ SYSTEMS = (
 )
 FORMS = {"chat": 0.6, "plain": 0.2, **{f"system:{text}": 0.2 / len(SYSTEMS) for text in SYSTEMS}}
 EDITOR = MendConfig(
-    rank=128, scale_v=True, chat=True, aggregation="least_squares", protect_rank=128, ridge=1e-3, protection=30.0
+    rank=128, scale_v=True, chat=True, aggregation="least_squares", protect_rank=220, ridge=1e-3, protection=30.0
 )
 TRAINING = TrainConfig(
     steps=240,
