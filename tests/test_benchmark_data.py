@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
+import random
 
 import pytest
 
 from mendfast.baselines import Mend
 from mendfast.commands.evaluate import measure_group
+from mendfast.commands.questions import Questions
 from mendfast.demo import build
-from mendfast.tasks.qa import FORMATS, fact_items, read_qa
+from mendfast.tasks.qa import FORMATS, QuestionAnswering, fact_items, read_qa
 from mendfast.tasks.records import Example
 from mendfast.tasks.task import usable
 
@@ -212,6 +214,9 @@ def test_edits_of_one_case_are_made_together(read):
     (case, _), _ = read(MQUAKE, "mquake")
     assert [item.answer for item in fact_items([case])] == ["Lima", "Earth"]
     system = Watched(build.load())
-    row = measure_group(system, usable(system.subject, [case])[0], [])
+    (example,), _ = usable(system.subject, [case])
+    group = list(example.parts)
+    asked = Questions(system.subject, QuestionAnswering([case], [])).after(group, random.Random(0), brief=True)
+    row = measure_group(system, group, asked)
     assert system.made == [[("Ada Moe was born in", "Oslo"), ("Oslo was born in", "Mars")]]
     assert 0 <= row["figures"]["portability"] <= 1 and 0 <= row["figures"]["generality"] <= 1

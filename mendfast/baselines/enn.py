@@ -88,6 +88,10 @@ class EditableNetwork(Fitted):
             rates = self.network.log_rates
             rates.fill_(math.log(best_gradient_step(self.subject, draw, config) / len(rates)))
 
+    def settings(self) -> dict[str, Any]:
+        """The base model is what is trained: its weights come from the checkpoint."""
+        return {name: value for name, value in super().settings().items() if name != "base model"}
+
     def parameter_groups(self, config: TrainConfig) -> list[dict[str, Any]]:
         model = [parameter for parameter in self.subject.model.parameters() if parameter.requires_grad]
         return [

@@ -18,6 +18,7 @@ from ..editor import METRIC_FILE
 from ..labels import encode_prompt
 from ..layers import Layer, named_layers
 from ..metric import Metric, observe
+from ..moments import SecondMoment
 from ..objective import Batch, kept_rows, nll, target_rows, to_device
 from ..own_words import own_words
 from ..requests import EditRequest
@@ -104,7 +105,10 @@ class Rome(System):
         own: Sequence[str | tuple[str, str] | Batch] = texts or ()
         if texts is None:
             own = own_words(model, subject.tokenizer, samples=self.words, chat=subject.chat)
-        self.metric = observe(model, self.layers, subject.text_batches(own))
+        seen = observe(model, self.layers, subject.text_batches(own))
+        # C as its file holds it: what is loaded edits as what was saved does
+        moments = {name: SecondMoment.from_state(*moment.state()) for name, moment in seen.moments.items()}
+        self.metric = Metric(moments, seen.model_type, seen.tokens)
 
     def prepare(self) -> None:
         if self.metric is None:

@@ -41,6 +41,7 @@ def occupied(directory: str | Path) -> Iterator[None]:
         Occupied: another process, or another thread, is there.
     """
     directory = Path(directory)
+    made = [place for place in (directory, *directory.parents) if not place.exists()]
     directory.mkdir(parents=True, exist_ok=True)
     path = directory.resolve() / NAME
     own = (os.getpid(), threading.get_ident())
@@ -64,6 +65,9 @@ def occupied(directory: str | Path) -> Iterator[None]:
             with contextlib.suppress(OSError):
                 path.unlink()
             os.close(handle)
+            with contextlib.suppress(OSError):  # a run that was refused leaves no empty directories
+                for place in made:
+                    place.rmdir()
 
 
 def _take(directory: Path, path: Path) -> int:

@@ -224,7 +224,7 @@ def _case(kind: Kind, content: bytes, place: Path, figures: Figures, watch: _Wat
     path.write_bytes(content)
     figures.files += 1
     watch.seen, wrong = "", ""
-    before, started = _peak(), time.process_time()
+    before, started = _peak(), time.process_time()  # not the wall clock: other tests run beside
     watch.on = True
     try:
         kind.read(path)
