@@ -37,18 +37,16 @@ def main(folder: Path, base_steps: int = 100, steps: int = 40) -> None:
         "gpt2", task.base_pairs(), vocabulary=300, width=64, depth=3, steps=base_steps, append_eos=True, progress=False
     )
     torch.manual_seed(0)
-    config = MendConfig(rank=32, step_size=2e-3, scale_v=True, append_eos=True)
-    editor = MendEditor.from_model(model, tokenizer, config)
-    for problem in task.sieve(editor):  # what this model can't be asked
-        print(problem)
+    editor = MendEditor.from_model(model, tokenizer, MendConfig(rank=32, step_size=2e-3, scale_v=True, append_eos=True))
+    print("left out, as this model can't be asked:", *task.sieve(editor) or ["nothing"])
     settings = TrainConfig(steps=steps, batch_size=8, learning_rate=2e-3, validate_every=steps // 2, validation_size=16)
-    held_out = task.sampler(1, held_out=True)
-    trainer = Trainer(editor, task.sampler(), settings, output=folder / "run", validation=held_out)
+    held_out, run = task.sampler(1, held_out=True), folder / "run"
+    trainer = Trainer(editor, task.sampler(), settings, output=run, validation=held_out)
     trainer.resume()  # a run that was cut off goes on from its last checkpoint
     metrics = trainer.run()
     print(f"validation: edit success {metrics['val_edit_success']:.0%}, loss {metrics['val_loss']:.2f}")
 
-    editor = MendEditor.from_pretrained(folder / "run" / "best", model, tokenizer)
+    editor = MendEditor.from_pretrained(run / "best", model, tokenizer)
     questions = [WORDINGS[0].format("Ada Moe"), WORDINGS[1].format("Ada Moe"), WORDINGS[0].format("Carl Orr")]
     before = answer(editor, questions)
     with editor.edit(questions[0], next(city for city in CITIES if city != before[0])).attached(model):
