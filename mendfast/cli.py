@@ -1,4 +1,4 @@
-"""The command line: ``mendfast demo | train | edit | apply | export | inspect | eval | editors | doctor``.
+"""The command line: ``mendfast demo | train | edit | apply | export | inspect | ui | eval | editors | doctor``.
 
 Each verb is a file of :mod:`mendfast.commands`: a dataclass of settings, whose fields become the options here, and a
 function that takes them and returns figures. A new verb is such a file, and a line in :data:`VERBS`.
@@ -67,6 +67,11 @@ VERBS = {
         "Say what an edit, memory, editor, metric, checkpoint, MEND archive, adapter or edited model holds.",
         "mendfast inspect fact.safetensors runs/qa/best adapter",
         "inspect", "InspectSettings", "inspect",
+    ),
+    "ui": Verb(
+        "Open a page to play with: answers before and after, facts switched on and off, undo, export (needs gradio).",
+        "mendfast ui\nmendfast ui --model smollm2 --memory facts.safetensors --port 8000",
+        "ui", "UiSettings", "ui",
     ),
     "eval": Verb(
         "Compare systems on edits that none has seen: edit success, generality, drawdown, time and memory.",
