@@ -44,6 +44,11 @@ def made(tokenizer, tmp_path_factory) -> Path:
     memory = EditMemory(editor)
     memory.add(*WHO)
     memory.save(place / "memory.safetensors")
+    for name in ("wider", "ranked"):
+        made_for = small_gpt2(len(tokenizer), width=64, depth=3, heads=4) if name == "wider" else model
+        make_edit(made_for, 1).export_peft(place / f"{name}-adapter", made_for)
+    config = place / "ranked-adapter" / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "r": 4, "lora_alpha": 4}))
     return place
 
 
@@ -223,6 +228,8 @@ ONE = [*BASE, "--edit", "{made}/one.safetensors"]
         (["apply", *BASE, "--edit", "full", "--save-model", "x"], "is a directory without adapter_config.json"),
         (["apply", *BASE, "--edit", "{made}/editor/editor.safetensors", "--save-model", "x"], "not a mendfast edit"),
         (["apply", *BASE, "--edit", "{made}/wider.safetensors", "--save-model", "x"], "made for another model"),
+        (["apply", *BASE, "--edit", "{made}/wider-adapter", "--save-model", "x"], "is an adapter for another model"),
+        (["apply", *BASE, "--edit", "{made}/ranked-adapter", "--save-model", "x"], "states the rank 4"),
         (["apply", *BASE, "--memory", "nowhere", "--save-model", "x"], "There is no file nowhere"),
         (["apply", *BASE, "--memory", "{made}/memory.safetensors", "--save-model", "x"], "by the editor that made it"),
         (["apply", "--editor", "{made}/editor", "--edit", "{made}/one.safetensors", "--save-model", "x"], "serves one"),
@@ -235,6 +242,7 @@ ONE = [*BASE, "--edit", "{made}/one.safetensors"]
         (["export", *ONE, "--format", "gguf-lora", "--output", "there.gguf"], "there.gguf, which exists; name a new"),
         (["export", *ONE, "--format", "peft", "--output", "x", "--rank", "0"], "rank is 0; it must be at least 1"),
         (["export", *BASE, "--edit", "{made}/wider.safetensors", "--format", "peft", "--output", "x"], "another model"),
+        (["export", *BASE, "--edit", "{made}/wider-adapter", "--format", "peft", "--output", "x"], "for another model"),
     ],
 )  # fmt: skip
 def test_bad_input_is_a_sentence_before_anything_is_written(made, arguments, says, capsys):

@@ -282,6 +282,13 @@ def test_what_must_stay_is_never_what_is_edited(editor, data, monkeypatch):
     assert [locality for _, locality in seen] == [[("Who?", "Rome")]] * 2
 
 
+def test_without_locality_there_is_no_drawdown(editor, data, capsys):
+    """Nothing to compare is a figure that is missing, and not one that is zero."""
+    data.write_text(json.dumps(records(1)[0]) + "\n")
+    (row,) = run(editor, data, "--systems", "ft")["rows"]
+    assert row["measured"] == 1 and "edit_success" in row["figures"] and "drawdown" not in row["figures"]
+
+
 def test_claims_and_running_text(editor, tmp_path):
     """The other two tasks, end to end, on small models of their own."""
     claims = [(f"Town {i} is in land {j}.", str(i == j).lower()) for i in range(4) for j in range(2)]
