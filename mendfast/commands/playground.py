@@ -69,6 +69,7 @@ class Playground:
         self._on = EditMemory(editor)
         self._saved = checksum_of(self.path) if self.path is not None else ""
         self._before: dict[str, str] = {}
+        self._after: dict[str, str] = {}  # with what is attached now
         self._disturbances: dict[tuple[str, str], str] = {}
         self._follow()
 
@@ -98,8 +99,10 @@ class Playground:
             before = self._before[question]
             if not len(self._on):
                 return Answers(question, before, before)
-            with self._on.attached():
-                return Answers(question, before, self._answer(question))
+            if question not in self._after:
+                with self._on.attached():
+                    self._after[question] = self._answer(question)
+            return Answers(question, before, self._after[question])
 
     def _answer(self, question: str) -> str:
         (given,) = generate_answers(self.editor, [question], MAX_NEW_TOKENS)
@@ -132,13 +135,15 @@ class Playground:
         prompt = _said("The question of the fact", prompt, "write what the model is asked")
         target = _said("The answer of the fact", target, "write what the model should say")
         with exclusive(self.editor.model):
-            memory = self._copy(self._state.memory)
+            old, off, _ = self._state
+            memory = self._copy(old)
             try:
                 (key,) = memory.add(prompt, target)
             except ValueError as error:
                 # of one request its place says nothing
                 raise ValueError(str(error).removeprefix("Request 0, ")) from error
-            self._step(memory, self._state.off - {key}, f"adding “{brief(prompt, 60)}”")
+            if memory.requests != old.requests or key in off:
+                self._step(memory, off - {key}, f"adding “{brief(prompt, 60)}”")
         return key
 
     def switch(self, key: str, on: bool) -> None:
@@ -186,6 +191,7 @@ class Playground:
 
     def _follow(self) -> None:
         """Bring what is attached to the model up to date."""
+        self._after = {}
         self._on.remove(*self._on.keys())
         self._on.merge(self._state.memory)
         self._on.remove(*self._state.off)

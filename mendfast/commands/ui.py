@@ -160,7 +160,7 @@ def serving(playground: Playground, title: str, host: str = "127.0.0.1", port: i
                 made.close(verbose=False)
         finally:
             for name, value in before.items():
-                os.environ.pop(name)
+                os.environ.pop(name, None)
                 os.environ |= {} if value is None else {name: value}
 
 
@@ -254,11 +254,11 @@ def page(playground: Playground, title: str, directory: str) -> Any:
             shown = [before, after, message, exported, facts, together, undo, forget, question, prompt, target]
             gr.on(
                 events, run, [question, *more], shown, show_progress="minimal", api_visibility="private",
-                concurrency_id="model",
+                concurrency_id="model", trigger_mode="multiple",  # a second click counts too, after the first
             )  # fmt: skip
 
         on([made.load], view)
-        on([ask.click, question.submit], lambda asked: {**view(asked), question: playground.ask(asked).question})
+        on([ask.click, question.submit], lambda asked: view(playground.ask(asked).question))
         on([add.click, target.submit], added, prompt, target)
         on([facts.select], switched)
         on([undo.click], lambda asked: view(asked, f"Undone: {playground.undo()}"))
