@@ -261,12 +261,12 @@ def test_the_page_in_a_browser(editor, tmp_path):
         assert EditMemory.load(tmp_path / "taken" / "facts.safetensors", editor).requests == [(KENYA, "Oslo")]
         assert "adapter/adapter_config.json" in zipfile.ZipFile(tmp_path / "taken" / "adapter.zip").namelist()
 
-        add("x" * 300, "y" * 60)  # words that nothing breaks
+        add("capitalofthe" * 7, "Oslo")  # a word that is wider than a page of 500
         expect(facts).to_have_count(2)
         for width in (500, 1200):
             page.set_viewport_size({"width": width, "height": 900})
             assert page.evaluate("document.documentElement.scrollWidth") <= width
-        for step, left in (("adding “xxx", 1), ("switching on", 1), ("switching off", 1), (f"adding “{KENYA}", 0)):
+        for step, left in (("adding “capitalofthe", 1), ("switching on", 1), ("switching off", 1), (f"adding “{KENYA}", 0)):
             expect(undo).to_contain_text(f"Undo {step}")
             undo.click()
             expect(message).to_contain_text(f"Undone: {step}")
