@@ -266,7 +266,12 @@ def test_the_page_in_a_browser(editor, tmp_path):
         for width in (500, 1200):
             page.set_viewport_size({"width": width, "height": 900})
             assert page.evaluate("document.documentElement.scrollWidth") <= width
-        for step, left in (("adding “capitalofthe", 1), ("switching on", 1), ("switching off", 1), (f"adding “{KENYA}", 0)):
+        for step, left in (
+            ("adding “capitalofthe", 1),
+            ("switching on", 1),
+            ("switching off", 1),
+            (f"adding “{KENYA}", 0),
+        ):
             expect(undo).to_contain_text(f"Undo {step}")
             undo.click()
             expect(message).to_contain_text(f"Undone: {step}")
