@@ -26,6 +26,17 @@ from .sources import name_of
 # the reader's own fonts: nothing is fetched for them
 FONTS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"]
 MONO = ["ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace"]
+LOOK = {
+    "block_title_background_fill": "transparent", "block_title_background_fill_dark": "transparent",
+    "block_title_text_color": "*body_text_color_subdued", "block_title_text_color_dark": "*body_text_color_subdued",
+    "block_title_padding": "0", "block_title_text_weight": "500",
+    "body_text_color_subdued": "*neutral_500", "body_text_color_subdued_dark": "*neutral_400",
+    "input_border_width": "1px", "input_border_color": "*neutral_300", "input_border_color_dark": "*neutral_600",
+    "button_border_width": "1px", "button_secondary_border_color": "*neutral_300",
+    "button_secondary_border_color_dark": "*neutral_600", "button_primary_border_color": "*primary_500",
+    "button_primary_border_color_dark": "*primary_600",
+}  # fmt: skip
+"""Of gradio's theme: quiet labels, and edges that are seen."""
 MEMORY_SAID = "Facts that are on, as a memory: mendfast edit --memory FILE takes it."
 ADAPTER_SAID = "Facts that are on, as a LoRA adapter: unpack it for PeftModel.from_pretrained, or vLLM."
 ABOUT_CHANGE = (
@@ -54,7 +65,7 @@ CSS = """
 #facts label span::first-line { font-weight: 600; }
 #facts label:not(.selected) span { color: var(--body-text-color-subdued); }
 #facts input[type=checkbox] { appearance: none; flex: none; width: 2.1rem; height: 1.2rem; margin: .1rem 0 0;
-  border: 0; border-radius: 1rem; background: var(--neutral-400) !important; background-image: none !important;
+  border: 0; border-radius: 1rem; background: #94a3b8 !important;
   position: relative; cursor: pointer; box-shadow: none; }
 #facts input[type=checkbox]::after { content: ""; position: absolute; top: 2px; left: 2px; border-radius: 50%;
   width: calc(1.2rem - 4px); height: calc(1.2rem - 4px); background: #fff; transition: left .12s; }
@@ -140,19 +151,12 @@ def serving(playground: Playground, title: str, host: str = "127.0.0.1", port: i
         try:
             import gradio
 
-            theme = gradio.themes.Soft(primary_hue="indigo", neutral_hue="slate", font=FONTS, font_mono=MONO).set(
-                block_title_background_fill="transparent",
-                block_title_background_fill_dark="transparent",
-                block_title_text_color="*body_text_color_subdued",
-                block_title_text_color_dark="*body_text_color_subdued",
-                block_title_padding="0",
-                block_title_text_weight="500",
-            )
+            theme = gradio.themes.Soft(primary_hue="indigo", neutral_hue="slate", font=FONTS, font_mono=MONO)
             made = page(playground, title, files)
             made.launch(
                 server_name=host, server_port=free_port(host, port), share=False, inbrowser=False, quiet=True,
                 prevent_thread_lock=True, ssr_mode=False, run_history=False, footer_links=[], mcp_server=False,
-                enable_monitoring=False, theme=theme, css=CSS,
+                enable_monitoring=False, theme=theme.set(**LOOK), css=CSS,
             )  # fmt: skip
             try:
                 yield made.local_url
