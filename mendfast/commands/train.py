@@ -72,7 +72,8 @@ class TrainSettings(BaseSettings, LoadSettings):
     )
     tensorboard: bool = field(default=False, metadata={"help": "write events to OUTPUT/tensorboard too"})
     restart: bool = field(
-        default=False, metadata={"help": "start anew where OUTPUT holds a run; its base model is kept"}
+        default=False,
+        metadata={"help": "start anew where OUTPUT holds a run; a base model made of the same is kept"},
     )
     dry_run: bool = field(default=False, metadata={"help": "print layers, parameters and bytes, and stop"})
     training: TrainConfig = field(default_factory=TrainConfig)
@@ -163,8 +164,9 @@ def _train(settings: TrainSettings, accelerator: Accelerator | None, main: bool)
     else:
         with accelerator.main_process_first() if accelerator else contextlib.nullcontext():
             model, tokenizer = base_model(
-                task, settings.data, settings, output / "model", layers=settings.layers, **read, progress=main
-            )
+                task, settings.data, settings, output / "model",
+                layers=settings.layers, **read, progress=main, restart=settings.restart,
+            )  # fmt: skip
     if not isinstance(task, FactTask):  # cut in the model's own tokens
         task = load_task(settings.task, settings.data, tokenizer=tokenizer, **read)
     torch.manual_seed(config.seed)
