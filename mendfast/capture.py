@@ -144,6 +144,12 @@ class Captured:
         outputs = [output for calls in self._calls.values() for _, output in calls]
         if silent := [name for name, calls in self._calls.items() if not calls]:
             raise ValueError(f"The forward pass did not run {', '.join(silent)}; edit layers that it runs.")
+        if not loss.requires_grad:
+            raise ValueError(
+                f"The loss does not depend on what {', '.join(self._calls)} put out, as far as PyTorch can follow: the "
+                "model computes its blocks by a function of its own (reversible blocks, as Reformer's) or without "
+                "gradients. Such layers can't be edited; name others, or use a model of another kind."
+            )
         gradients = iter(torch.autograd.grad(loss, outputs, allow_unused=True))
         result = {}
         for layer in self.layers:

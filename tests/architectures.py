@@ -2,6 +2,10 @@
 
     python -m tests.architectures --write docs/architectures.md
     python -m tests.architectures --only mixtral qwen2_moe
+    python -m tests.architectures --check docs/architectures.md
+
+The check runs one family after another, those of every kind in turn, for so many seconds, and compares what it found
+with the file; it also reads the file for cells that say nothing.
 
 Each model is built from its configuration alone, shrunk by the names of its numbers; nothing is downloaded. A cell is
 "yes" where the step works and is right, else says why not.
@@ -25,20 +29,21 @@ from typing import Any
 
 import torch
 import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers.models.auto import configuration_auto, modeling_auto
 
-from mendfast import Edit, MendConfig, MendEditor
+from mendfast import Edit, EditMemory, MendConfig, MendEditor
 from mendfast.training import editor_loss
 
-VOCAB, LIMIT_SECONDS, MOST_PARAMETERS = 96, 40, 12_000_000
+VOCAB, LIMIT_SECONDS, MOST_PARAMETERS, LEAST = 96, 40, 12_000_000, 60
 KINDS = {
     "vision and text": "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES",
     "causal": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
     "encoder-decoder": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
     "classifier": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
 }
-STEPS = ("edit", "attach = apply", "exact revert", "train", "sum")
+STEPS = ("edit", "attach = apply", "exact revert", "train", "sum", "memory")
 SMALL = {
     32: "hidden_size d_model n_embd dim embed_dim embedding_size word_embed_proj_dim d_embed hidden_dim emb_dim "
     "projection_dim model_dim input_dim encoder_dim out_hidden_size output_dim lru_width embedding_dim",
@@ -123,6 +128,8 @@ def build(model_type: str, class_name: str, kind: str) -> nn.Module:
         config.is_decoder, config.is_encoder_decoder = True, False
     if kind == "classifier":
         config.num_labels = 3
+    if getattr(config, "decoder_start_token_id", None) is None and config.is_encoder_decoder:
+        config.decoder_start_token_id = TOKENS["decoder_start_token_id"]  # T5's comes from its checkpoints
     with torch.device("meta"):
         count = sum(p.numel() for p in cls(copy.deepcopy(config)).parameters())
     if count > MOST_PARAMETERS:
@@ -145,6 +152,7 @@ def batch_of(kind: str, seed: int = 0, size: int = 2) -> dict[str, torch.Tensor]
     mask = torch.ones_like(ids)
     ids[1::2, 7:], mask[1::2, 7:] = 0, 0
     if kind == "classifier":
+        ids[::2, 7], ids[1::2, 6] = TOKENS["eos_token_id"], TOKENS["eos_token_id"]  # some read a text's last token
         return {"input_ids": ids, "attention_mask": mask, "labels": torch.arange(size) % 2}
     if kind == "encoder-decoder":
         labels = torch.randint(5, VOCAB - 6, (size, 4), generator=generator)
@@ -156,9 +164,21 @@ def batch_of(kind: str, seed: int = 0, size: int = 2) -> dict[str, torch.Tensor]
 # -- what is asked of each ---------------------------------------------------------------------------------------------
 
 
+def words() -> transformers.PreTrainedTokenizerFast:
+    """A tokenizer of as many words as the models know: w5, w6, ..."""
+    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3, **{f"w{i}": i for i in range(4, VOCAB - 6)}}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
 def logits(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     with torch.no_grad():
         if model.config.is_encoder_decoder:
+            if "decoder_input_ids" in batch:
+                batch = {name: value for name, value in batch.items() if name != "labels"}
             return model(**batch).logits
         inputs = {name: value for name, value in batch.items() if name != "labels"}
         return model(**inputs).logits
@@ -167,6 +187,19 @@ def logits(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
 def close(one: torch.Tensor, other: torch.Tensor) -> bool:
     """To float32 of two different orders of summation, through some layers."""
     return bool((one - other).abs().max() <= 1e-4 * (1 + other.abs().max()))
+
+
+def padding_moves(model: nn.Module, kind: str) -> bool:
+    """Whether the model itself answers a text otherwise where padding follows it."""
+    batch = {name: value[1:] for name, value in batch_of(kind).items()}  # whose last token is padding
+    if kind == "encoder-decoder":
+        read = torch.arange(5, 9).unsqueeze(0)
+        read, longer = ({**batch, "decoder_input_ids": ids} for ids in (read, nn.functional.pad(read, (0, 1))))
+        one, other = logits(model, read), logits(model, longer)
+    else:
+        one = logits(model, {name: value if value.dim() == 1 else value[:, :7] for name, value in batch.items()})
+        other = logits(model, batch)
+    return not close(one, other[:, : one.shape[1]])
 
 
 def steps(model: nn.Module, kind: str) -> Iterator[tuple[str, Callable[[], str]]]:
@@ -230,7 +263,34 @@ def steps(model: nn.Module, kind: str) -> Iterator[tuple[str, Callable[[], str]]
         with edits[0].attached(model), edits[1].attached(model):
             return "yes" if close(summed, logits(model, other)) else "not that of both"
 
-    yield from zip(STEPS, (edit, attach, revert, train, both), strict=True)
+    def remember() -> str:
+        with_words = MendEditor.from_model(model, words(), MendConfig(rank=4, step_size=0.05))
+        prompts, targets = ["w10 w11 w12 w13", "w20 w21 w22 w23"], ["w40", "w41 w42"]
+        if kind == "classifier":
+            prompts, targets = [f"{prompt} </s>" for prompt in prompts], list(model.config.label2id)[:2]
+        requests = list(zip(prompts, targets, strict=True))
+        memory = EditMemory(with_words)
+        keys = memory.add(requests)  # in one batch, the shorter one padded
+        one, two = (with_words.edit(*request) for request in requests)
+        with memory.attached():
+            of_memory = logits(model, batch)
+        with one.attached(model), two.attached(model):
+            if not close(of_memory, logits(model, batch)):
+                said = "answers of this model change with the padding beside them, and its edits too"
+                return said if padding_moves(model, kind) else "not the two edits that it holds"
+        memory.apply_()
+        if not close(of_memory, logits(model, batch)):
+            return "attached and applied differ"
+        memory.remove(keys[0])
+        memory.apply_()
+        left = logits(model, batch)
+        memory.revert_()
+        with two.attached(model):
+            if not close(left, logits(model, batch)):
+                return "what was removed is not gone"
+        return "yes" if untouched() else "the bits differ"
+
+    yield from zip(STEPS, (edit, attach, revert, train, both, remember), strict=True)
 
 
 class _TooLong(BaseException):
@@ -297,7 +357,7 @@ def row_of(model_type: str, class_name: str, kind: str) -> dict[str, str]:
                         break
     except _TooLong as error:
         row.setdefault("layers", reason(error))
-        row[next((name for name in STEPS if name not in row), "sum")] = reason(error)
+        row[next((name for name in STEPS if name not in row), STEPS[-1])] = reason(error)
     return row
 
 
@@ -312,6 +372,18 @@ def families() -> list[tuple[str, str, str]]:
 
 
 # -- the table ---------------------------------------------------------------------------------------------------------
+
+
+def line_of(row: dict[str, str]) -> str:
+    cells = [row["family"], row.get("layers", "-"), *(row.get(step, "-") for step in STEPS)]
+    return "| " + " | ".join(cells) + " |"
+
+
+def in_turn(found: list[tuple[str, str, str]], start: int) -> list[tuple[str, str, str]]:
+    """One of each kind after another, beginning at another place each time that ``start`` is another."""
+    of_kind = {kind: [one for one in found if one[2] == kind] for kind in KINDS}
+    of_kind = {kind: mine[start % len(mine) :] + mine[: start % len(mine)] for kind, mine in of_kind.items() if mine}
+    return [mine[i] for i in range(len(found)) for mine in of_kind.values() if i < len(mine)]
 
 
 def table(rows: list[dict[str, str]]) -> str:
@@ -335,8 +407,7 @@ def table(rows: list[dict[str, str]]) -> str:
             lines[-1] += " |"
             lines.append("|---" * (2 + len(STEPS)) + "|")
         for row in mine:
-            cells = [row["family"], row.get("layers", "-"), *(row.get(step, "-") for step in STEPS)]
-            lines.append("| " + " | ".join(cells) + " |")
+            lines.append(line_of(row))
         lines += [""] if mine else []
     absent = sorted((row for row in rows if "model" in row), key=lambda row: (row["kind"], row["family"]))
     if absent:
@@ -347,9 +418,55 @@ def table(rows: list[dict[str, str]]) -> str:
     return "\n".join(lines)
 
 
+def faults(text: str) -> list[str]:
+    """What a written table must not hold: fewer than 60 architectures, or a cell that says nothing or a raw error."""
+    rows, head = [], []
+    for line in text.splitlines():
+        cells = [cell.strip() for cell in line.strip("| ").split(" | ")] if line.startswith("| ") else []
+        if cells[:1] == ["family"]:
+            head = cells
+        elif cells and "edit" in head:
+            rows.append(cells)
+    found = [] if len({cells[0] for cells in rows}) >= LEAST else [f"fewer than {LEAST} architectures"]
+    for cells in rows:
+        if len(cells) != len(head) or not all(cells):
+            found.append(f"{cells[0]} has an empty cell")
+            continue
+        raw = [cell for cell in cells[1:] if re.match(r"[A-Z]\w*(Error|Exception): ", cell)]
+        found += [f"{cells[0]} gives a raw error: {cell}" for cell in raw]
+        said = cells[cells.index("-") - 1] if "-" in cells[1:] else "why not"
+        found += [f"{cells[0]} stops without saying why"] if said in ("yes", "-") else []
+    return found
+
+
+def check(path: Path, seconds: float, start: int) -> list[str]:
+    """Faults of the table in ``path``, and rows of it that are other ones now, as far as the seconds reach."""
+    text, until, seen = path.read_text(encoding="utf-8"), time.monotonic() + seconds, dict.fromkeys(KINDS, 0)
+    found = faults(text)
+    for family in in_turn(families(), start):
+        if time.monotonic() > until:
+            break
+        if f"| {family[1]} |" in text:  # among those that can't be built
+            continue
+        row = quietly(*family)
+        seen[family[2]] += 1
+        if "model" not in row and (line := line_of(row)) not in text and "takes more than" not in line:
+            found.append(f"{path} does not hold what was found: {line}")
+    print("tried again: " + ", ".join(f"{count} {kind}" for kind, count in seen.items()))
+    return found
+
+
+def quietly(*family: str) -> dict[str, str]:
+    with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+        return row_of(*family)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", type=Path, metavar="FILE", help="write the table there")
+    parser.add_argument("--check", type=Path, metavar="FILE", help="compare the table there with what some rows are now")
+    parser.add_argument("--seconds", type=float, default=100, help="how long the check may take")
+    parser.add_argument("--start", type=int, default=0, help="where among the families the check begins")
     parser.add_argument("--only", nargs="+", metavar="FAMILY", help="these families alone")
     parser.add_argument("--kind", choices=list(KINDS), help="this kind alone")
     args = parser.parse_args(argv)
@@ -357,15 +474,18 @@ def main(argv: list[str] | None = None) -> int:
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     logging.getLogger("mendfast").setLevel(logging.ERROR)
+    if args.check:
+        found = check(args.check, args.seconds, args.start)
+        print("\n".join(found) or f"{args.check} holds")
+        return bool(found)
     rows = []
-    for model_type, class_name, kind in families():
-        if args.only and model_type not in args.only or args.kind and kind != args.kind:
+    for family in families():
+        if args.only and family[0] not in args.only or args.kind and family[2] != args.kind:
             continue
         started = time.monotonic()
-        with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
-            rows.append(row_of(model_type, class_name, kind))
+        rows.append(quietly(*family))
         said = {name: cell for name, cell in rows[-1].items() if cell != "yes" and name not in ("family", "kind")}
-        print(f"{model_type} ({kind}, {time.monotonic() - started:.1f} s): {said}", flush=True)
+        print(f"{family[0]} ({family[2]}, {time.monotonic() - started:.1f} s): {said}", flush=True)
         if args.write:  # as it goes, so that a run that is stopped leaves what it has
             args.write.parent.mkdir(parents=True, exist_ok=True)
             args.write.write_text(table(rows), encoding="utf-8")
