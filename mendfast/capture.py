@@ -17,12 +17,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import nn
 
-from . import ops
+from . import experts, ops
 from .choice import experts_in
 from .layers import Layer, unwrapped
 from .ledger import ledger_of, settle
 from .locks import exclusive, holding
 from .ops.frozen_linear import frozen_forwards
+from .sharding import is_sharded, slices_of
 
 Factors = tuple[torch.Tensor, torch.Tensor, "torch.Tensor | float"]
 """u [T, m], delta [T, n], alpha: one update for all samples; or u [G, T, m], delta [G, T, n]: G groups of
@@ -46,6 +47,10 @@ class Changes:
 
     def hook(self, module: nn.Module, hook: Callable, *, before: bool = False) -> None:
         """Register a forward hook, or one that runs before the forward, until the changes are undone."""
+        if isinstance(module, experts.ExpertMatrix):
+            user = object()
+            self.note(functools.partial(experts.release, module.host, user))
+            experts.engage(module.host, user)
         self.note(functools.partial(_unhook, module, hook))
         (module.register_forward_pre_hook if before else module.register_forward_hook)(hook)
 
@@ -120,7 +125,9 @@ class Captured:
         self._thread = threading.get_ident()
         self._calls: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {layer.name: [] for layer in layers}
 
-    def _hook(self, name: str) -> Callable:
+    def _hook(self, layer: Layer) -> Callable:
+        name = layer.name
+
         def hook(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
             if threading.get_ident() != self._thread:
                 return output
@@ -132,6 +139,12 @@ class Captured:
             if not output.requires_grad:
                 # The graph starts here: nothing below the first edited layer is differentiated.
                 output = output.detach().requires_grad_()
+            if output.shape[-1] != layer.n or is_sharded(args[0]):
+                raise ValueError(
+                    f"{name} is computed in parallel by several processes, each of which sees a part of its rows; make "
+                    "the edit on a model that is whole or sharded by FSDP2, save it, and use it here: "
+                    "Edit.load(path).apply_(model)."
+                )
             # A split model may hand a layer its input on the device of the block before.
             self._calls[name].append((args[0].detach().to(output.device), output))
             return output
@@ -188,7 +201,7 @@ def capture(model: nn.Module, layers: Sequence[Layer], batch_size: int) -> Itera
     captured = Captured(layers, batch_size)
     with exclusive(model), torch.inference_mode(False), undone() as changes:
         for layer in layers:
-            changes.hook(layer.module, captured._hook(layer.name))
+            changes.hook(layer.module, captured._hook(layer))
         changes.note(functools.partial(torch.set_grad_enabled, torch.is_grad_enabled()))
         _uncompiled(changes)
         with frozen(model):
@@ -252,11 +265,14 @@ def _lowrank_hook(layer: Layer, u: torch.Tensor, delta: torch.Tensor, alpha: tor
             there = alpha.to(device) if isinstance(alpha, torch.Tensor) else alpha
             found = placed[device] = (u.to(device), delta.to(device), there)
         us, deltas, step = found
-        x = args[0].to(device)
+        x = (args[0].full_tensor() if is_sharded(args[0]) else args[0]).to(device)
+        if output.shape[-1] != layer.n:  # tensor parallelism: these are the outputs of the rows that lie here
+            deltas = deltas[..., slices_of(layer.weight)[layer.layout == "in_out"]]
         if us.dim() == 2:
             return ops.lowrank_linear(output, x, us, deltas, step)
         groups = us.shape[0]
-        y = ops.lowrank_linear(output.reshape(groups, -1, layer.n), x.reshape(groups, -1, layer.m), us, deltas, step)
+        y, x = output.reshape(groups, -1, output.shape[-1]), x.reshape(groups, -1, layer.m)
+        y = ops.lowrank_linear(y, x, us, deltas, step)
         return torch.ops.aten._unsafe_view(y, output.shape)  # some models add to it in place, which a view forbids
 
     return hook

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from torch import nn
 
-from .layers import Layer, is_matrix, named_layers, unwrapped, walk
+from .experts import problem
+from .layers import Layer, expanded, is_matrix, named_layers, unwrapped, walk
 
 log = logging.getLogger("mendfast")
 
@@ -73,8 +74,11 @@ def text_stacks(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
 
 
 def find_layers(model: nn.Module, names: Sequence[str] | None) -> list[Layer]:
-    """The named weights, or those of :func:`choose_layers` for None."""
-    return named_layers(model, choose_layers(model) if names is None else names)
+    """The named weights, or those of :func:`choose_layers` for None. The name of a stack of experts,
+    "….experts.down_proj", means all of them."""
+    if names is None:
+        return named_layers(model, choose_layers(model))
+    return named_layers(model, [one for name in names for one in expanded(model, name)])
 
 
 def choose_layers(model: nn.Module) -> list[str]:
@@ -125,9 +129,22 @@ def _of_stack(stack: str, blocks: nn.ModuleList, last: int) -> list[str]:
         if chosen and not mixture:
             log.info("the blocks of %s hold no MLP: %s", stack, said)
     if chosen and mixture:
-        log.info("the blocks of %s are mixtures of experts, whose rows are a selection of the tokens: %s", stack, said)
+        log.info(
+            "the blocks of %s are mixtures of experts, each of which sees a selection of the tokens: %s%s",
+            stack, said, _in_their_place(reading, f"{stack}." if stack else ""),
+        )  # fmt: skip
     prefix = f"{stack}." if stack else ""
     return [f"{prefix}{i}.{path}.weight" for i, paths in list(chosen.items())[-last:] for path in paths]
+
+
+def _in_their_place(blocks: Mapping[int, nn.Module], prefix: str) -> str:
+    """How to edit the experts themselves, where they can be."""
+    for i, block in reversed(blocks.items()):
+        for path, module in walk(block):
+            for name, parameter in module._parameters.items():
+                if name == "down_proj" and parameter is not None and parameter.dim() == 3 and not problem(module, name):
+                    return f" (to edit the experts: MendConfig(layers=['{prefix}{i}.{path}.{name}']))"
+    return ""
 
 
 def _matrices(block: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
