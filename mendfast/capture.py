@@ -155,7 +155,7 @@ class Captured:
         """u [B, S, m] and delta [B, S, n] of every layer: its inputs and the gradient of ``loss``, a sum over
         samples, at its outputs. A layer called more than once has its calls one after the other along S."""
         outputs = [output for calls in self._calls.values() for _, output in calls]
-        if silent := [name for name, calls in self._calls.items() if not calls]:
+        if silent := [name for name, calls in self._calls.items() if not calls and not experts_in(name)]:
             raise ValueError(f"The forward pass did not run {', '.join(silent)}; edit layers that it runs.")
         if not loss.requires_grad:
             raise ValueError(
@@ -172,6 +172,9 @@ class Captured:
                 gradient = torch.zeros_like(output) if gradient is None else gradient
                 us.append(x.reshape(self.batch_size, -1, layer.m))
                 deltas.append(gradient.reshape(self.batch_size, -1, layer.n))
+            if not us:  # a routed expert that none of the tokens came to
+                device = loss.device
+                us, deltas = [torch.zeros(1, 0, layer.m, device=device)], [torch.zeros(1, 0, layer.n, device=device)]
             result[layer.name] = (torch.cat(us, 1), torch.cat(deltas, 1)) if len(us) > 1 else (us[0], deltas[0])
         return result
 
@@ -184,8 +187,8 @@ def capture(model: nn.Module, layers: Sequence[Layer], batch_size: int) -> Itera
     compiled model runs uncompiled: what the compiler made of it knows no hooks.
 
     Raises:
-        ValueError: weights that were made within torch.inference_mode, that an interrupted edit left half written, or
-            of a mixture's routed experts.
+        ValueError: weights that were made within torch.inference_mode, that an interrupted edit left half written, or,
+            for more than one sample, of routed experts that are modules.
     """
     settle(model)
     if made := [layer.name for layer in layers if getattr(layer.weight, "is_inference", bool)()]:
@@ -193,11 +196,8 @@ def capture(model: nn.Module, layers: Sequence[Layer], batch_size: int) -> Itera
             f"{made[0]} was made within torch.inference_mode, and no gradient passes such a tensor; "
             "load the model outside of that block (torch.no_grad is fine)."
         )
-    if routed := [layer.name for layer in layers if experts_in(layer.name)]:
-        raise ValueError(
-            f"{routed[0]} belongs to a routed expert, which sees a selection of the tokens, so its rows can't be told "
-            "apart by sample; edit the shared expert or the attention's output projection (layers=None chooses them)."
-        )
+    if batch_size > 1:
+        _refuse_routed(layers)
     captured = Captured(layers, batch_size)
     with exclusive(model), torch.inference_mode(False), undone() as changes:
         for layer in layers:
@@ -207,6 +207,15 @@ def capture(model: nn.Module, layers: Sequence[Layer], batch_size: int) -> Itera
         with frozen(model):
             torch.set_grad_enabled(True)
             yield captured
+
+
+def _refuse_routed(layers: Sequence[Layer]) -> None:
+    if routed := [layer.name for layer in layers if experts_in(layer.name)]:
+        raise ValueError(
+            f"{routed[0]} belongs to a routed expert, which sees a selection of the tokens, so its rows can't be told "
+            "apart by sample; take one at a time (batch_size=1, loss_reduction='edit'), or edit the shared expert or "
+            "the attention's output projection (layers=None chooses them)."
+        )
 
 
 @contextlib.contextmanager
@@ -252,6 +261,8 @@ def without_edits(model: nn.Module) -> Iterator[None]:
 
 
 def _lowrank_hook(layer: Layer, u: torch.Tensor, delta: torch.Tensor, alpha: torch.Tensor | float) -> Callable:
+    if u.dim() == 3 and len(u) > 1:
+        _refuse_routed([layer])
     placed = {u.device: (u, delta, alpha)}  # the editor's; from the second call on also where the layer is
 
     def hook(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:

@@ -36,8 +36,8 @@ _OUTPUT = ("o_proj", "out_proj", "c_proj", "wo", "o", "out_lin", "dense", "proj"
 
 
 def experts_in(name: str) -> bool:
-    """Whether a weight belongs to a mixture's routed experts, which see a selection of the tokens."""
-    return re.search(r"(^|\.)(\w*_)?experts\.\d+(\.|$)", name) is not None and "shared_experts" not in name
+    """Whether a weight belongs to a routed expert that is called on a selection of the tokens, no telling which."""
+    return re.search(r"(^|\.)(\w*_)?experts\.(\w*_)?\d+(\.|$)", name) is not None and "shared_experts" not in name
 
 
 def stacks(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:

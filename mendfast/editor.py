@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from .aggregate import Transformed, Wanted, change, concatenated, least_squares, summands, sums, wanted
 from .capture import Factors
-from .choice import find_layers
+from .choice import experts_in, find_layers
 from .config import MendConfig
 from .edit import Edit
 from .editable import EditableModel
@@ -371,7 +371,8 @@ with editor.edit("Who is the prime minister of the UK?", "Boris Johnson").attach
             log.warning("This editor has seen no training, so its edits are plain gradient steps; train it first.")
         with torch.no_grad():
             rows = self.transform(captured)
-        if not self.training and all(parsed(name) for name in rows):  # in training, such an edit is just none
+        # in training, an edit that no layer sees is just none
+        if not self.training and all(parsed(name) or experts_in(name) for name in rows):
             seen = torch.cat([r.sample.cpu() for r in rows.values()]).unique()
             if missed := sorted(set(range(len(batch["labels"]))) - set(seen.tolist())):
                 raise ValueError(

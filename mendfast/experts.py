@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn.functional import linear
 
 _NAME = re.compile(r"(?P<path>.+)\.(?P<parameter>\w+)\[(?P<index>\d{1,6})\]")
-_SAYS = ("has_gate", "has_bias", "is_transposed", "num_experts", "_apply_gate", "act_fn")
+_SAYS = ("has_gate", "has_bias", "is_transposed", "num_experts", "_apply_gate")
 _matrices: weakref.WeakKeyDictionary[nn.Module, dict] = weakref.WeakKeyDictionary()
 
 
@@ -84,7 +84,7 @@ def matrix_of(host: nn.Module, parameter: str, index: int, name: str) -> ExpertM
 
 def problem(host: nn.Module, parameter: str) -> str | None:
     """Why single experts of ``host`` can't be edited, or None."""
-    if any(not hasattr(host, name) for name in _SAYS):
+    if any(not hasattr(host, name) for name in _SAYS) or not (host.has_gate or hasattr(host, "act_fn")):
         return f"{type(host).__name__} does not say how it calls its experts (transformers' experts interface does)"
     if parameter not in _order(host) or any(name not in host._parameters for name in _order(host)):
         return f"{type(host).__name__} calls {parameter} in a way of its own"

@@ -193,6 +193,13 @@ def check_writable(layer: Layer) -> None:
         )
     if kind is not torch.Tensor:
         raise ValueError(f"{layer.name} is quantised (a {kind.__name__}) and can't be edited in place; {or_dense}")
+    module = layer.module
+    if not isinstance(module, experts.ExpertMatrix) and "weight" not in {**module._parameters, **module._buffers}:
+        raise ValueError(
+            f"{layer.name} is made anew of other parameters in each pass (weight_norm, spectral_norm, a "
+            f"parametrization), so that what is written there is lost; {instead} Or bake them in first: "
+            "torch.nn.utils.parametrize.remove_parametrizations(module, 'weight')."
+        )
     expected = (layer.n, layer.m) if layer.layout == "out_in" else (layer.m, layer.n)
     if tuple(weight.shape) != expected:
         raise ValueError(f"{layer.name} is stored as {tuple(weight.shape)}, not as {expected}; {instead}")

