@@ -174,3 +174,34 @@ def test_experts_that_are_called_in_a_way_of_their_own():
     stack = next(n for n, p in model.named_parameters() if n.endswith("experts.down_proj"))
     with pytest.raises(ValueError, match="can't be edited by itself: .* does not say how it calls its experts"):
         MendEditor.from_model(model, None, MendConfig(layers=[f"{stack}[0]"]))
+
+
+@pytest.mark.parametrize("place", ["cpu", "disk"])
+def test_experts_that_accelerate_has_placed(place, tmp_path):
+    accelerate = pytest.importorskip("accelerate", reason="needs accelerate (pip install accelerate)")
+    plain, editor, batch = make("mixtral")
+    expected = editor.edit_tokens(batch)
+    device_map = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    device_map |= {f"model.layers.{i}": place if i == 2 else "cpu" for i in range(4)}
+    model = accelerate.dispatch_model(
+        copy.deepcopy(plain), device_map, main_device="cpu", offload_dir=tmp_path, force_hooks=True
+    )
+    path, host = experts_of(model)
+    assert "_old_forward" in vars(host) and host.down_proj.is_meta == (place == "disk")
+    forwards = vars(host)["forward"], vars(host)["_old_forward"]
+    edit = MendEditor.from_model(model, None, editor.config).edit_tokens(batch)
+    for name, (u, delta, _) in expected.factors.items():
+        torch.testing.assert_close(edit.factors[name].u, u)
+        torch.testing.assert_close(edit.factors[name].delta, delta)
+    with edit.attached(model), expected.attached(plain):
+        torch.testing.assert_close(logits(model, batch), logits(plain, batch))
+    assert (vars(host)["forward"], vars(host)["_old_forward"]) == forwards
+
+
+def test_systems_that_train_parameters_refuse_a_part_of_one():
+    from mendfast.baselines import SYSTEMS
+
+    model, editor, _ = make("mixtral")
+    for key in ("ft", "ft_kl", "enn", "ke"):
+        with pytest.raises(ValueError, match=r"trains parameters, and model.*\[0\] is a part of one"):
+            SYSTEMS[key].make(model, editor.tokenizer, editor.config)

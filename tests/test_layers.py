@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from pathlib import Path
 
 import architectures
 import pytest
@@ -105,6 +106,18 @@ def test_dense_blocks_at_the_bottom_are_not_the_last_ones():
     for layer in list(model.model.layers)[1:]:
         layer.mlp = Mixture(False)
     assert choose_layers(model) == [f"model.layers.{i}.self_attn.o_proj.weight" for i in (1, 2, 3)]
+
+
+TABLE = Path(__file__).parent.parent / "docs" / "architectures.md"
+
+
+@pytest.mark.skipif(not TABLE.is_file(), reason="the documentation is not here")
+def test_every_cell_of_the_table_says_something():
+    text = TABLE.read_text(encoding="utf-8")
+    assert architectures.faults(text) == []
+    assert architectures.faults(text.replace("| yes | yes |", "| yes |  |", 1))[0].endswith("has an empty cell")
+    raw = text.replace("| yes | yes |", "| yes | KeyError: 'x' |", 1)
+    assert "gives a raw error: KeyError" in architectures.faults(raw)[0]
 
 
 # -- models that see ---------------------------------------------------------------------------------------------------
