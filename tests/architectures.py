@@ -300,9 +300,9 @@ def faults(text: str) -> list[str]:
         if cells[:1] == ["family"]:
             head = cells
         elif cells and "edit" in head:
-            rows.append(cells)
-    found = [] if len({cells[0] for cells in rows}) >= LEAST else [f"fewer than {LEAST} architectures"]
-    for cells in rows:
+            rows.append((head, cells))
+    found = [] if len({cells[0] for _, cells in rows}) >= LEAST else [f"fewer than {LEAST} architectures"]
+    for head, cells in rows:
         if len(cells) != len(head) or not all(cells):
             found.append(f"{cells[0]} has an empty cell")
             continue
