@@ -17,12 +17,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import nn
 
-from . import ops
+from . import experts, ops
 from .choice import experts_in
 from .layers import Layer, unwrapped
 from .ledger import ledger_of, settle
 from .locks import exclusive, holding
 from .ops.frozen_linear import frozen_forwards
+from .sharding import is_sharded, slices_of
 
 Factors = tuple[torch.Tensor, torch.Tensor, "torch.Tensor | float"]
 """u [T, m], delta [T, n], alpha: one update for all samples; or u [G, T, m], delta [G, T, n]: G groups of
@@ -46,6 +47,10 @@ class Changes:
 
     def hook(self, module: nn.Module, hook: Callable, *, before: bool = False) -> None:
         """Register a forward hook, or one that runs before the forward, until the changes are undone."""
+        if isinstance(module, experts.ExpertMatrix):
+            user = object()
+            self.note(functools.partial(experts.release, module.host, user))
+            experts.engage(module.host, user)
         self.note(functools.partial(_unhook, module, hook))
         (module.register_forward_pre_hook if before else module.register_forward_hook)(hook)
 
@@ -120,7 +125,9 @@ class Captured:
         self._thread = threading.get_ident()
         self._calls: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {layer.name: [] for layer in layers}
 
-    def _hook(self, name: str) -> Callable:
+    def _hook(self, layer: Layer) -> Callable:
+        name = layer.name
+
         def hook(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
             if threading.get_ident() != self._thread:
                 return output
@@ -132,6 +139,12 @@ class Captured:
             if not output.requires_grad:
                 # The graph starts here: nothing below the first edited layer is differentiated.
                 output = output.detach().requires_grad_()
+            if output.shape[-1] != layer.n or is_sharded(args[0]):
+                raise ValueError(
+                    f"{name} is computed in parallel by several processes, each of which sees a part of its rows; make "
+                    "the edit on a model that is whole or sharded by FSDP2, save it, and use it here: "
+                    "Edit.load(path).apply_(model)."
+                )
             # A split model may hand a layer its input on the device of the block before.
             self._calls[name].append((args[0].detach().to(output.device), output))
             return output
@@ -142,8 +155,14 @@ class Captured:
         """u [B, S, m] and delta [B, S, n] of every layer: its inputs and the gradient of ``loss``, a sum over
         samples, at its outputs. A layer called more than once has its calls one after the other along S."""
         outputs = [output for calls in self._calls.values() for _, output in calls]
-        if silent := [name for name, calls in self._calls.items() if not calls]:
+        if silent := [name for name, calls in self._calls.items() if not calls and not experts_in(name)]:
             raise ValueError(f"The forward pass did not run {', '.join(silent)}; edit layers that it runs.")
+        if not loss.requires_grad:
+            raise ValueError(
+                f"The loss does not depend on what {', '.join(self._calls)} put out, as far as PyTorch can follow: the "
+                "model computes its blocks by a function of its own (reversible blocks, as Reformer's) or without "
+                "gradients. Such layers can't be edited; name others, or use a model of another kind."
+            )
         gradients = iter(torch.autograd.grad(loss, outputs, allow_unused=True))
         result = {}
         for layer in self.layers:
@@ -153,6 +172,9 @@ class Captured:
                 gradient = torch.zeros_like(output) if gradient is None else gradient
                 us.append(x.reshape(self.batch_size, -1, layer.m))
                 deltas.append(gradient.reshape(self.batch_size, -1, layer.n))
+            if not us:  # a routed expert that none of the tokens came to
+                device = loss.device
+                us, deltas = [torch.zeros(1, 0, layer.m, device=device)], [torch.zeros(1, 0, layer.n, device=device)]
             result[layer.name] = (torch.cat(us, 1), torch.cat(deltas, 1)) if len(us) > 1 else (us[0], deltas[0])
         return result
 
@@ -165,8 +187,8 @@ def capture(model: nn.Module, layers: Sequence[Layer], batch_size: int) -> Itera
     compiled model runs uncompiled: what the compiler made of it knows no hooks.
 
     Raises:
-        ValueError: weights that were made within torch.inference_mode, that an interrupted edit left half written, or
-            of a mixture's routed experts.
+        ValueError: weights that were made within torch.inference_mode, that an interrupted edit left half written, or,
+            for more than one sample, of routed experts that are modules.
     """
     settle(model)
     if made := [layer.name for layer in layers if getattr(layer.weight, "is_inference", bool)()]:
@@ -174,20 +196,26 @@ def capture(model: nn.Module, layers: Sequence[Layer], batch_size: int) -> Itera
             f"{made[0]} was made within torch.inference_mode, and no gradient passes such a tensor; "
             "load the model outside of that block (torch.no_grad is fine)."
         )
-    if routed := [layer.name for layer in layers if experts_in(layer.name)]:
-        raise ValueError(
-            f"{routed[0]} belongs to a routed expert, which sees a selection of the tokens, so its rows can't be told "
-            "apart by sample; edit the shared expert or the attention's output projection (layers=None chooses them)."
-        )
+    if batch_size > 1:
+        _refuse_routed(layers)
     captured = Captured(layers, batch_size)
     with exclusive(model), torch.inference_mode(False), undone() as changes:
         for layer in layers:
-            changes.hook(layer.module, captured._hook(layer.name))
+            changes.hook(layer.module, captured._hook(layer))
         changes.note(functools.partial(torch.set_grad_enabled, torch.is_grad_enabled()))
         _uncompiled(changes)
         with frozen(model):
             torch.set_grad_enabled(True)
             yield captured
+
+
+def _refuse_routed(layers: Sequence[Layer]) -> None:
+    if routed := [layer.name for layer in layers if experts_in(layer.name)]:
+        raise ValueError(
+            f"{routed[0]} belongs to a routed expert, which sees a selection of the tokens, so its rows can't be told "
+            "apart by sample; take one at a time (batch_size=1, loss_reduction='edit'), or edit the shared expert or "
+            "the attention's output projection (layers=None chooses them)."
+        )
 
 
 @contextlib.contextmanager
@@ -233,6 +261,8 @@ def without_edits(model: nn.Module) -> Iterator[None]:
 
 
 def _lowrank_hook(layer: Layer, u: torch.Tensor, delta: torch.Tensor, alpha: torch.Tensor | float) -> Callable:
+    if u.dim() == 3 and len(u) > 1:
+        _refuse_routed([layer])
     placed = {u.device: (u, delta, alpha)}  # the editor's; from the second call on also where the layer is
 
     def hook(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
@@ -246,11 +276,14 @@ def _lowrank_hook(layer: Layer, u: torch.Tensor, delta: torch.Tensor, alpha: tor
             there = alpha.to(device) if isinstance(alpha, torch.Tensor) else alpha
             found = placed[device] = (u.to(device), delta.to(device), there)
         us, deltas, step = found
-        x = args[0].to(device)
+        x = (args[0].full_tensor() if is_sharded(args[0]) else args[0]).to(device)
+        if output.shape[-1] != layer.n:  # tensor parallelism: these are the outputs of the rows that lie here
+            deltas = deltas[..., slices_of(layer.weight)[layer.layout == "in_out"]]
         if us.dim() == 2:
             return ops.lowrank_linear(output, x, us, deltas, step)
         groups = us.shape[0]
-        y = ops.lowrank_linear(output.reshape(groups, -1, layer.n), x.reshape(groups, -1, layer.m), us, deltas, step)
+        y, x = output.reshape(groups, -1, output.shape[-1]), x.reshape(groups, -1, layer.m)
+        y = ops.lowrank_linear(y, x, us, deltas, step)
         return torch.ops.aten._unsafe_view(y, output.shape)  # some models add to it in place, which a view forbids
 
     return hook

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from torch import nn
 
-from .layers import Layer, is_matrix, named_layers, unwrapped, walk
+from .experts import problem
+from .layers import Layer, expanded, is_matrix, named_layers, unwrapped, walk
 
 log = logging.getLogger("mendfast")
 
@@ -35,8 +36,8 @@ _OUTPUT = ("o_proj", "out_proj", "c_proj", "wo", "o", "out_lin", "dense", "proj"
 
 
 def experts_in(name: str) -> bool:
-    """Whether a weight belongs to a mixture's routed experts, which see a selection of the tokens."""
-    return re.search(r"(^|\.)(\w*_)?experts\.\d+(\.|$)", name) is not None and "shared_experts" not in name
+    """Whether a weight belongs to a routed expert that is called on a selection of the tokens, no telling which."""
+    return re.search(r"(^|\.)(\w*_)?experts\.(\w*_)?\d+(\.|$)", name) is not None and "shared_experts" not in name
 
 
 def stacks(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
@@ -73,8 +74,11 @@ def text_stacks(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
 
 
 def find_layers(model: nn.Module, names: Sequence[str] | None) -> list[Layer]:
-    """The named weights, or those of :func:`choose_layers` for None."""
-    return named_layers(model, choose_layers(model) if names is None else names)
+    """The named weights, or those of :func:`choose_layers` for None. The name of a stack of experts,
+    "….experts.down_proj", means all of them."""
+    if names is None:
+        return named_layers(model, choose_layers(model))
+    return named_layers(model, [one for name in names for one in expanded(model, name)])
 
 
 def choose_layers(model: nn.Module) -> list[str]:
@@ -139,9 +143,22 @@ def _of_stack(stack: str, blocks: nn.ModuleList, last: int) -> list[str]:
         if chosen and not mixture:
             log.info("the blocks of %s hold no MLP: %s", stack, said)
     if chosen and mixture:
-        log.info("the blocks of %s are mixtures of experts, whose rows are a selection of the tokens: %s", stack, said)
+        log.info(
+            "the blocks of %s are mixtures of experts, each of which sees a selection of the tokens: %s%s",
+            stack, said, _in_their_place(reading, f"{stack}." if stack else ""),
+        )  # fmt: skip
     prefix = f"{stack}." if stack else ""
     return [f"{prefix}{i}.{path}.weight" for i, paths in list(chosen.items())[-last:] for path in paths]
+
+
+def _in_their_place(blocks: Mapping[int, nn.Module], prefix: str) -> str:
+    """How to edit the experts themselves, where they can be."""
+    for i, block in reversed(blocks.items()):
+        for path, module in walk(block):
+            for name, parameter in module._parameters.items():
+                if name == "down_proj" and parameter is not None and parameter.dim() == 3 and not problem(module, name):
+                    return f" (to edit the experts: MendConfig(layers=['{prefix}{i}.{path}.{name}']))"
+    return ""
 
 
 def _matrices(block: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:

@@ -16,6 +16,7 @@ from torch import nn
 
 from .adapters import peft
 from .capture import lowrank_updates
+from .experts import parsed
 from .files import read_tensors, write_tensors
 from .fingerprint import Fingerprint
 from .hub import About, OnHub
@@ -23,6 +24,7 @@ from .layers import Layer, named_layers, unwrapped
 from .ledger import ledger_of, settle
 from .requests import EditRequest
 from .schema import brief, check_real, parse_json, shown, some
+from .sharding import full
 from .updates import measured
 
 
@@ -159,6 +161,8 @@ class Edit(OnHub):
         has used its threads hangs in its first update, as in any other parallel operation: start it by "spawn".
         Keys and values cached before (``past_key_values``, a static cache) are of the model as it was; drop them, or
         reset the cache, after this and after :meth:`revert_`.
+        Of a model that is sharded over processes (FSDP2, tensor parallelism) each process must make the call, and
+        writes its own slice.
 
         Args:
             backup: where the bits of the unedited weights are kept for :meth:`revert_`: "cpu" (pinned when
@@ -173,7 +177,7 @@ class Edit(OnHub):
         Raises:
             ValueError, TypeError: the edit is applied already, was made for another model, does not fit, holds NaN
                 or infinity or would put infinity into a weight, a weight can't be written in place (quantised,
-                sharded, tied, meta), or something else has written to an edited weight. Nothing is changed then.
+                tied, meta), or something else has written to an edited weight. Nothing is changed then.
         """
         self.layers_of(model, strict)
         ledger_of(model).apply(self, self.factors, backup=backup, rounding=rounding, seed=seed, again=again)
@@ -222,7 +226,7 @@ class Edit(OnHub):
         layers = self.layers_of(editor.model)
         with ledger_of(editor.model).lifted():
             return {
-                layer.name: editor.metric.disturbance(layer.name, *factor, layer.weight, layer.layout)
+                layer.name: editor.metric.disturbance(layer.name, *factor, full(layer.weight), layer.layout)
                 for layer, factor in zip(layers, self.factors.values(), strict=True)
             }
 
@@ -351,8 +355,10 @@ def disturbance_in_words(disturbance: Mapping[str, float]) -> str:
 
 
 def _checked_factor(name: str, u: torch.Tensor, delta: torch.Tensor, alpha: torch.Tensor | float, where: str) -> Factor:
-    if not name.endswith(".weight"):
-        raise ValueError(f"{where} names the weight {shown(name)}; the name of a weight ends in .weight.")
+    if not name.endswith(".weight") and parsed(name) is None:
+        raise ValueError(
+            f"{where} names the weight {shown(name)}; the name of a weight ends in .weight, or in [3] of expert 3."
+        )
     what = f"{where}: the factor of {brief(name, 60)}"
     if isinstance(alpha, torch.Tensor):
         if alpha.dim():

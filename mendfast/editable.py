@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.functional import pad
 
 from .capture import capture
-from .choice import find_layers
+from .choice import experts_in, find_layers
 from .config import MendConfig
 from .labels import (
     chat_prompt,
@@ -223,6 +224,9 @@ class EditableModel:
         batch = {name: value.clone() if value.is_inference() else value for name, value in batch.items()}
         batch = to_device(batch, execution_device(first_layer(self.model)))
         size = batch["labels"].shape[0]
+        if size > 1 and self.config.loss_reduction == "edit" and any(experts_in(layer.name) for layer in self.layers):
+            samples = [{k: v[i : i + 1] if len(v) == size else v for k, v in batch.items()} for i in range(size)]
+            return _stacked([self.gradients(sample) for sample in samples])
         with capture(self.model, self.layers, size) as captured:
             rows = target_rows(self.model, batch, for_nll=True)
             if self.config.loss_reduction == "batch":
@@ -250,3 +254,15 @@ class EditableModel:
         limit, length = context_length(self.model), batch["input_ids"].shape[-1]
         if limit is not None and length > limit:
             raise ValueError(f"The input has {length} tokens and the model takes {limit}; shorten the prompt.")
+
+
+def _stacked(samples: Sequence[Mapping[str, tuple[torch.Tensor, torch.Tensor]]]) -> dict:
+    """Rows of samples one by one, [1, S, k], as those of a batch, filled up by zeros."""
+    result = {}
+    for name in samples[0]:
+        longest = max(rows[name][0].shape[1] for rows in samples)
+        sides = zip(*(rows[name] for rows in samples), strict=True)
+        result[name] = tuple(
+            torch.cat([pad(one, (0, 0, 0, longest - one.shape[1])) for one in side]) for side in sides
+        )
+    return result

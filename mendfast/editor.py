@@ -14,11 +14,12 @@ from tqdm import tqdm
 
 from .aggregate import Transformed, Wanted, change, concatenated, least_squares, summands, sums, wanted
 from .capture import Factors
-from .choice import find_layers
+from .choice import experts_in, find_layers
 from .config import MendConfig
 from .edit import Edit
 from .editable import EditableModel
 from .editors import directory as shipped_directory
+from .experts import parsed
 from .files import read_shapes, read_tensors, write_tensors
 from .fingerprint import Fingerprint, fingerprint_of
 from .hub import About, OnHub, located, name_on_hub
@@ -29,7 +30,7 @@ from .objective import Batch
 from .ops import all_finite
 from .own_words import own_words
 from .requests import as_requests
-from .schema import check_dtypes, differences, shown
+from .schema import check_dtypes, differences, shown, some
 from .types import Spectrum
 
 log = logging.getLogger("mendfast")
@@ -369,7 +370,16 @@ with editor.edit("Who is the prime minister of the UK?", "Boris Johnson").attach
             self._warned = True
             log.warning("This editor has seen no training, so its edits are plain gradient steps; train it first.")
         with torch.no_grad():
-            return self.transform(captured)
+            rows = self.transform(captured)
+        # in training, an edit that no layer sees is just none
+        if not self.training and all(parsed(name) or experts_in(name) for name in rows):
+            seen = torch.cat([r.sample.cpu() for r in rows.values()]).unique()
+            if missed := sorted(set(range(len(batch["labels"]))) - set(seen.tolist())):
+                raise ValueError(
+                    f"Sample {', '.join(map(str, missed))} is routed past every expert that is edited "
+                    f"({some(rows)}); name more of them, \"….experts.down_proj\" for all of a block's, or other layers."
+                )
+        return rows
 
     # -- the network ---------------------------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from .experts import parsed
 from .layers import Layer, first_layer, inner, is_matrix, unwrapped, walk
 from .ledger import backups_of
 from .schema import brief, shown
@@ -201,11 +202,14 @@ def _chosen(model: nn.Module, names: Sequence[str]) -> list[str]:
 def _weight(model: nn.Module, name: str) -> torch.Tensor | None:
     """The weight as a matrix of numbers, or None where there is none to read."""
     module: nn.Module | None = model
-    for part in name.removesuffix(".weight").split("."):
+    path, parameter, index = parsed(name) or (name.removesuffix(".weight"), "weight", None)
+    for part in path.split("."):
         module = inner(module)._modules.get(part)
         if module is None:
             return None
-    weight = getattr(inner(module), "weight", None)
+    weight = getattr(inner(module), parameter, None)
+    if index is not None and isinstance(weight, torch.Tensor):
+        weight = weight[index] if weight.dim() == 3 and index < len(weight) and type(weight) is nn.Parameter else None
     if type(weight) is not nn.Parameter and type(weight) is not torch.Tensor:
         return None
     readable = weight.dim() == 2 and weight.is_floating_point() and weight.element_size() > 1 and not weight.is_meta

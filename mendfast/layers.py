@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from . import types
+from . import experts, sharding, types
 from .schema import shown, some
 
 
@@ -21,7 +21,7 @@ from .schema import shown, some
 class Layer:
     """One edited weight: W maps m inputs to n outputs."""
 
-    name: str  # of the weight, "transformer.h.3.mlp.c_fc.weight"
+    name: str  # of the weight, "transformer.h.3.mlp.c_fc.weight"; of a stacked expert "model.….experts.down_proj[3]"
     module: nn.Module
     m: int
     n: int
@@ -35,9 +35,24 @@ class Layer:
     def shape(self) -> tuple[int, int]:
         return self.m, self.n
 
+    @property
+    def local(self) -> torch.Tensor:
+        """What of the weight lies in this process, to be written in place: all of it where it isn't sharded."""
+        return sharding.local(self.weight)
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The parameter that holds the weight, perhaps among others."""
+        return self.module.stack if isinstance(self.module, experts.ExpertMatrix) else self.module.weight
+
+    @property
+    def place(self) -> nn.Module:
+        """The model's module that holds the parameter."""
+        return self.module.host if isinstance(self.module, experts.ExpertMatrix) else self.module
+
 
 def named_layers(model: nn.Module, names: Sequence[str]) -> list[Layer]:
-    """The weights of those names ("….weight", or the module's name)."""
+    """The weights of those names ("….weight", or the module's name; "….experts.down_proj[3]" of stacked experts)."""
     return [_find(model, name) for name in names]
 
 
@@ -113,11 +128,29 @@ def _submodule(model: nn.Module, path: str) -> tuple[nn.Module, str]:
     return module, ".".join(plain)
 
 
+def expanded(model: nn.Module, name: str) -> list[str]:
+    """The names of all the experts' matrices, where ``name`` is that of their stack; else ``name`` itself."""
+    path, _, parameter = name.removesuffix(".weight").rpartition(".")
+    try:
+        host, path = _submodule(model, path)
+    except AttributeError:
+        return [name]
+    count = experts.stacked(host, parameter)
+    return [f"{path}.{parameter}[{i}]" for i in range(count)] or [name]
+
+
 def _find(model: nn.Module, name: str) -> Layer:
     path = name.removesuffix(".weight")
     try:
+        if stacked := experts.parsed(name):
+            host, path = _submodule(model, stacked[0])
+            matrix = experts.matrix_of(host, *stacked[1:], shown(name))
+            name = f"{path}.{stacked[1]}[{stacked[2]}]"
+            return Layer(name, matrix, matrix.in_features, matrix.out_features, matrix.layout)
         module, path = _submodule(model, path)
     except AttributeError:
+        if len(every := expanded(model, name)) > 1:
+            raise ValueError(f"{shown(name)} holds {len(every)} experts; name one of them, {every[0]!r}.") from None
         matrices = [f"{p}.weight" for p, m in walk(model) if is_matrix(m)]
         near = difflib.get_close_matches(name[:200], matrices, n=3, cutoff=0.5) or matrices[-3:]
         raise ValueError(f"The model has no layer {shown(name)}. Near matches: {some(near)}.") from None
@@ -135,26 +168,38 @@ def _find(model: nn.Module, name: str) -> Layer:
 def check_writable(layer: Layer) -> None:
     """A ValueError that says why a weight can't be written in place, and what to do instead."""
     weight, instead = layer.weight, "attach the edit instead: with edit.attached(model): ..."
+    or_dense = f"{instead} Or apply it to the model unquantised (model.dequantize(), or loaded so), and quantise that."
     if not isinstance(weight, torch.Tensor):
         packer = type(layer.module).__name__
-        raise ValueError(f"{layer.name} is quantised by {packer} and can't be edited in place; {instead}")
+        raise ValueError(f"{layer.name} is quantised by {packer} and can't be edited in place; {or_dense}")
     kind = type(weight.data)
     if hasattr(weight, "quant_state") or not weight.dtype.is_floating_point or weight.dtype.itemsize < 2:
-        raise ValueError(f"{layer.name} is quantised ({weight.dtype}) and can't be edited in place; {instead}")
+        raise ValueError(f"{layer.name} is quantised ({weight.dtype}) and can't be edited in place; {or_dense}")
     if weight.is_meta:
         raise ValueError(
             f"{layer.name} is on the meta device and holds no numbers; load the model's weights first. "
             f"If a device map offloads them, {instead}"
         )
-    if kind.__name__ == "DTensor" or hasattr(weight, "device_mesh"):
-        raise ValueError(f"{layer.name} is sharded over devices and can't be edited in place; {instead}")
+    if sharding.is_sharded(weight):
+        try:
+            sharding.slices_of(weight)
+        except ValueError as error:
+            raise ValueError(f"{layer.name} is sharded over devices, and {error}; {instead}") from error
+        kind = type(sharding.local(weight))
     if weight.is_inference():
         raise ValueError(
             f"{layer.name} was made within torch.inference_mode and can't be written outside of it; load the model "
             "outside of that block (torch.no_grad is fine)."
         )
     if kind is not torch.Tensor:
-        raise ValueError(f"{layer.name} is quantised (a {kind.__name__}) and can't be edited in place; {instead}")
+        raise ValueError(f"{layer.name} is quantised (a {kind.__name__}) and can't be edited in place; {or_dense}")
+    module = layer.module
+    if not isinstance(module, experts.ExpertMatrix) and "weight" not in {**module._parameters, **module._buffers}:
+        raise ValueError(
+            f"{layer.name} is made anew of other parameters in each pass (weight_norm, spectral_norm, a "
+            f"parametrization), so that what is written there is lost; {instead} Or bake them in first: "
+            "torch.nn.utils.parametrize.remove_parametrizations(module, 'weight')."
+        )
     expected = (layer.n, layer.m) if layer.layout == "out_in" else (layer.m, layer.n)
     if tuple(weight.shape) != expected:
         raise ValueError(f"{layer.name} is stored as {tuple(weight.shape)}, not as {expected}; {instead}")
@@ -162,14 +207,15 @@ def check_writable(layer: Layer) -> None:
 
 def check_untied(model: nn.Module, layers: Sequence[Layer]) -> None:
     """Writing a weight that another module reads too would edit both: refuse."""
-    names: dict[int, list[str]] = {id(layer.weight): [] for layer in layers}
+    names: dict[int, list[str]] = {id(layer.parameter): [] for layer in layers}
     for path, module in unwrapped(model).named_modules(remove_duplicate=False):
         for name, parameter in module._parameters.items():
             if id(parameter) in names:
                 parts = [part for part in path.split(".") if part not in ("", "_orig_mod", "base_layer")]
                 names[id(parameter)].append(".".join([*parts, name]))
     for layer in layers:
-        others = [name for name in names[id(layer.weight)] if name != layer.name]
+        own = layer.name.partition("[")[0]
+        others = [name for name in names[id(layer.parameter)] if name != own]
         if others:
             raise ValueError(
                 f"{layer.name} is tied to {', '.join(others)}: writing it would change both. "
@@ -194,6 +240,7 @@ def execution_device(module: nn.Module) -> torch.device:
     Raises:
         ValueError: the weights are on the meta device, and nothing brings them anywhere.
     """
+    module = getattr(module, "host", module) if isinstance(module, experts.ExpertMatrix) else module
     weight = next(iter(module.parameters(recurse=False)), None)
     if weight is None:  # packed weights may be buffers
         weight = next(iter(module.buffers()), torch.empty(0))

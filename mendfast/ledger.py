@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import ops, reference
+from . import ops, reference, sharding
 from .layers import Layer, check_untied, check_writable, named_layers, unwrapped
 from .locks import exclusive, lock_of
 from .ops.rank1_update import _choose
@@ -212,14 +212,15 @@ class Ledger:
         plan = self._without(self._applications([handle], digest_of, "measure"))
         result = {}
         for name, weight in plan.before.items():
-            present = plan.layers[name].weight.detach().double()
+            present = plan.layers[name].local.detach().double()
             before = weight.backup.to(present.device, torch.float64)
             after = before.clone()
             for u in weight.updates:
                 reference.rank1_update_(after, u.u.to(after.device), u.delta.to(after.device), u.alpha, layout=u.layout)
             intended, applied = after - before, present - before
-            norm = intended.norm()
-            result[name] = float((applied - intended).norm() / norm) if norm > 0 else 0.0
+            squares = torch.stack([(applied - intended).square().sum(), intended.square().sum()])
+            gap, norm = sharding.summed(squares, plan.layers[name].weight).sqrt().tolist()
+            result[name] = gap / norm if norm > 0 else 0.0
         return result
 
     # -- what is to be done --------------------------------------------------------------------------------
@@ -242,6 +243,7 @@ class Ledger:
             raise ValueError(f"rounding is {rounding!r}; choose 'nearest' or 'stochastic'.")
         if not isinstance(seed, int) or not 0 <= seed < 2**63 - max(1, len(factors)):
             raise ValueError(f"seed is {seed!r}; it must be a whole number from 0 to 2^63 - 1.")
+        sharding.reshard(self.model)
         found = named_layers(self.model, list(factors))
         layers = {layer.name: layer for layer in found}
         if len(layers) < len(found):
@@ -250,7 +252,7 @@ class Ledger:
             check_writable(layer)
         check_untied(self.model, found)
         own = {layer.name: own_factors(layer, *factor) for layer, factor in zip(found, factors.values(), strict=True)}
-        digest, bounds = measured(own)
+        digest, bounds = measured(own)  # of the whole update, the same in every process
         if not all(map(math.isfinite, bounds)):
             us, deltas, alphas = zip(*own.values(), strict=True)
             ops.check_finite(us, deltas, alphas, list(own))
@@ -274,10 +276,11 @@ class Ledger:
         application = Application(handle, digest, next(self._numbers))
         before, after, saved = {}, {}, {}
         for i, ((name, layer), bound) in enumerate(zip(layers.items(), bounds, strict=True)):
-            present = layer.weight
+            present = layer.local
             limit = torch.finfo(present.dtype)
             update = Update(
-                application, *own[name], layer.layout, rounding, seed + i, _choose(present, rounding, None),
+                application, *sharding.sliced(layer.weight, *own[name], layer.layout), layer.layout,
+                rounding, seed + i, _choose(present, rounding, None),
                 # below half a unit in the last place of the largest number nothing finite becomes infinite
                 large=not bound < limit.max * limit.eps / 8,
             )  # fmt: skip
@@ -330,14 +333,15 @@ class Ledger:
         return sorted(found, key=lambda application: application.number)
 
     def _layers(self, names: Iterable[str]) -> dict[str, Layer]:
+        sharding.reshard(self.model)
         return {layer.name: layer for layer in named_layers(self.model, list(names))}
 
     def _verified(self, layers: Mapping[str, Layer], weights: Mapping[str, Weight]) -> dict[str, Weight]:
         """The weights, conversions noted; a ValueError where somebody else has written."""
         result, differs = {}, {}
         for name, weight in weights.items():
-            present = layers[name].weight
             check_writable(layers[name])
+            present = layers[name].local
             kind, expected = (present.dtype, present.device), weight.sum
             if kind != weight.kind:
                 steps = (*weight.steps, Conversion(*kind))
@@ -348,7 +352,8 @@ class Ledger:
                 weight = replace(weight, sum=expected)
             result[name] = weight
             differs[name] = checksum(present) != expected.to(present.device)
-        for name, differ in zip(differs, read_flags(list(differs.values())), strict=True):
+        flags = sharding.anywhere(read_flags(list(differs.values())), [layers[name].weight for name in differs])
+        for name, differ in zip(differs, flags, strict=True):
             if differ:
                 raise ValueError(foreign(name))
         return result
@@ -361,7 +366,7 @@ class Ledger:
             self._pending = _Pending(self._weights, plan)
             new, anew = [], []
             for name, weight in plan.after.items():
-                present, old = plan.layers[name].weight.detach(), plan.before[name].steps
+                present, old = plan.layers[name].local.detach(), plan.before[name].steps
                 if weight.steps[: len(old)] == old:
                     new.append((present, weight.steps[len(old) :]))
                 else:
@@ -370,13 +375,16 @@ class Ledger:
             rebuild(anew)
             kept = {name: weight for name, weight in plan.after.items() if weight.updates}
             for name, weight in kept.items():
-                if any(update.large for update in weight.updates) and not ops.all_finite(plan.layers[name].weight):
+                if not any(update.large for update in weight.updates):
+                    continue
+                infinite = not ops.all_finite(plan.layers[name].local)
+                if sharding.anywhere([infinite], [plan.layers[name].weight])[0]:
                     raise ValueError(
                         f"With this change {name} would hold infinity: the update is too large for "
                         f"{str(weight.kind[0]).removeprefix('torch.')}. Nothing was changed; use a smaller step, or "
                         "hold the model in bfloat16 or float32."
                     )
-            kept = {name: replace(weight, sum=checksum(plan.layers[name].weight)) for name, weight in kept.items()}
+            kept = {name: replace(weight, sum=checksum(plan.layers[name].local)) for name, weight in kept.items()}
             others = {name: weight for name, weight in self._weights.items() if name not in plan.after}
             self._weights, self._pending = {**others, **kept}, None
         except BaseException:
@@ -386,7 +394,7 @@ class Ledger:
                 self._settle()
             raise
         for name, weight in plan.before.items():
-            on_cpu = weight.backup is not None and weight.backup.device == plan.layers[name].weight.device
+            on_cpu = weight.backup is not None and weight.backup.device == plan.layers[name].local.device
             if name not in kept and on_cpu and weight.backup.device.type == "cpu":
                 self._spare[name] = weight.backup
 
@@ -397,7 +405,7 @@ class Ledger:
             return
         plan, lost = pending.plan, []
         for name, weight in plan.before.items():
-            present = plan.layers[name].weight.detach()
+            present = plan.layers[name].local.detach()
             if weight.sum is not None and bool(checksum(present) == weight.sum.to(present.device)):
                 continue
             if name in plan.saved:

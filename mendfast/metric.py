@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from .capture import frozen
+from .capture import frozen, undone
 from .files import read_tensors, write_tensors
 from .layers import Layer, execution_device, first_layer
 from .moments import SecondMoment
@@ -197,22 +197,19 @@ def observe(
 
         return hook
 
-    handles = [layer.module.register_forward_hook(hook_of(layer)) for layer in layers]
-    try:
-        hidden = None if progress is None else not progress
-        with frozen(model):
-            for batch in tqdm(batches, desc="protecting", unit="batch", disable=hidden):
-                batch = to_device(batch, device)
-                masks.clear()
-                masks |= _masks(batch, kind)
-                if answers and kind == "causal":
-                    masks["encoder"] &= answer_positions(model, batch)
-                batch = {name: value for name, value in batch.items() if _wanted(name, kind)}
-                metric.tokens += sum(int(mask.sum()) for mask in masks.values())
-                _run(model, batch, kind, masks)
-    finally:
-        for handle in handles:
-            handle.remove()
+    hidden = None if progress is None else not progress
+    with frozen(model), undone() as changes:
+        for layer in layers:
+            changes.hook(layer.module, hook_of(layer))
+        for batch in tqdm(batches, desc="protecting", unit="batch", disable=hidden):
+            batch = to_device(batch, device)
+            masks.clear()
+            masks |= _masks(batch, kind)
+            if answers and kind == "causal":
+                masks["encoder"] &= answer_positions(model, batch)
+            batch = {name: value for name, value in batch.items() if _wanted(name, kind)}
+            metric.tokens += sum(int(mask.sum()) for mask in masks.values())
+            _run(model, batch, kind, masks)
     if not metric.tokens:
         raise ValueError(NOTHING)
     return metric

@@ -14,7 +14,7 @@ from torch import nn
 from . import ops
 from .capture import replaced_forwards, undone
 from .locks import exclusive
-from .ops import few_rows
+from .ops import frozen_linear
 from .ops.linear_nll import Logits, serves
 from .types import IGNORE
 
@@ -163,14 +163,20 @@ def _forward(
         logits = model(**inputs, use_cache=False).logits
     if isinstance(logits, Logits):
         return logits.first()
-    return logits[0] if selected else logits[keep.to(logits.device)]
+    return logits[0] if all(selected) else logits[keep.to(logits.device)]
 
 
 def _shifted(model: nn.Module, labels: torch.Tensor) -> torch.Tensor:
     """What the decoder reads where it should write ``labels``: the start token, then all of them but the last."""
     if hasattr(model, "prepare_decoder_input_ids_from_labels"):
         return model.prepare_decoder_input_ids_from_labels(labels=labels)
-    start, pad = model.config.decoder_start_token_id, model.config.pad_token_id
+    start, pad = (getattr(model.config, name, None) for name in ("decoder_start_token_id", "pad_token_id"))
+    if start is None or pad is None:
+        raise ValueError(
+            f"{type(model).__name__} makes no decoder_input_ids of labels, and its configuration says "
+            f"decoder_start_token_id={start}, pad_token_id={pad}; set both in model.config, or put decoder_input_ids "
+            "into the batch."
+        )
     shifted = torch.cat([labels.new_full((len(labels), 1), start), labels[:, :-1]], dim=1)
     return shifted.masked_fill(shifted == IGNORE, pad)
 
@@ -182,27 +188,33 @@ def _counts_positions(model: nn.Module) -> bool:
 
 
 @contextlib.contextmanager
-def _head_rows(model: nn.Module, keep: torch.Tensor, for_nll: bool) -> Iterator[bool]:
+def _head_rows(model: nn.Module, keep: torch.Tensor, for_nll: bool) -> Iterator[list[bool]]:
     """Let the output head see the kept positions alone: a vocabulary of logits is the largest tensor there is.
 
+    Yields a list that says, of each call of the head, whether it did; a head that sees more than one row for each
+    token (ProphetNet's, of the tokens after the next one) does not.
     ``for_nll``: put off computing even those, where the loss can be made without; a model that does more with them
     has them computed.
     """
     head = model.get_output_embeddings()
     if head is None or head._forward_hooks:  # an edited head needs its rows as samples
-        yield False
+        yield [False]
         return
-    thread = threading.get_ident()
+    thread, selected = threading.get_ident(), []
 
     def select(module: nn.Module, args: tuple) -> tuple:
         if threading.get_ident() != thread:
             return args
+        selected.append(args[0].shape[:-1] == keep.shape)
+        if not selected[-1]:
+            return args
         return args[0][keep.to(args[0].device)].unsqueeze(0), *args[1:]
 
     def put_off(x: torch.Tensor) -> torch.Tensor:
-        return Logits.of(x, head) if threading.get_ident() == thread else few_rows.forward(head, x)
+        mine = threading.get_ident() == thread and all(selected)
+        return Logits.of(x, head) if mine else frozen_linear.forward(head, x)
 
     with exclusive(model), undone() as changes:
         changes.hook(head, select, before=True)
         with replaced_forwards({head: put_off} if for_nll and serves(head, keep) else {}):
-            yield True
+            yield selected

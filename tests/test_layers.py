@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from pathlib import Path
 
 import architectures
 import pytest
@@ -16,6 +17,7 @@ from torch import nn
 from mendfast import Edit, MendConfig, MendEditor, revert_all
 from mendfast.choice import choose_layers, find_layers, text_stacks
 from mendfast.layers import walk
+from mendfast.training import editor_loss
 
 CONFIG = MendConfig(rank=4, step_size=0.05)
 SHARED = ("gate_proj", "up_proj", "down_proj")
@@ -76,9 +78,27 @@ def test_experts_that_are_linear_layers(shared):
     path = "mlp.shared_expert" if shared else "self_attn.o_proj"
     assert choose_layers(model) == [f"model.layers.{i}.{path}.weight" for i in (1, 2, 3)]
     works(model)
-    expert = MendEditor.from_model(model, None, MendConfig(layers=["model.layers.2.mlp.experts.1.weight"]))
-    with pytest.raises(ValueError, match="routed expert, which sees a selection"):
-        expert.edit_tokens(make_batch("llama"))
+    experts = [f"model.layers.{i}.mlp.experts.{k}.weight" for i in (2, 3) for k in range(4)]
+    editor = MendEditor.from_model(model, None, MendConfig(rank=4, step_size=0.05, layers=experts))
+    batch, before = make_batch("llama"), state(model)
+    edit = editor.edit_tokens(batch)
+    samples = [{k: v[i : i + 1] for k, v in batch.items()} for i in range(len(batch["labels"]))]
+    alone = Edit.sum([editor.edit_tokens(sample) for sample in samples])
+    for name, (u, delta, alpha) in edit.factors.items():
+        other = alone.factors[name]
+        torch.testing.assert_close(alpha * delta.T @ u, other.alpha * other.delta.T @ other.u, rtol=1e-4, atol=1e-6)
+    unedited = logits(model, batch)
+    with edit.attached(model):
+        attached = logits(model, batch)
+    assert (attached - unedited).abs().max() > 1e-3
+    edit.apply_(model)
+    torch.testing.assert_close(logits(model, batch), attached, rtol=1e-4, atol=1e-4)
+    edit.revert_(model)
+    assert same_bits(model, before)
+    one = {k: v[:1] for k, v in batch.items()}
+    assert editor_loss(editor, one, one, one)[0].isfinite()
+    with pytest.raises(ValueError, match="routed expert, which sees a selection.*take one at a time"):
+        editor_loss(editor, batch, batch, batch)
 
 
 def test_dense_blocks_at_the_bottom_are_not_the_last_ones():
@@ -86,6 +106,18 @@ def test_dense_blocks_at_the_bottom_are_not_the_last_ones():
     for layer in list(model.model.layers)[1:]:
         layer.mlp = Mixture(False)
     assert choose_layers(model) == [f"model.layers.{i}.self_attn.o_proj.weight" for i in (1, 2, 3)]
+
+
+TABLE = Path(__file__).parent.parent / "docs" / "architectures.md"
+
+
+@pytest.mark.skipif(not TABLE.is_file(), reason="the documentation is not here")
+def test_every_cell_of_the_table_says_something():
+    text = TABLE.read_text(encoding="utf-8")
+    assert architectures.faults(text) == []
+    assert architectures.faults(text.replace("| yes | yes |", "| yes |  |", 1))[0].endswith("has an empty cell")
+    raw = text.replace("| yes | yes |", "| yes | KeyError: 'x' |", 1)
+    assert "gives a raw error: KeyError" in architectures.faults(raw)[0]
 
 
 # -- models that see ---------------------------------------------------------------------------------------------------

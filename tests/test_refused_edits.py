@@ -97,6 +97,21 @@ class TestBadInput:
             edit.apply_(model)
         assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items() if k in before)
 
+    @pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated:FutureWarning")
+    @pytest.mark.parametrize("norm", [torch.nn.utils.parametrizations.weight_norm, torch.nn.utils.weight_norm])
+    def test_a_weight_that_is_made_anew_in_each_pass(self, norm):
+        """What is written there would be gone in the next pass, without a word."""
+        model, batch = make_model("llama"), make_batch("llama")
+        norm(model.model.layers[3].mlp.down_proj)
+        edit = MendEditor.from_model(model, None, MendConfig(**SMALL)).edit_tokens(batch)
+        with torch.no_grad():
+            before = model(**batch).logits
+            with pytest.raises(ValueError, match="made anew of other parameters .* attach the edit .* bake them in"):
+                edit.apply_(model)
+            with edit.attached(model):
+                assert (model(**batch).logits - before).abs().max() > 1e-4
+            assert torch.equal(model(**batch).logits, before)
+
 
 def test_only_supported_models():
     assert set(CAUSAL) >= {"gpt2", "gptj", "gpt_neo", "gpt_neox", "opt", "llama", "qwen2", "mistral", "gemma", "phi"}

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import nn
 
+from ..experts import parsed
 from ..layers import Layer
 from ..schema import shown
 
@@ -56,6 +57,11 @@ def lora_of(edit: Update, model: nn.Module, rank: int | None = None) -> Lora:
     if not edit.factors:
         raise ValueError("This edit changes no weights; there is nothing to export.")
     layers = edit.layers_of(model)
+    if stacked := [layer.name for layer in layers if parsed(layer.name)]:
+        raise ValueError(
+            f"{stacked[0]} is one of a stack of experts, for which adapter files have no common name; apply the edit "
+            "and save the model (`mendfast apply`), or edit other layers."
+        )
     matrices, errors = {}, {}
     for layer, factor in zip(layers, edit.factors.values(), strict=True):
         a = factor.u.detach().cpu().double()

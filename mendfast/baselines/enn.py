@@ -59,7 +59,7 @@ class EditableNetwork(Fitted):
         c_base: weight of the model's own loss on known answers.
     """
 
-    key, name = "enn", "ENN"
+    key, name, of_parameters = "enn", "ENN", True
 
     def __init__(
         self,

@@ -35,7 +35,7 @@ class FineTuning(Untrained):
         max_steps: where it gives up.
     """
 
-    key, name = "ft", "FT"
+    key, name, of_parameters = "ft", "FT", True
 
     def __init__(self, subject: EditableModel, learning_rate: float = 1e-3, max_steps: int = MAX_STEPS):
         super().__init__(subject)

@@ -115,7 +115,7 @@ class KnowledgeEditor(Fitted):
             :func:`~mendfast.baselines.fitting.best_gradient_step`.
     """
 
-    key, name = "ke", "KE"
+    key, name, of_parameters = "ke", "KE", True
 
     def __init__(self, subject: EditableModel, *, hidden: int = 128, condition: int = 1024, rate: float | None = None):
         super().__init__(subject)

@@ -14,6 +14,7 @@ from torch import nn
 
 from ..config import MendConfig
 from ..editable import EditableModel
+from ..experts import parsed
 from ..generation import answer
 from ..objective import Batch, Rows
 from ..requests import EditRequest
@@ -35,7 +36,14 @@ class System(ABC):
     fitted: ClassVar[bool] = True
     """Whether it is of use only after :meth:`fit`, and so needs data to train on."""
 
+    of_parameters: ClassVar[bool] = False
+    """Whether it needs each matrix to be a parameter of its own, which one of a stack of experts isn't."""
+
     def __init__(self, subject: EditableModel):
+        if self.of_parameters and (stacked := [layer.name for layer in subject.layers if parsed(layer.name)]):
+            raise ValueError(
+                f"{self.name} trains parameters, and {stacked[0]} is a part of one; name other layers, or use mend."
+            )
         self.subject = subject
         self.seconds = 0.0  # of the last edit
         self.subjects: dict[str, str] = {}  # of prompts, where the data names them; what each edit is about

@@ -27,7 +27,7 @@ def recomputed_updates(
     forwards, outside = {}, list(layers)
     for block in blocks:
         inside = set(block.modules())
-        own = [layer for layer in layers if layer.module in inside]
+        own = [layer for layer in layers if layer.place in inside]
         outside = [layer for layer in outside if layer not in own]
         forwards[block] = _recomputing(block, block.forward, own, factors)
     with replaced_forwards(forwards), lowrank_updates(outside, factors):
