@@ -23,6 +23,7 @@ from ..objective import Batch, kept_rows, nll, target_rows, to_device
 from ..own_words import own_words
 from ..requests import EditRequest
 from ..training import Sampler, TrainConfig
+from ..training.prefix import FrozenPrefix
 from .fine_tuning import descend
 from .system import System, restored
 
@@ -154,6 +155,9 @@ class Rome(System):
 
     # -- for each edit -------------------------------------------------------------------------------------
 
+    def changed_layers(self) -> Sequence[Layer]:
+        return self.layers
+
     @contextlib.contextmanager
     def _edited(self, requests: Sequence[EditRequest]) -> Iterator[None]:
         facts = [self._fact(request) for request in requests]
@@ -192,13 +196,14 @@ class Rome(System):
             change = torch.zeros_like(origin, requires_grad=True)
             optimizer = torch.optim.Adam([change], lr=self.learning_rate)
             longest = self.clamp * origin.norm()
+            below, essence = (FrozenPrefix(model, self.layers[-1:]) for _ in range(2))
             with torch.enable_grad():
                 for step in range(self.steps + 1):
-                    with _at(site, fact.place, lambda x: x + change.to(x.dtype)):
+                    with _at(site, fact.place, lambda x: x + change.to(x.dtype)), below.kept():
                         loss = nll(target_rows(model, fact.batch), size).mean()
                     if step == self.steps or loss.item() < ENOUGH:
                         break
-                    with _at(site, fact.essence_place, lambda x: x + change.to(x.dtype)):
+                    with _at(site, fact.essence_place, lambda x: x + change.to(x.dtype)), essence.kept():
                         now = self._last(fact.essence).log_softmax(-1)
                     divergence = (base.exp() * (base - now)).sum()
                     decay = change.square().sum() / origin.square().sum()
