@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -19,6 +20,8 @@ BATCH_TOKENS = 4096
 """Prompt and answer tokens of one batch, padding included, at most."""
 ROUND = 8
 """Tokens after which rows whose answer has ended leave a batch."""
+SHARED = 8
+"""Tokens that all rows must begin with for them to be read once."""
 _PLAINLY = {
     "do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None, "repetition_penalty": 1.0,
     "no_repeat_ngram_size": 0, "min_length": 0, "min_new_tokens": None, "forced_eos_token_id": None,
@@ -206,15 +209,18 @@ def _generate(
 ) -> list[list[int]]:
     """What follows each row, whose answer has begun with ``starts``; what is beyond its end means nothing.
 
-    A causal model goes on in rounds of :data:`ROUND` steps, and rows that have ended leave the batch between them.
+    A causal model reads what all rows begin with (a chat template's) once for all; it goes on in rounds of
+    :data:`ROUND` steps, and rows that have ended leave the batch between them.
     """
     model, pad, causal = subject.model, pad_token_id(subject.tokenizer), subject.kind == "causal"
     rows = [ids for ids, _, _ in batch]
     width = max(map(len, rows))
+    shared = _shared(model, rows) if causal else 0
     ids, mask = torch.full((len(rows), width), pad), torch.zeros((len(rows), width), dtype=torch.long)
     for i, row in enumerate(rows):
-        place = slice(width - len(row), None) if causal else slice(len(row))
-        ids[i, place], mask[i, place] = torch.tensor(row), 1
+        ids[i, :shared], mask[i, :shared] = torch.tensor(row[:shared]), 1
+        place = slice(width - len(row) + shared, None) if causal else slice(len(row))
+        ids[i, place], mask[i, place] = torch.tensor(row[shared:]), 1
     first = width if causal else 1
     device = execution_device(model.get_input_embeddings())
     ids, mask = ids.to(device), mask.to(device)
@@ -222,6 +228,10 @@ def _generate(
     live, found, made = list(range(len(rows))), [[] for _ in rows], 0
     cache: dict[str, Any] = {}  # under the name that this transformers has for it
     with frozen(model):  # eval mode, and on a CPU the faster product of few rows
+        if shared:
+            cache = cache_of(model(ids[:1, :shared], use_cache=True))
+            for one in cache.values():
+                one.batch_repeat_interleave(len(rows))
         while live and made < steps:
             rounds = causal and (made == 0 or bool(cache))
             count = min(ROUND, steps - made) if rounds else steps - made
@@ -230,7 +240,7 @@ def _generate(
             out = model.generate(
                 ids, attention_mask=mask, max_new_tokens=count, return_dict_in_generate=True, **options, **cache
             )
-            ids, cache = (out, {}) if isinstance(out, torch.Tensor) else (out.sequences, _cache(out))
+            ids, cache = (out, {}) if isinstance(out, torch.Tensor) else (out.sequences, cache_of(out))
             made += count
             for i, new in zip(live, ids[:, first:].tolist(), strict=True):
                 found[i] = new
@@ -248,7 +258,20 @@ def _generate(
     return found
 
 
-def _cache(out: Any) -> dict[str, DynamicCache]:
+def _shared(model: Any, rows: Sequence[list[int]]) -> int:
+    """How many tokens all rows begin with, where it pays to read them once: padding then stands behind them, which a
+    model must not take for distance."""
+    # the rows' first tokens, as far as they agree
+    count = next((i for i, tokens in enumerate(zip(*rows, strict=False)) if len(set(tokens)) > 1), None)
+    if len(rows) < 2 or count is None or count < SHARED:
+        return 0
+    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    windows = getattr(config, "sliding_window", None) is not None
+    taken = "position_ids" in inspect.signature(model.forward).parameters
+    return count if taken and not windows else 0
+
+
+def cache_of(out: Any) -> dict[str, DynamicCache]:
     """What generate can go on from, as its argument; what else a model keeps can't be cut to some rows."""
     found = {name: out[name] for name in ("cache", "past_key_values") if name in out}
     return {name: cache for name, cache in list(found.items())[:1] if isinstance(cache, DynamicCache)}

@@ -37,7 +37,8 @@ FIGURES = {
     "unchanged": "share of the locality inputs whose generated answer is what it was before the edit",
     "unchanged_relation": "the same, of inputs of the edit's relation and other subjects",
     "unchanged_subject": "the same, of inputs of the edit's subject and other relations",
-    "leaked": "share of the locality inputs whose generated answer has got a target of the edit in it",
+    "leaked": "share of the locality inputs whose generated answer has got a target of the edit in it, by the 24th "
+    "token after it parts from what it was",
     "first_choice_changed": "share of the tokens of those answers before the edit that are no longer the first choice",
     "kl": "KL(before || after) at the first 16 tokens of those answers, mean over each input's, then over inputs",
     "ppl_drawdown": "perplexity of the locality inputs' answers in the data after the edit less that before it",
@@ -55,6 +56,10 @@ FIGURES = {
 KL_TOKENS = 16
 PREMISE_TOKENS = 8
 """Of an answer of yes or no, which is judged by its first word."""
+LEAK_TOKENS = 24
+"""After an answer that must stay has parted from what it was."""
+BEYOND = 12
+"""Tokens longer than the target at which an answer that is asked for exact_match alone can't be it any more."""
 CACHED = 1 << 29
 """Bytes of states below the edited layers that are kept: what is asked again of other edits and systems."""
 SYSTEM_PROMPT = "system:You answer questions."
@@ -223,11 +228,14 @@ def measure(
         if generate:
             # one batch of all that is asked: a step costs little more for many answers than for one
             asking = _Asking(editor, max_new_tokens)
-            first = asking.add([prompt for prompt, _ in pairs], _target_starts(editor, pairs, told))
+            starts = _target_starts(editor, pairs, told)
+            enough = [len(editor.tokenizer(target)["input_ids"]) + BEYOND for _, target in pairs]
+            tokens = [max_new_tokens] * (n + r) + enough[n + r :]
+            first = asking.add([prompt for prompt, _ in pairs], starts, tokens=tokens)
             others.follow()
-            stay = asking.add(others.prompts, others.starts)
-            formed = {form: asking.add([prompt for prompt, _ in requests], form=form) for form in forms}
-            judged = asking.add([prompt for prompt, _ in premises], tokens=min(PREMISE_TOKENS, max_new_tokens))
+            parted = asking.add(*others.parted())
+            formed = {form: asking.add([p for p, _ in requests], form=form, tokens=enough[:n]) for form in forms}
+            judged = asking.add([prompt for prompt, _ in premises], tokens=[PREMISE_TOKENS] * len(premises))
             given = asking.answers()
             spoken, targets = given[first], [target for _, target in requests]
             exact = [exact_match(a.text, target) for a, target in zip(spoken, targets, strict=False)]
@@ -238,7 +246,7 @@ def measure(
             if premises:
                 truths = [truth for _, truth in premises]
                 figures["premises"] = _mean(yes_or_no(a.text) is t for a, t in zip(given[judged], truths, strict=True))
-            figures |= others.figures(targets, given[stay])
+            figures |= others.figures(targets, given[parted])
         now = answer(editor, show, max_new_tokens) if show else []
     answers = [(p, b.text, a) for p, b, a in zip(show, said, now, strict=True)]
     return Outcome(figures, answers, told.correct[:n].tolist(), exact)
@@ -318,16 +326,19 @@ class _Asking:
         self,
         prompts: Sequence[str],
         starts: Sequence[tuple[int, ...]] | None = None,
+        tokens: Sequence[int] | None = None,
         *,
         form: str | None = None,
-        tokens: int | None = None,
     ) -> slice:
-        """Where these prompts' answers will be."""
+        """Where these prompts' answers will be.
+
+        ``tokens``: how many of each are enough to judge it, of the most that there may be.
+        """
         place = slice(len(self.prompts), len(self.prompts) + len(prompts))
         self.prompts += prompts
         self.starts += starts or [()] * len(prompts)
         self.forms += [form] * len(prompts)
-        self.tokens += [tokens or self.limit] * len(prompts)
+        self.tokens += [min(self.limit, enough) for enough in tokens or [self.limit] * len(prompts)]
         return place
 
     def answers(self) -> list[Answer]:
@@ -362,7 +373,6 @@ class _Others:
             self.rows = self._early(
                 follow(subject, self.prompts[: self.n], self.ids[: self.n], first=KL_TOKENS, below=below)
             )
-        self.starts: list[tuple[int, ...]] = []
 
     def _early(self, rows: Rows) -> Rows:
         """The first :data:`KL_TOKENS` of each prompt's rows, which come one prompt after the other."""
@@ -373,6 +383,7 @@ class _Others:
     def follow(self) -> None:
         """See, of the edited model, how far it says the same."""
         self.found: dict[str, float] = {}
+        self.kept: list[bool] = []
         if not self.prompts:
             return
         rows = follow(self.subject, self.prompts, self.ids, below=self.below)
@@ -386,21 +397,33 @@ class _Others:
             early = self._early(Rows(rows.logits[mine], rows.labels[mine], rows.sample[mine]))
             divergence = ops.kl_divergence_rows(self.rows.logits, early.logits)
             self.found["kl"] = per_sample_mean(divergence, early.sample, self.n).mean().item()
-        if self.subject.kind != "classifier":
+        if self.subject.kind == "classifier":
+            now = generate_answers(self.subject, self.prompts)
+            self.kept = [a.text == b.text for a, b in zip(self.said, now, strict=True)]
+            self.starts = [()] * len(now)
+        else:
             self.starts = agreed(chosen, rows.labels, rows.sample, len(self.prompts))
+            self.kept = [start == ids for start, ids in zip(self.starts, self.ids, strict=True)]
+
+    def parted(self) -> tuple[list[str], list[tuple[int, ...]], list[int]]:
+        """The questions that are answered otherwise now, how their answers begin, and how much of them tells a leak."""
+        changed = [i for i in range(self.n) if not self.kept[i]]
+        starts = [self.starts[i] for i in changed]
+        return [self.prompts[i] for i in changed], starts, [len(start) + LEAK_TOKENS for start in starts]
 
     def figures(self, targets: Sequence[str], now: Sequence[Answer]) -> dict[str, float]:
-        """Given what the edited model answers."""
+        """Given what the edited model answers to those that :meth:`parted` names."""
         figures = self.found
-        kept = [(a.text, a.ended) == (b.text, b.ended) for a, b in zip(self.said, now, strict=True)]
         for kind, span in self.spans.items():
-            if kept[span]:
-                figures[f"unchanged{kind}"] = _mean(kept[span])
+            if self.kept[span]:
+                figures[f"unchanged{kind}"] = _mean(self.kept[span])
         if self.n:
-            pairs = list(zip(self.said, now, strict=True))[: self.n]
-            figures["leaked"] = _mean(
-                any(contains(b.text, target) and not contains(a.text, target) for target in targets) for a, b in pairs
-            )
+            said = [a for a, kept in zip(self.said[: self.n], self.kept, strict=False) if not kept]
+            leaks = [
+                any(contains(b.text, target) and not contains(a.text, target) for target in targets)
+                for a, b in zip(said, now, strict=True)
+            ]
+            figures["leaked"] = sum(leaks) / self.n
         return figures
 
 

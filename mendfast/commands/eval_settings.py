@@ -56,7 +56,7 @@ class EvalSettings(EditorSettings):
         default=None, metadata={"help": "what must stay as it is; default: the edits' own locality, or each other"}
     )
     limit: int | None = field(default=None, metadata={"help": "the first so many edits", "least": 1})
-    unrelated: int = field(default=16, metadata={"help": "known questions asked after each edit", "least": 0})
+    unrelated: int = field(default=8, metadata={"help": "known questions asked after each edit", "least": 0})
     systems: list[str] | None = field(
         default=None, metadata={"help": "what to compare; default: the table's", "metavar": "KEY"}
     )
