@@ -343,6 +343,6 @@ def test_the_page_in_a_browser(tmp_path):
             assert page.evaluate(column) == list(places)[::-1]
             page.locator("button[data-system=ft]").click()
             assert "ft" not in page.evaluate(column)
-            assert page.locator("svg g[data-s=ft]").is_hidden()
+            assert page.locator("svg g[data-s=ft]").first.is_hidden()
         finally:
             browser.close()

@@ -256,15 +256,14 @@ def _pareto(one: Pareto, result: dict[str, Any]) -> str:
         drawn += f'<text x="{across(0) - 8:.0f}" y="{y + 5:.0f}" text-anchor="end">{tick:g}</text>'
     line = " ".join(f"{across(point.x):.1f},{down(point.y):.1f}" for point in one.frontier)
     drawn += f'<polyline class="front" points="{line}"/>'
-    moves = apart([(p.x, p.y) for p in one.points], near=0.052, step=18.0)
+    moves, named = apart([(p.x, p.y) for p in one.points], near=0.052, step=18.0), ""
     for point, (_, dy) in zip(one.points, moves, strict=True):
         x, y, r = across(point.x), down(point.y), radius(point, one.points)
         said = f"{point.name}: {point.y:.3f}, {point.x:.3f}, {point.seconds * 1e3:,.0f} ms"
-        drawn += (
-            f'<g data-s="{_e(point.key)}"{" class=best" if point.best else ""}><title>{_e(said)}</title>'
-            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{r:.1f}"/>'
-            f'<text x="{x + r + 4:.1f}" y="{y + 5 - dy:.1f}">{_e(point.name)}</text></g>'
-        )
+        group = f'<g data-s="{_e(point.key)}"{" class=best" if point.best else ""}><title>{_e(said)}</title>'
+        drawn += f'{group}<circle cx="{x:.1f}" cy="{y:.1f}" r="{r:.1f}"/></g>'
+        named += f'{group}<text x="{x + r + 4:.1f}" y="{y + 5 - dy:.1f}">{_e(point.name)}</text></g>'
+    drawn += named  # above all dots
     middle = (_LEFT + _WIDTH - _RIGHT) / 2
     drawn += f'<text x="{middle:.0f}" y="{_HEIGHT - 8}" text-anchor="middle">{_e(one.x)}</text>'
     many = MANY.get(result["table"])
