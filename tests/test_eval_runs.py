@@ -17,6 +17,7 @@ import torch
 from rich.console import Console
 from test_evaluate import certain, data, editor, few_answers_are_shown, model, records, run  # noqa: F401
 
+from mendfast.answers import contains, exact_match
 from mendfast.baselines import SYSTEMS, FineTuning, UltraEdit
 from mendfast.baselines.measure import Before
 from mendfast.cli import main
@@ -136,6 +137,53 @@ def test_a_killed_sequence_goes_on_in_its_midst(key, editor, tokenizer, tmp_path
     assert resumed["survival"] == whole["survival"] and not whole["failed"]
     for name, figure in whole["figures"].items():
         assert resumed["figures"][name] == pytest.approx(figure, rel=1e-3, abs=1e-5), name
+
+
+def test_the_tables_row_is_what_plain_code_gives(editor, tokenizer, data):  # noqa: F811
+    """One edit written into the weights, and asked with nothing but transformers."""
+    record = {**records(1)[0], "locality": [["Who is of Rome?", "Madrid"], ["Paris", "Berlin"]], "portability": []}
+    data.write_text(json.dumps(record) + "\n")
+    figures = {
+        name: figure["mean"]
+        for name, figure in run(editor, data, "--systems", "mend")["rows"][0]["figures"].items()
+    }
+    base, end = editor.model, tokenizer.eos_token_id
+
+    def told(prompt, target):
+        start, whole = (tokenizer(text)["input_ids"] for text in (prompt, f"{prompt} {target}"))
+        with torch.no_grad():
+            chosen = base(input_ids=torch.tensor([whole])).logits[0].argmax(-1).tolist()
+        return chosen[len(start) - 1 : -1] == whole[len(start) :]
+
+    def said(prompt):
+        ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+        room = min(64, base.config.n_positions - ids.shape[1])
+        new = base.generate(ids, do_sample=False, max_new_tokens=room, eos_token_id=end, pad_token_id=0)
+        new = new[0, ids.shape[1] :].tolist()
+        text, ended = tokenizer.decode(new, skip_special_tokens=True), new[-1] == end
+        line, newline, _ = text.lstrip().partition("\n")  # a base model's answer is a line
+        return (line.strip(), True) if newline else (text.strip(), ended)
+
+    prompts = [prompt for prompt, _ in record["locality"]]
+    before, right = [said(prompt) for prompt in prompts], [told(*pair) for pair in record["locality"]]
+    edit = editor.edit(record["prompt"], record["target"])
+    edit.apply_(base)
+    try:
+        asked = [record["prompt"], *record["rephrasings"]]
+        forced, spoken = [told(prompt, record["target"]) for prompt in asked], [said(prompt) for prompt in asked]
+        after, still = [said(prompt) for prompt in prompts], [told(*pair) for pair in record["locality"]]
+    finally:
+        edit.revert_(base)
+    exact = [exact_match(text, record["target"]) for text, _ in spoken]
+    expected = {
+        "edit_success": sum(forced) / 3, "generality": sum(forced[1:]) / 2, "exact_match": exact[0],
+        "rephrase_exact_match": sum(exact[1:]) / 2, "never_stopped": sum(not ended for _, ended in spoken) / 3,
+        "contains": sum(contains(text, record["target"]) for text, _ in spoken) / 3,
+        "unchanged": sum(a == b for a, b in zip(before, after, strict=True)) / 2,
+        "drawdown": (sum(right) - sum(still)) / 2,
+    }  # fmt: skip
+    for name, value in expected.items():
+        assert figures[name] == pytest.approx(value), name
 
 
 # -- several processes -------------------------------------------------------------------------------------

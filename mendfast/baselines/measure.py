@@ -236,6 +236,9 @@ def measure(
             parted = asking.add(*others.parted())
             formed = {form: asking.add([p for p, _ in requests], form=form, tokens=enough[:n]) for form in forms}
             judged = asking.add([prompt for prompt, _ in premises], tokens=[PREMISE_TOKENS] * len(premises))
+            again = {prompt: i for i, (prompt, _) in enumerate(pairs[: n + r])}
+            known = dict(zip(others.prompts, others.starts, strict=False))
+            again |= {p: asking.add([p], [known.get(p, ())]).start for p in show if p not in again}
             given = asking.answers()
             spoken, targets = given[first], [target for _, target in requests]
             exact = [exact_match(a.text, target) for a, target in zip(spoken, targets, strict=False)]
@@ -247,7 +250,9 @@ def measure(
                 truths = [truth for _, truth in premises]
                 figures["premises"] = _mean(yes_or_no(a.text) is t for a, t in zip(given[judged], truths, strict=True))
             figures |= others.figures(targets, given[parted])
-        now = answer(editor, show, max_new_tokens) if show else []
+            now = [given[again[prompt]].text for prompt in show]
+        else:
+            now = answer(editor, show, max_new_tokens)
     answers = [(p, b.text, a) for p, b, a in zip(show, said, now, strict=True)]
     return Outcome(figures, answers, told.correct[:n].tolist(), exact)
 
@@ -384,6 +389,7 @@ class _Others:
         """See, of the edited model, how far it says the same."""
         self.found: dict[str, float] = {}
         self.kept: list[bool] = []
+        self.starts: list[tuple[int, ...]] = []
         if not self.prompts:
             return
         rows = follow(self.subject, self.prompts, self.ids, below=self.below)

@@ -331,7 +331,7 @@ class _Fitting:
                 system.subject.protect_with(editor.metric)
         directory = Path(settings.output) / "systems" / key if settings.output else None
         made = json.loads(json.dumps({"options": options, "config": asdict(config), "data": settings.train_data}))
-        if directory and (directory / "fitted.json").is_file():
+        if directory and self.processes.most(int((directory / "fitted.json").is_file())):
             fitted = directory / "fitted.json"
             before = check_object(parse_json(read_json_bytes(fitted), str(fitted)), str(fitted))
             trained = check_object(before.get("config"), f"The configuration in {fitted}")
