@@ -268,7 +268,8 @@ def _shared(model: Any, rows: Sequence[list[int]]) -> int:
     config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
     windows = getattr(config, "sliding_window", None) is not None
     taken = "position_ids" in inspect.signature(model.forward).parameters
-    return count if taken and not windows else 0
+    own = getattr(getattr(model, "generation_config", None), "cache_implementation", None) is not None
+    return count if taken and not windows and not own else 0
 
 
 def cache_of(out: Any) -> dict[str, DynamicCache]:

@@ -24,6 +24,7 @@ from ..baselines.mend import Mend
 from ..baselines.rome import Rome
 from ..editor import MendEditor
 from ..files import atomic_write, read_json_bytes
+from ..own_words import own_words
 from ..schema import check_object, check_settings, parse_json
 from ..tasks.load import load_task
 from ..tasks.records import Example, Problem
@@ -204,6 +205,7 @@ class _Run:
         self.editor, self.settings, self.processes, self.journal = editor, settings, processes, journal
         self.examples, self.questions, self.sizes = examples, questions, sizes
         self.fitting, self.choice, self.harness = fitting, choice, harness
+        self.words: dict[int, Any] = {}  # the model's own, by their number: ROME and MEMIT take C from the same
         self.before: Before | None = None  # what is known of the unedited model
         self.in_turn = settings.table == "sequential"
 
@@ -219,6 +221,13 @@ class _Run:
         system.subjects = {e.prompt: e.subject for example in self.examples for e in example.parts if e.subject}
         if self.before is None or not self.before.serves(system.subject):
             self.before = Before(system.subject, self.questions.texts())
+        if isinstance(system, Rome):
+            if system.words not in self.words:
+                self.words[system.words] = own_words(
+                    system.subject.model, system.subject.tokenizer, samples=system.words, chat=system.subject.chat,
+                    progress=None if processes.main else False,
+                )  # fmt: skip
+            system.protect(self.words[system.words])
         self._choose(system)
         for size in self.sizes:
             how = "in turn" if self.in_turn else "at once"

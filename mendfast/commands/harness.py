@@ -26,7 +26,7 @@ class Harness:
     """
 
     def __init__(self, tasks: Sequence[str], limit: int | None = None):
-        self.limit = limit
+        self.limit, self.tasks = limit, list(tasks)
         self.names, folders = [], []
         for task in tasks:
             if task.endswith((".yaml", ".yml")):
@@ -65,7 +65,8 @@ class Harness:
 
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
         if self._manager is None:
-            self._manager = TaskManager(include_path=self.folders or None)
+            known = not all(task.endswith((".yaml", ".yml")) for task in self.tasks)
+            self._manager = TaskManager(include_path=self.folders or None, include_defaults=known)
             if unknown := [name for name in self.names if name not in self._manager.all_tasks]:
                 raise ValueError(
                     f"lm-evaluation-harness has no task {brief(repr(unknown[0]))}; `lm-eval ls tasks` lists those that "
