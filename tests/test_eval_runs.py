@@ -15,7 +15,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 from rich.console import Console
-from test_evaluate import certain, data, editor, few_answers_are_shown, model, records, run  # noqa: F401
+from test_evaluate import TOKENS, certain, data, editor, few_answers_are_shown, model, records, run  # noqa: F401
 
 from mendfast.answers import contains, exact_match
 from mendfast.baselines import SYSTEMS, FineTuning, UltraEdit
@@ -157,7 +157,7 @@ def test_the_tables_row_is_what_plain_code_gives(editor, tokenizer, data):  # no
 
     def said(prompt):
         ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
-        room = min(64, base.config.n_positions - ids.shape[1])
+        room = min(TOKENS, base.config.n_positions - ids.shape[1])
         new = base.generate(ids, do_sample=False, max_new_tokens=room, eos_token_id=end, pad_token_id=0)
         new = new[0, ids.shape[1] :].tolist()
         text, ended = tokenizer.decode(new, skip_special_tokens=True), new[-1] == end
@@ -193,7 +193,9 @@ SHARED = """
     sys.path[:0] = {paths!r}
     import torch
     torch.set_num_threads(1)
+    from mendfast.baselines.measure import measure
     from mendfast.cli import main
+    measure.__kwdefaults__["max_new_tokens"] = {tokens}
     sys.exit(main(sys.argv[1:]))
 """
 
@@ -210,7 +212,7 @@ def test_two_processes_share_the_edits(editor, tokenizer, data, tmp_path):  # no
                "--systems", "mend", "ft", "--option", "ft.max_steps=6", "--validation", 2]  # fmt: skip
     command = [str(part) for part in command]
     script, out = tmp_path / "shared.py", tmp_path / "out"
-    script.write_text(textwrap.dedent(SHARED).format(paths=[p for p in sys.path if p]))
+    script.write_text(textwrap.dedent(SHARED).format(paths=[p for p in sys.path if p], tokens=TOKENS))
     launched = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script, *command]
     done = subprocess.run(
         [*launched, "--output", out], capture_output=True, text=True, timeout=240,

@@ -20,6 +20,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from mendfast import MendConfig, MendEditor
 from mendfast.base_model import make_base
 from mendfast.baselines import SYSTEMS
+from mendfast.baselines.measure import measure
 from mendfast.baselines.mend import Mend, NoSharing
 from mendfast.cli import main, read
 from mendfast.commands import eval_report
@@ -29,6 +30,8 @@ ANSWERS = ("Paris", "Rome", "Berlin", "Madrid")
 UNCERTAIN = {"seconds", "peak_bytes"}  # measured by the clock and the allocator
 
 
+TOKENS = 12
+"""Of each answer here."""
 SOME = ("--systems", "mend", "ft", "identity")
 
 
@@ -64,6 +67,7 @@ def model(tokenizer):
 def few_answers_are_shown(monkeypatch):
     """A random model's answers never end."""
     monkeypatch.setattr("mendfast.commands.evaluate.SHOWN", 2)
+    monkeypatch.setitem(measure.__kwdefaults__, "max_new_tokens", TOKENS)
 
 
 @pytest.fixture
@@ -156,8 +160,9 @@ def test_an_evaluation_goes_on_where_it_was_cut_off(editor, data, tmp_path, monk
         run(editor, data, *SOME, "--output", out, "--seed", 1, "--unrelated", 2)
 
 
-def test_a_killed_command_goes_on(editor, tokenizer, tmp_path):
+def test_a_killed_command_goes_on(editor, tokenizer, tmp_path, monkeypatch):
     """SIGKILL in the middle of a run of the command itself, at whatever line it has reached."""
+    monkeypatch.setitem(measure.__kwdefaults__, "max_new_tokens", 64)  # as in the other process
     editor.model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     editor.save_pretrained(tmp_path / "editor")
