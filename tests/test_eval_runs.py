@@ -35,8 +35,8 @@ def test_rates_are_chosen_on_edits_that_are_not_measured(editor, data, tmp_path)
     found = run_unfixed(editor, data, *options, "--output", tmp_path / "out")
     for row, (kind, steps) in zip(found["rows"], ((FineTuning, "max_steps"), (UltraEdit, None)), strict=True):
         chosen = row["chosen"]
-        assert chosen["learning_rate"] in RATES[kind] and chosen["trials"] == TRIALS and chosen["edits"] == 2
-        assert chosen["seconds"] > 0 and (steps is None or chosen[steps] in (8, 2, 100, 25))
+        assert chosen["learning_rate"] in RATES[kind] and chosen["edits"] == 2 and chosen["seconds"] > 0
+        assert chosen["trials"] == TRIALS - (steps is not None)  # its steps are given
         assert row["measured"] == 3
     assert found["edits"] == 3
     prompts = [edit["questions"][0]["prompt"] for edit in found["examples"]]
@@ -77,9 +77,8 @@ def test_the_best_rate_is_chosen(editor, data, monkeypatch):  # noqa: F811
     assert seen == [*((rate, 100) for rate in RATES[FineTuning]), (1e-3, 25)]
     assert choice.choose(FineTuning(editor, 0.5), before, ("learning_rate", "max_steps")) is None
     monkeypatch.undo()
-    success = choice._score(FineTuning(editor, 1e-2, 50), before)
-    nothing = choice._score(FineTuning(editor, 0.0, 1), before)
-    assert nothing[1] == 1.0 and success[0] > nothing[0]
+    assert choice._score(FineTuning(editor, 0.0, 1), before) == (0.0, 1.0)
+    assert choice._score(FineTuning(editor, 1e-2, 50), before)[1] < 1.0
 
 
 # -- a sequence that is killed -----------------------------------------------------------------------------
@@ -183,7 +182,7 @@ def test_the_tables_row_is_what_plain_code_gives(editor, tokenizer, data):  # no
         "drawdown": (sum(right) - sum(still)) / 2,
     }  # fmt: skip
     for name, value in expected.items():
-        assert figures[name] == pytest.approx(value), name
+        assert figures[name] == pytest.approx(float(value)), name
 
 
 # -- several processes -------------------------------------------------------------------------------------

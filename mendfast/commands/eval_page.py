@@ -105,14 +105,14 @@ dt{font-weight:600}dd{margin:0 0 .4rem 1.2rem}.note{border-left:3px solid var(--
 _SCRIPT = """
 const all=(s,e=document)=>[...e.querySelectorAll(s)],off=new Set();
 let many='';
-function show(){all('[data-s]').forEach(e=>e.hidden=off.has(e.dataset.s)||
-(e.dataset.k!==undefined&&many!==''&&e.dataset.k!==many));
-all('figure[data-k]').forEach(e=>e.hidden=many!==''&&e.dataset.k!==many)}
+const hide=(e,on)=>e.toggleAttribute('hidden',on),other=e=>many!==''&&e.dataset.k!==undefined&&e.dataset.k!==many;
+function show(){all('[data-s]').forEach(e=>hide(e,off.has(e.dataset.s)||other(e)));
+all('figure[data-k]').forEach(e=>hide(e,other(e)))}
 all('button[data-system]').forEach(b=>b.onclick=()=>{const k=b.dataset.system,
 on=b.getAttribute('aria-pressed')==='true';
 b.setAttribute('aria-pressed',!on);on?off.add(k):off.delete(k);show()});
 all('select[data-many]').forEach(s=>s.onchange=()=>{many=s.value;show()});
-function group(n){all('[data-g]').forEach(e=>e.hidden=!e.dataset.g.split('|').includes(n));
+function group(n){all('[data-g]').forEach(e=>hide(e,!e.dataset.g.split('|').includes(n)));
 all('button[data-group]').forEach(b=>b.setAttribute('aria-pressed',b.dataset.group===n))}
 all('button[data-group]').forEach(b=>b.onclick=()=>group(b.dataset.group));
 if(all('button[data-group]').length)group(all('button[data-group]')[0].dataset.group);
