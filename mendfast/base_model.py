@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,8 +23,10 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from .base_run import BaseRun
 from .labels import class_ids, collate, encode_pair, pad_token_id
 from .objective import Batch, context_length, model_kind, target_rows
+from .stopping import Stopping
 
 EOS, PAD = "<eos>", "<pad>"
 CONTEXT = 64  # tokens, if the data has none longer
@@ -193,6 +197,7 @@ def fit_base_model(
     seed: int = 0,
     append_eos: bool = True,
     progress: bool = True,
+    run: BaseRun | None = None,
 ) -> float:
     """Train ``model`` in place to answer each prompt with its target; returns the last loss.
 
@@ -200,7 +205,8 @@ def fit_base_model(
     and decay, gradients clipped at norm 1. The loss is the mean over answer tokens, or over a classifier's
     samples. ``append_eos``: a decoder-only model learns to stop after the target. Without ``matrix_rate`` AdamW
     moves everything, at ``learning_rate``: for a pretrained model. Pairs longer than its context, or than 512 tokens
-    where it has none, are left out.
+    where it has none, are left out. With a ``run`` it goes on where an interrupted one was, and Ctrl-C and SIGTERM let
+    the step end and be kept before they do what they did.
     """
     examples = _encode(model, tokenizer, pairs, append_eos)
     lengths = [len(example["input_ids"]) for example in examples]
@@ -213,28 +219,34 @@ def fit_base_model(
     optimizers = [torch.optim.AdamW(outer, lr=learning_rate, weight_decay=0.0, betas=(0.9, 0.98))]
     if inner:
         optimizers.append(Orthogonal(inner, matrix_rate))
-    schedules = [
-        torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: min((step + 1) / warmup, max(0.02, (steps - step) / max(1, steps - warmup)))
-        )
-        for optimizer in optimizers
-    ]
+    rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
+    first = 0
+    if run:
+        run.made_of |= {"examples": hashlib.sha256(repr(examples).encode()).hexdigest()[:16], "steps": steps}
+        first = run.resume(model, optimizers)
+    for _ in range(first):
+        next(batches)
     model.train()
-    bar = tqdm(range(steps), desc="base model", unit="step", disable=not progress)
+    bar = tqdm(range(first, steps), desc="base model", unit="step", initial=first, total=steps, disable=not progress)
     value = math.nan
-    for step in bar:
-        batch = _collate(model, tokenizer, [examples[i] for i in next(batches)])
-        rows = target_rows(model, batch)
-        loss = nn.functional.cross_entropy(rows.logits.float(), rows.labels)
-        model.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer, schedule in zip(optimizers, schedules, strict=True):
-            optimizer.step()
-            schedule.step()
-        if step % 20 == 0 or step == steps - 1:
-            value = loss.item()
-            bar.set_postfix(loss=f"{value:.4f}")
+    with Stopping() if run else contextlib.nullcontext() as stopping:
+        for step in bar:
+            rate = min((step + 1) / warmup, max(0.02, (steps - step) / max(1, steps - warmup)))
+            batch = _collate(model, tokenizer, [examples[i] for i in next(batches)])
+            rows = target_rows(model, batch)
+            loss = nn.functional.cross_entropy(rows.logits.float(), rows.labels)
+            model.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            for optimizer, whole in zip(optimizers, rates, strict=True):
+                for group, most in zip(optimizer.param_groups, whole, strict=True):
+                    group["lr"] = most * rate
+                optimizer.step()
+            if step % 20 == 0 or step == steps - 1:
+                value = loss.item()
+                bar.set_postfix(loss=f"{value:.4f}")
+            if run:
+                run.after_step(step + 1, steps, model, optimizers, stopping)
     model.eval()
     return value
 

@@ -112,6 +112,20 @@ def mlp_outputs(model: nn.Module) -> list[tuple[nn.Module, str]]:
     return found
 
 
+def blocks_of(model: nn.Module) -> list[tuple[str, list[tuple[int, list[str]]]]]:
+    """Of each stack that reads and writes text: its name, and number and weights of each block that has any to edit."""
+    found = []
+    for stack, blocks in text_stacks(model):
+        weights = _of_stack(stack, blocks, len(blocks))
+        by_block: dict[int, list[str]] = {}
+        for name in weights:
+            number = int(name.removeprefix(f"{stack}." if stack else "").partition(".")[0])
+            by_block.setdefault(number, []).append(name)
+        if by_block:
+            found.append((stack, sorted(by_block.items())))
+    return found
+
+
 def _of_stack(stack: str, blocks: nn.ModuleList, last: int) -> list[str]:
     # Blocks that read an image are passed over where there is none.
     reading = {i: block for i, block in enumerate(blocks) if "CrossAttention" not in type(block).__name__}

@@ -1,4 +1,4 @@
-"""The command line: ``mendfast demo | train | edit | apply | export | inspect | eval | editors | doctor``.
+"""The command line: ``mendfast demo | train | edit | apply | export | inspect | eval | locate | editors | doctor``.
 
 Each verb is a file of :mod:`mendfast.commands`: a dataclass of settings, whose fields become the options here, and a
 function that takes them and returns figures. A new verb is such a file, and a line in :data:`VERBS`.
@@ -42,6 +42,7 @@ VERBS = {
     ),
     "train": Verb(
         "Train an editor for a model; without --model a small base model that knows the data, first.",
+        "mendfast train --model smollm2 --output runs/smollm2\n"
         "mendfast train --task qa --data train.tsv --output runs/qa",
         "train", "TrainSettings", "train",
     ),
@@ -72,6 +73,13 @@ VERBS = {
         "Compare systems on edits that none has seen: edit success, generality, drawdown, time and memory.",
         "mendfast eval --model runs/qa/model --editor runs/qa/best --data dev.jsonl --known train.tsv",
         "evaluate", "EvalSettings", "compare",
+    ),
+    "locate": Verb(
+        "Measure which blocks of a model to edit: what untrained edits of equal strength do in each.",
+        "mendfast locate --model smollm2\n"
+        "mendfast locate --model runs/qa/model --data train.tsv --span 2 --out layers.json\n"
+        "mendfast train --model smollm2 --layers-from layers.json --output runs/smollm2",
+        "locate", "LocateSettings", "locate_blocks",
     ),
     "editors": Verb(
         "List the editors that ship with the package, or make one with the settings that made those.",

@@ -10,7 +10,8 @@ import time
 
 import pytest
 
-from mendfast.tasks import records
+from mendfast.tasks import records, world
+from mendfast.tasks.load import load_task
 from mendfast.tasks.qa import Problem, QAExample, read_qa
 
 KILT = {
@@ -354,3 +355,15 @@ def test_a_line_longer_than_any_record(tmp_path, monkeypatch):
     assert [(problem.line, problem.message) for problem in problems] == [
         (2, "has more than 1,000 bytes, which is no record")
     ]
+
+
+def test_the_worlds_facts_are_questions_without_a_file():
+    train, test, everything = (load_task("qa", name) for name in ("world:train", "world:test", "world"))
+    assert len(everything.items) == len(train.items) + len(test.items) == len(world.load_facts())
+    assert not {item.entity for item in train.items} & {item.entity for item in test.items}
+    for example, item in zip(test.examples, test.items, strict=True):
+        assert example.prompt in item.wordings and example.answers == (item.answer,) and example.target != item.answer
+        assert example.target in world.answers(item.relation) and not set(example.rephrasings) & set(item.wordings)
+    assert len(load_task("qa", "world:test", limit=7).items) == 7
+    with pytest.raises(ValueError, match="no part 'world:dev' of the world; pass one of world, world:train"):
+        load_task("qa", "world:dev")

@@ -11,10 +11,12 @@ from typing import Any
 import torch
 
 from ..base_model import SHAPES, fit_base_model, make_base
+from ..base_run import BaseRun
 from ..choice import find_layers
 from ..files import atomic_directory, read_json_bytes
 from ..schema import brief, check_object, check_settings, parse_json
 from ..tasks.task import Task
+from ..training.data import digest
 
 PRETRAINED_RATE = 2e-4
 MADE = "made_by_mendfast.json"  # of what, beside the model
@@ -47,12 +49,14 @@ def base_model(
     seed: int,
     limit: int | None = None,
     progress: bool = True,
+    restart: bool = False,
 ) -> tuple[Any, Any]:
     """A small model that knows the task's data, or a pretrained one fine-tuned on it; made once per ``directory``.
 
     Args:
         data, limit: where ``task`` comes from, and how many facts of it.
         layers: the weights that it is to have for editing; None: any.
+        restart: a model in the directory that was made of something else gives way to the new one, once that is made.
 
     Raises:
         ValueError: a shape that can't serve the task, layers that it won't have, a directory with another model or
@@ -68,26 +72,33 @@ def base_model(
         "t5": hf.AutoModelForSeq2SeqLM,
         "bert": hf.AutoModelForSequenceClassification,
     }[shape]
-    made = _made(settings, shape, {"task": task.key, "data": data, "limit": limit, "seed": seed})
-    if _is_whole(directory, made):
+    pairs = task.base_pairs()
+    read = {"task": task.key, "data": data, "limit": limit, "seed": seed, "pairs": digest(pairs)}
+    made = _made(settings, shape, read)
+    if _is_whole(directory, made, restart):
         return _load(kind, directory)
-    options = {"steps": settings.base_steps, "seed": seed, "append_eos": task.ends, "progress": progress}
+    run = BaseRun(directory.with_name(f"{directory.name}.unfinished.safetensors"), made)
+    if restart:
+        run.done()
+    options = {"steps": settings.base_steps, "seed": seed, "append_eos": task.ends, "progress": progress, "run": run}
     if settings.base_from:
         model, tokenizer = _pretrained(kind, settings.base_from, shape, seed)
         find_layers(model, layers)
-        pairs = task.base_pairs()
         fit_base_model(model, tokenizer, pairs, learning_rate=PRETRAINED_RATE, matrix_rate=None, **options)
     else:
         size = {"width": settings.base_width, "depth": settings.base_depth}
         with torch.device("meta"):
             planned = SHAPES[shape][0](8, heads=max(1, settings.base_width // 32), **size)
         find_layers(planned, layers)
-        model, tokenizer = make_base(shape, task.base_pairs(), vocabulary=settings.base_vocabulary, **size, **options)
+        model, tokenizer = make_base(shape, pairs, vocabulary=settings.base_vocabulary, **size, **options)
     _remove_halves(directory)
     with atomic_directory(directory) as place:
         tokenizer.save_pretrained(place)
         model.save_pretrained(place)
         (place / MADE).write_text(json.dumps(made, indent=2) + "\n")
+        if restart and (directory / MADE).is_file():
+            shutil.rmtree(directory)
+    run.done()
     return model, tokenizer
 
 
@@ -97,7 +108,7 @@ def _made(settings: BaseSettings, shape: str, data: dict[str, Any]) -> dict[str,
     return {"base": shape, **data, **{name: getattr(settings, name) for name in ("base_from", "base_steps", *sizes)}}
 
 
-def _is_whole(directory: Path, made: dict[str, Any]) -> bool:
+def _is_whole(directory: Path, made: dict[str, Any], restart: bool) -> bool:
     """Whether the model is there already, made as it would be now."""
     if not directory.is_dir() or not any(directory.iterdir()):
         return False
@@ -109,7 +120,13 @@ def _is_whole(directory: Path, made: dict[str, Any]) -> bool:
     if not (directory / MADE).is_file():  # of a version that did not say
         return True
     before = check_object(parse_json(read_json_bytes(directory / MADE), str(directory / MADE)), str(directory / MADE))
-    advice = f"pass the same ones, --model {directory} to take it as it is, or another --output."
+    if "pairs" not in before:  # an older version's, which knew the data by its name
+        made = {name: value for name, value in made.items() if name != "pairs"}
+    if restart:
+        return all(before.get(name) == value for name, value in made.items())
+    advice = (
+        f"pass the same ones, --model {directory} to take it as it is, --restart to make it anew, or another --output."
+    )
     check_settings(f"{directory} holds a base model made", before, made, advice)
     return True
 

@@ -51,7 +51,7 @@ class EvalSettings(EditorSettings):
     table: str = field(
         default="systems", metadata={"help": "which systems are compared", "choices": tuple(TABLES)}
     )
-    data: str = field(metadata={"help": "edits: a file or Hub name; for fact_checking also world:test"})
+    data: str = field(metadata={"help": "edits: a file or Hub name, or world:test"})
     known: str | None = field(
         default=None, metadata={"help": "what must stay as it is; default: the edits' own locality, or each other"}
     )

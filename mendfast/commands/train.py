@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,7 @@ from .base import BaseSettings, base_model
 from .console import make_console, plain
 from .evaluate import SEEDS, tell
 from .loading import LoadSettings, load_model, option
+from .locate import layers_from
 from .outputs import check_directory
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 PROTECTED = 200  # questions of the data, where edits are aggregated by least squares
 CHECKED = 1000  # known facts that the base model is asked before training
 MOST_PARAMETERS = 1 << 32  # of a small base model
+STEP_SIZE = 2e-3
 HEAD_WIDTH = 32  # of the small base models' attention
 
 
@@ -42,7 +44,10 @@ class TrainSettings(BaseSettings, LoadSettings):
     """What ``mendfast train`` is asked."""
 
     task: str = field(default="qa", metadata={"help": "what is edited", "choices": TASKS})
-    data: str = field(metadata={"help": "a file or Hub name; for fact_checking also world:train"})
+    data: str | None = field(
+        default=None,
+        metadata={"help": "a file or Hub name; default: world:train, the facts that come with the package"},
+    )
     output: str = field(metadata={"help": "where model, editor and metrics go", "metavar": "DIR"})
     model: str | None = field(
         default=None,
@@ -58,9 +63,16 @@ class TrainSettings(BaseSettings, LoadSettings):
     layers: list[str] | None = field(
         default=None, metadata={"help": "weights to edit; default: the MLPs of the last blocks"}
     )
+    layers_from: str | None = field(
+        default=None, metadata={"help": "those that mendfast locate chose", "metavar": "JSON"}
+    )
     rank: int = field(default=1920, metadata={"help": "rank of the editor's blocks", "least": 1})
-    step_size: float = field(
-        default=2e-3, metadata={"help": "the edit's step size at initialisation", "least": 0}
+    step_size: float | None = field(
+        default=None,
+        metadata={
+            "help": "the edit's step size at initialisation; default: 2e-3, and for --model the best on a few draws",
+            "least": 0,
+        },
     )
     aggregation: str = field(
         default="sum",
@@ -72,13 +84,23 @@ class TrainSettings(BaseSettings, LoadSettings):
     )
     tensorboard: bool = field(default=False, metadata={"help": "write events to OUTPUT/tensorboard too"})
     restart: bool = field(
-        default=False, metadata={"help": "start anew where OUTPUT holds a run; its base model is kept"}
+        default=False,
+        metadata={"help": "start anew where OUTPUT holds a run; a base model made of the same is kept"},
     )
     dry_run: bool = field(default=False, metadata={"help": "print layers, parameters and bytes, and stop"})
     training: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
+        if self.data is None:
+            if self.task == "generation":
+                raise ValueError("--task generation needs --data: running text to train on.")
+            self.data = "world:train"
         super().__post_init__()
+        if self.layers_from is not None:
+            self._refuse(["layers"], "says what --layers-from says too")
+            self.layers = layers_from(self.layers_from)
+        if self.model and self.step_size is None and not self.from_editor:
+            self.training = replace(self.training, calibrate=True)
         self.editor_config(append_eos=False)
         alone = ["base", "base_from", "base_width", "base_depth", "base_vocabulary", "base_steps"]
         if self.model:
@@ -88,7 +110,7 @@ class TrainSettings(BaseSettings, LoadSettings):
         if self.from_editor:
             if not self.model:
                 raise ValueError("--from-editor is an editor of --model; pass both.")
-            new = ["layers", "rank", "step_size", "aggregation"]
+            new = ["layers", "layers_from", "rank", "step_size", "aggregation"]
             self._refuse(new, "is of a new editor, and --from-editor keeps its own")
         parameters = 12 * self.base_depth * self.base_width**2 + self.base_vocabulary * self.base_width
         if parameters > MOST_PARAMETERS:
@@ -123,7 +145,7 @@ class TrainSettings(BaseSettings, LoadSettings):
         return MendConfig(
             layers=self.layers,
             rank=self.rank,
-            step_size=self.step_size,
+            step_size=STEP_SIZE if self.step_size is None else self.step_size,
             scale_v=True,
             append_eos=append_eos,
             aggregation=self.aggregation,
@@ -163,8 +185,9 @@ def _train(settings: TrainSettings, accelerator: Accelerator | None, main: bool)
     else:
         with accelerator.main_process_first() if accelerator else contextlib.nullcontext():
             model, tokenizer = base_model(
-                task, settings.data, settings, output / "model", layers=settings.layers, **read, progress=main
-            )
+                task, settings.data, settings, output / "model",
+                layers=settings.layers, **read, progress=main, restart=settings.restart,
+            )  # fmt: skip
     if not isinstance(task, FactTask):  # cut in the model's own tokens
         task = load_task(settings.task, settings.data, tokenizer=tokenizer, **read)
     torch.manual_seed(config.seed)

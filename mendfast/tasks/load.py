@@ -16,8 +16,9 @@ def load_task(
 
     Args:
         name: one of :data:`TASKS`.
-        data: a local file or the name of a Hub dataset; for fact checking also "world", "world:train" or
-            "world:test", claims made from the facts that come with the package, and "world:test:author,painter".
+        data: a local file or the name of a Hub dataset; for question answering and fact checking also "world",
+            "world:train" or "world:test", made from the facts that come with the package (for fact checking also of
+            some relations, "world:test:author,painter").
         limit: use the first so many examples.
         seed: of the targets and wordings that are drawn.
         tokenizer: measures what generation cuts, in tokens; without one words are counted.
@@ -26,9 +27,9 @@ def load_task(
         ValueError: an unknown task, no such data, nothing usable in it.
     """
     if name == "qa":
-        from .qa import QuestionAnswering, read_qa
+        from .qa import QuestionAnswering
 
-        return QuestionAnswering(*read_qa(data, limit=limit), seed)
+        return QuestionAnswering.load(data, limit=limit, seed=seed)
     if name == "fact_checking":
         from .fact_checking import FactChecking
 

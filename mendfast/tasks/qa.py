@@ -21,11 +21,13 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ..schema import some
 from ..training import Item
+from . import world
 from .benchmarks import PARSERS, format_of
 from .records import (
     Bad,
@@ -206,6 +208,35 @@ class QuestionAnswering(FactTask):
         super().__init__(examples, problems)
         self.seed = seed
         self._items: list[Item] | None = None
+
+    @classmethod
+    def load(cls, data: str, *, limit: int | None = None, seed: int = 0) -> QuestionAnswering:
+        """Read a file or Hub dataset; "world", "world:train" and "world:test" are the facts that come with the package,
+        all of them, those that editors are trained on, and those of other entities."""
+        if data.partition(":")[0] != "world":
+            return cls(*read_qa(data, limit=limit), seed)
+        train, test = world.splits()
+        parts = {"world": world.load_facts(), "world:train": train, "world:test": test}
+        if data not in parts:
+            raise ValueError(f"There is no part {show(data)} of the world; pass one of {', '.join(parts)}.")
+        rng, facts = random.Random(seed), parts[data]
+        if limit is not None:  # of all relations, not of the first
+            facts = rng.sample(facts, min(limit, len(facts)))
+        items = [replace(item, source=f"{data}:{i + 1}") for i, item in enumerate(world.items(facts))]
+        examples = [
+            Example(
+                prompt=rng.choice(item.wordings),
+                target=rng.choice([answer for answer in world.answers(fact.relation) if answer != fact.answer]),
+                subject=fact.entity,
+                answers=(fact.answer,),
+                rephrasings=(world.question(fact, -1),),
+                source=item.source,
+            )
+            for item, fact in zip(items, facts, strict=True)
+        ]
+        task = cls(examples, [], seed)
+        task.items = items
+        return task
 
     @property
     def items(self) -> list[Item]:

@@ -61,6 +61,13 @@ class TrainConfig:
     clip: float = field(default=1.0, metadata={"help": "Largest norm of the gradient.", "least": 0})
     c_edit: float = field(default=C_EDIT, metadata={"help": "Weight of the edit's loss (the paper: 0.1).", "least": 0})
     c_loc: float = field(default=1.0, metadata={"help": "Weight of the locality loss.", "least": 0})
+    c_loc_decay: float = field(
+        default=0.0,
+        metadata={
+            "help": "Of n edits at once c_loc is divided by n to this power: one alone can stay nearer to nothing.",
+            "least": 0,
+        },
+    )
     validate_every: int = field(
         default=200, metadata={"help": "Steps between validations; 0 = never.", "least": 0, "free": True}
     )
@@ -87,6 +94,10 @@ class TrainConfig:
     def groups(self, joint: int) -> int:
         """The edits of a step whose edits are ``joint`` at once."""
         return max(1, self.batch_size // joint)
+
+    def locality_weight(self, joint: int) -> float:
+        """Of ``joint`` edits at once."""
+        return self.c_loc / joint**self.c_loc_decay
 
     def joint_size(self, step: int) -> int:
         """How many edits at once step ``step`` trains."""

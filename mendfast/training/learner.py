@@ -155,7 +155,7 @@ class EditorLearner(Learner):
             self.editor,
             *batches,
             config.c_edit,
-            config.c_loc,
+            config.locality_weight(joint),
             joint=joint,
             checkpoint_activations=config.checkpoint_activations,
             # Validations compare all positions. The draw stands for the step, as it depends on that alone.

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from ..editor import MendEditor
 from ..files import atomic_write
+from ..stopping import Stopping
 from . import checkpoint
 from .config import TrainConfig
 from .data import Draw, Sampler, fingerprint, share
@@ -29,7 +30,6 @@ from .memory import peak_bytes, reset_peak
 from .processes import Processes, launched
 from .record import Record
 from .report import read_metrics, write_report
-from .stopping import Stopping
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
