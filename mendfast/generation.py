@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+from transformers import DynamicCache
 
 from .capture import frozen
 from .editable import EditableModel
 from .labels import collate, encode_prompt, pad_token_id
 from .layers import execution_device
-from .objective import IGNORE, Rows, context_length, kept_rows, target_rows, to_device
+from .objective import IGNORE, Below, Rows, context_length, kept_rows, target_rows, to_device
 
 BATCH_TOKENS = 4096
 """Prompt and answer tokens of one batch, padding included, at most."""
+ROUND = 8
+"""Tokens after which rows whose answer has ended leave a batch."""
+SHARED = 8
+"""Tokens that all rows must begin with for them to be read once."""
 _PLAINLY = {
     "do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None, "repetition_penalty": 1.0,
     "no_repeat_ngram_size": 0, "min_length": 0, "min_new_tokens": None, "forced_eos_token_id": None,
@@ -51,8 +58,8 @@ def answer(
 def generate_answers(
     subject: EditableModel,
     prompts: Sequence[str],
-    max_new_tokens: int = 64,
-    form: str | None = None,
+    max_new_tokens: int | Sequence[int] = 64,
+    form: str | None | Sequence[str | None] = None,
     *,
     starts: Sequence[Sequence[int]] | None = None,
 ) -> list[Answer]:
@@ -63,25 +70,27 @@ def generate_answers(
     Batched: in a 16-bit model, where two tokens may tie, an answer can differ from the one that it gives alone.
 
     Args:
+        max_new_tokens, form: of all prompts, or a list with each one's own.
         starts: tokens that each answer is known to begin with (:func:`agreed`), and which need not be found again.
 
     Raises:
         ValueError: as :func:`answer`; other than one start for each prompt.
     """
-    if max_new_tokens < 1:
+    rooms = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
+    forms = [form] * len(prompts) if form is None or isinstance(form, str) else list(form)
+    if min(rooms, default=1) < 1 or isinstance(max_new_tokens, int) and max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 1.")
     if subject.kind == "classifier":
         return [Answer(label, True) for label in _labels(subject, prompts)]
     starts = [tuple(start) for start in starts or [()] * len(prompts)]
-    if len(starts) != len(prompts):
+    if set(map(len, (starts, rooms, forms))) != {len(prompts)}:
         raise ValueError(f"There are {len(starts)} starts for {len(prompts)} prompts; pass one for each.")
     ends, limit = _Ends(subject), context_length(subject.model)
     causal = subject.kind == "causal"
     found: dict[int, Answer] = {}
     waiting: list[tuple[list[int], int, int]] = []  # what is read, how many tokens may follow, the place
-    for i, (prompt, start) in enumerate(zip(prompts, starts, strict=True)):
-        ids = encode_prompt(subject.tokenizer, subject.prompt_text(prompt, form), encoder_decoder=not causal)
-        room = max_new_tokens
+    for i, (prompt, start, room) in enumerate(zip(prompts, starts, rooms, strict=True)):
+        ids = encode_prompt(subject.tokenizer, subject.prompt_text(prompt, forms[i]), encoder_decoder=not causal)
         if limit is not None:
             room = min(room, limit - len(ids) if causal else limit)
         if room < 1 or (limit is not None and len(ids) > limit):
@@ -101,7 +110,7 @@ def generate_answers(
             steps = max(room for _, room, _ in batch)
             if causal and limit is not None:  # no row may go beyond it: what the longest cuts off goes on next round
                 steps = min(steps, limit - max(len(ids) for ids, _, _ in batch))
-            said = _generate(subject, [ids for ids, _, _ in batch], [starts[i] for *_, i in batch], steps, ends)
+            said = _generate(subject, batch, [starts[i] for *_, i in batch], steps, ends)
             for (ids, room, i), new in zip(batch, said, strict=True):
                 starts[i] = (*starts[i], *new[:room])
                 found[i] = ends.cut(starts[i])
@@ -192,23 +201,81 @@ def _batches(waiting: Sequence[tuple[list[int], int, int]]) -> list[list[tuple[l
 
 
 def _generate(
-    subject: EditableModel, rows: Sequence[list[int]], starts: Sequence[Sequence[int]], steps: int, ends: _Ends
+    subject: EditableModel,
+    batch: Sequence[tuple[list[int], int, int]],
+    starts: Sequence[Sequence[int]],
+    steps: int,
+    ends: _Ends,
 ) -> list[list[int]]:
-    """What follows each row, whose answer has begun with ``starts``; what is beyond its end means nothing."""
+    """What follows each row, whose answer has begun with ``starts``; what is beyond its end means nothing.
+
+    A causal model reads what all rows begin with (a chat template's) once for all; it goes on in rounds of
+    :data:`ROUND` steps, and rows that have ended leave the batch between them.
+    """
     model, pad, causal = subject.model, pad_token_id(subject.tokenizer), subject.kind == "causal"
+    rows = [ids for ids, _, _ in batch]
     width = max(map(len, rows))
+    shared = _shared(model, rows) if causal else 0
     ids, mask = torch.full((len(rows), width), pad), torch.zeros((len(rows), width), dtype=torch.long)
     for i, row in enumerate(rows):
-        place = slice(width - len(row), None) if causal else slice(len(row))
-        ids[i, place], mask[i, place] = torch.tensor(row), 1
+        ids[i, :shared], mask[i, :shared] = torch.tensor(row[:shared]), 1
+        place = slice(width - len(row) + shared, None) if causal else slice(len(row))
+        ids[i, place], mask[i, place] = torch.tensor(row[shared:]), 1
     first = width if causal else 1
     device = execution_device(model.get_input_embeddings())
-    options = dict(_PLAINLY, pad_token_id=pad, eos_token_id=sorted(ends.ids) or None)
-    if ends.at_line:
-        options["stopping_criteria"] = [ends.lines_ended(first, starts)]
+    ids, mask = ids.to(device), mask.to(device)
+    options: dict[str, Any] = dict(_PLAINLY, pad_token_id=pad, eos_token_id=sorted(ends.ids) or None)
+    live, found, made = list(range(len(rows))), [[] for _ in rows], 0
+    cache: dict[str, Any] = {}  # under the name that this transformers has for it
     with frozen(model):  # eval mode, and on a CPU the faster product of few rows
-        out = model.generate(ids.to(device), attention_mask=mask.to(device), max_new_tokens=steps, **options)
-    return out[:, first:].tolist()
+        if shared:
+            cache = cache_of(model(ids[:1, :shared], use_cache=True))
+            for one in cache.values():
+                one.batch_repeat_interleave(len(rows))
+        while live and made < steps:
+            rounds = causal and (made == 0 or bool(cache))
+            count = min(ROUND, steps - made) if rounds else steps - made
+            if ends.at_line:
+                options["stopping_criteria"] = [ends.lines_ended(first, [starts[i] for i in live])]
+            out = model.generate(
+                ids, attention_mask=mask, max_new_tokens=count, return_dict_in_generate=True, **options, **cache
+            )
+            ids, cache = (out, {}) if isinstance(out, torch.Tensor) else (out.sequences, cache_of(out))
+            made += count
+            for i, new in zip(live, ids[:, first:].tolist(), strict=True):
+                found[i] = new
+            if made >= steps:
+                break
+            kept = [k for k, i in enumerate(live) if not ends.cut((*starts[i], *found[i])).ended and batch[i][1] > made]
+            if not kept:
+                break
+            chosen = torch.tensor(kept, device=device)
+            if len(kept) < len(live):
+                live, ids, mask = [live[k] for k in kept], ids[chosen], mask[chosen]
+                for one in cache.values():
+                    one.batch_select_indices(chosen)
+            mask = torch.cat([mask, mask.new_ones(len(mask), ids.shape[1] - mask.shape[1])], 1)
+    return found
+
+
+def _shared(model: Any, rows: Sequence[list[int]]) -> int:
+    """How many tokens all rows begin with, where it pays to read them once: padding then stands behind them, which a
+    model must not take for distance."""
+    # the rows' first tokens, as far as they agree
+    count = next((i for i, tokens in enumerate(zip(*rows, strict=False)) if len(set(tokens)) > 1), None)
+    if len(rows) < 2 or count is None or count < SHARED:
+        return 0
+    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    windows = getattr(config, "sliding_window", None) is not None
+    taken = "position_ids" in inspect.signature(model.forward).parameters
+    own = getattr(getattr(model, "generation_config", None), "cache_implementation", None) is not None
+    return count if taken and not windows and not own else 0
+
+
+def cache_of(out: Any) -> dict[str, DynamicCache]:
+    """What generate can go on from, as its argument; what else a model keeps can't be cut to some rows."""
+    found = {name: out[name] for name in ("cache", "past_key_values") if name in out}
+    return {name: cache for name, cache in list(found.items())[:1] if isinstance(cache, DynamicCache)}
 
 
 # -- teacher-forced along an answer ------------------------------------------------------------------------
@@ -216,12 +283,23 @@ def _generate(
 
 @torch.no_grad()
 def follow(
-    subject: EditableModel, prompts: Sequence[str], answers: Sequence[Sequence[int]], form: str | None = None
+    subject: EditableModel,
+    prompts: Sequence[str],
+    answers: Sequence[Sequence[int]],
+    form: str | None = None,
+    *,
+    first: int | None = None,
+    below: Below = contextlib.nullcontext,
 ) -> Rows:
     """The model's logits at every token of ``answers`` (:attr:`Answer.ids`), each after its prompt and those before it.
 
     One pass tells whether a greedy answer is still the same: it is if every token is the first choice. A
     classifier's row is that of its classes.
+
+    Args:
+        form: how the prompts are put, as in :meth:`mendfast.editable.EditableModel.encode`.
+        first: give the rows of each answer's first so many tokens alone (of a causal model).
+        below: what each pass is made within.
     """
     logits, labels, sample = [], [], []
     for start in range(0, len(prompts), 16):
@@ -230,22 +308,34 @@ def follow(
             rows = kept_rows(subject.model, _read(subject, prompts[chosen]))
             rows = rows._replace(labels=rows.logits.argmax(-1))
         else:
-            examples = [_example(subject, *pair, form) for pair in zip(prompts[chosen], answers[chosen], strict=True)]
+            pairs = zip(prompts[chosen], answers[chosen], strict=True)
+            examples = [_example(subject, *pair, form, first) for pair in pairs]
             batch = collate(
                 examples, pad_token_id=pad_token_id(subject.tokenizer), encoder_decoder=subject.kind != "causal"
             )
-            rows = target_rows(subject.model, to_device(batch, subject.device))
+            batch = to_device(batch, subject.device)
+            with below(batch):
+                rows = target_rows(subject.model, batch)
         for values, part in zip((logits, labels, sample), (rows.logits, rows.labels, rows.sample + start), strict=True):
             values.append(part)
     return Rows(torch.cat(logits), torch.cat(labels), torch.cat(sample))
 
 
-def _example(subject: EditableModel, prompt: str, given: Sequence[int], form: str | None) -> dict[str, list[int]]:
+def _example(
+    subject: EditableModel, prompt: str, given: Sequence[int], form: str | None, first: int | None
+) -> dict[str, list[int]]:
     causal = subject.kind == "causal"
     ids = encode_prompt(subject.tokenizer, subject.prompt_text(prompt, form), encoder_decoder=not causal)
     labels = list(given)
+    limit = context_length(subject.model)
+    if causal and limit is not None and len(ids) + len(labels) > limit:
+        raise ValueError(
+            f"The prompt has {len(ids)} tokens and the answer {len(labels)}, and the model takes {limit} in all."
+        )
     if causal:
         ids, labels = ids + labels, [IGNORE] * len(ids) + labels
+        if first is not None:
+            labels[len(ids) - len(given) + first :] = [IGNORE] * max(0, len(given) - first)
     return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
 
 

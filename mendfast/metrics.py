@@ -12,7 +12,7 @@ import torch
 
 from . import ops
 from .editable import EditableModel
-from .objective import all_correct, target_rows, to_device
+from .objective import Below, all_correct, target_rows, to_device
 
 Pair = tuple[str, str]
 
@@ -114,15 +114,23 @@ def perplexity(nll: torch.Tensor) -> float:
 
 
 @torch.no_grad()
-def tell(editor: EditableModel, pairs: Sequence[Pair], batch_size: int = 64, *, logits: bool = True) -> Told:
+def tell(
+    editor: EditableModel,
+    pairs: Sequence[Pair],
+    batch_size: int = 64,
+    *,
+    logits: bool = True,
+    below: Below = contextlib.nullcontext,
+) -> Told:
     """Ask the model, as it is now, for each target; everything is on the model's device.
 
-    ``logits``: whether to keep them, which of many pairs are much.
+    ``logits``: whether to keep them, which of many pairs are much. ``below``: what each pass is made within.
     """
     found: list[Told] = []
     for start in range(0, len(pairs), batch_size):
         batch = to_device(editor.tokenize(pairs[start : start + batch_size]), editor.device)
-        rows, size = target_rows(editor.model, batch), len(batch["input_ids"])
+        with below(batch):
+            rows, size = target_rows(editor.model, batch), len(batch["input_ids"])
         losses = ops.token_nll_rows(rows.logits, rows.labels)
         choice, kept = rows.logits.argmax(-1), rows.logits if logits else rows.logits.new_zeros(len(rows.logits), 0)
         found.append(Told(all_correct(rows, size), kept, losses, rows.sample + start, choice))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -19,6 +19,8 @@ from .ops.linear_nll import Logits, serves
 from .types import IGNORE
 
 Batch = Mapping[str, torch.Tensor]
+Below = Callable[[Batch], contextlib.AbstractContextManager]
+"""Within what it gives for a batch, that batch passes the model with part of the work done before."""
 
 
 class Rows(NamedTuple):

@@ -20,6 +20,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from mendfast import MendConfig, MendEditor
 from mendfast.base_model import make_base
 from mendfast.baselines import SYSTEMS
+from mendfast.baselines.measure import measure
 from mendfast.baselines.mend import Mend, NoSharing
 from mendfast.cli import main, read
 from mendfast.commands import eval_report
@@ -27,6 +28,11 @@ from mendfast.commands.evaluate import evaluate
 
 ANSWERS = ("Paris", "Rome", "Berlin", "Madrid")
 UNCERTAIN = {"seconds", "peak_bytes"}  # measured by the clock and the allocator
+
+
+TOKENS = 12
+"""Of each answer here."""
+SOME = ("--systems", "mend", "ft", "identity")
 
 
 def records(count: int = 7) -> list[dict]:
@@ -61,6 +67,7 @@ def model(tokenizer):
 def few_answers_are_shown(monkeypatch):
     """A random model's answers never end."""
     monkeypatch.setattr("mendfast.commands.evaluate.SHOWN", 2)
+    monkeypatch.setitem(measure.__kwdefaults__, "max_new_tokens", TOKENS)
 
 
 @pytest.fixture
@@ -73,7 +80,8 @@ def run(editor, data, *more, steps: int = 2):
     """The figures of one command."""
     small = ["--steps", steps, "--batch-size", 2, "--validate-every", 1, "--unrelated", 3, "--fine-tuning-rate", 1e-2,
              "--option", "ke.hidden=8", "--option", "ke.condition=16", "--option", "ft.max_steps=4",
-             "--option", "ft_kl.max_steps=2", "--option", "ft_kl.batch_size=2"]  # fmt: skip
+             "--option", "ft_kl.max_steps=2", "--option", "ft_kl.batch_size=2", "--option", "rome.words=8",
+             "--option", "memit.words=8", "--option", "rome.steps=2", "--option", "memit.steps=2"]  # fmt: skip
     return evaluate(editor, read(["eval", "--data", str(data), *map(str, [*small, *more])]).settings)
 
 
@@ -84,12 +92,19 @@ def certain(rows: list[dict]) -> list[dict]:
     ]
 
 
-def test_the_table_of_systems(editor, data, tmp_path):
+def test_the_table_of_systems(tokenizer, data, tmp_path):
     """All of them, trained where they must be; afterwards the model has its old bits."""
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=len(tokenizer), n_positions=256, n_embd=32, n_layer=2, n_head=4)  # facts in front
+    editor = MendEditor.from_model(GPT2LMHeadModel(config).eval(), tokenizer, MendConfig(rank=4, step_size=1e-2))
     before = {name: tensor.clone() for name, tensor in editor.model.state_dict().items()}
     out = tmp_path / "out"
     result = run(editor, data, "--limit", 3, "--train-data", data, "--output", out)
-    assert [row["system"] for row in result["rows"]] == ["mend", "enn", "ke", "ft", "ft_kl", "identity"]
+    assert [row["system"] for row in result["rows"]] == [
+        "mend", "malmen", "enn", "ke", "ultraedit", "ft", "ft_one_layer", "ft_breadth_first", "ft_kl", "lora",
+        "in_context", "rome", "memit", "identity",
+    ]  # fmt: skip
+    assert result["left_out"] == {"mend_sum": "it is mend, whose editor sums already"}
     for row in result["rows"]:
         assert (row["k"], row["measured"], row["failed"], row["name"]) == (1, 3, 0, SYSTEMS[row["system"]].name)
         assert {"edit_success", "generality", "drawdown", "kl", "portability", "seconds"} <= set(row["figures"])
@@ -116,7 +131,7 @@ def test_trained_systems_are_kept(editor, data, tmp_path, monkeypatch):
 
 
 def test_an_evaluation_goes_on_where_it_was_cut_off(editor, data, tmp_path, monkeypatch):
-    whole = run(editor, data)
+    whole = run(editor, data, *SOME)
     out, edits = tmp_path / "out", []
     edit = Mend._edited
 
@@ -128,32 +143,33 @@ def test_an_evaluation_goes_on_where_it_was_cut_off(editor, data, tmp_path, monk
 
     monkeypatch.setattr(Mend, "_edited", counted)
     with pytest.raises(KeyboardInterrupt):
-        run(editor, data, "--output", out)
+        run(editor, data, *SOME, "--output", out)
     journal = out / "edits.jsonl"
     assert len(journal.read_text().splitlines()) == 1 + 4
     with journal.open("a") as file:
         file.write('{"system": "mend", "k": 1, "gro')
-    resumed = run(editor, data, "--output", out)
+    resumed = run(editor, data, *SOME, "--output", out)
     assert certain(resumed["rows"]) == certain(whole["rows"])
     assert resumed["examples"] == whole["examples"]
     assert len(edits) == 5 + 3 + 7  # MEND's last three, and the untrained editor's
     lines = [json.loads(line) for line in journal.read_text().splitlines()]
     assert len(lines) == 3 * (1 + 7)
-    again = run(editor, data, "--output", out)
+    again = run(editor, data, *SOME, "--output", out)
     assert again["rows"] == resumed["rows"] and len(edits) == 15
     with pytest.raises(ValueError, match=r"other settings \(unrelated, seed\).*choose another --output"):
-        run(editor, data, "--output", out, "--seed", 1, "--unrelated", 2)
+        run(editor, data, *SOME, "--output", out, "--seed", 1, "--unrelated", 2)
 
 
-def test_a_killed_command_goes_on(editor, tokenizer, tmp_path):
+def test_a_killed_command_goes_on(editor, tokenizer, tmp_path, monkeypatch):
     """SIGKILL in the middle of a run of the command itself, at whatever line it has reached."""
+    monkeypatch.setitem(measure.__kwdefaults__, "max_new_tokens", 64)  # as in the other process
     editor.model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     editor.save_pretrained(tmp_path / "editor")
     data = tmp_path / "edits.jsonl"
     data.write_text("".join(json.dumps(record) + "\n" for record in records(40)))
     command = ["eval", "--model", tmp_path / "model", "--editor", tmp_path / "editor", "--data", data, "--unrelated", 3,
-               "--systems", "ft", "--option", "ft.max_steps=10"]  # fmt: skip
+               "--systems", "ft", "--option", "ft.max_steps=10", "--validation", 0]  # fmt: skip
     command = [str(part) for part in command]
     out, journal = tmp_path / "out", tmp_path / "out" / "edits.jsonl"
     process = subprocess.Popen(
@@ -187,7 +203,7 @@ def test_simultaneous_edits(editor, data, tmp_path):
     assert float(rows[0]["drawdown_low"]) <= float(rows[0]["drawdown_mean"]) <= float(rows[0]["drawdown_high"])
     assert "| MEND | 3 |" in (out / "table.md").read_text()
     with pytest.raises(ValueError, match=r"There are 7 edits, fewer than --sizes \[25\]"):
-        run(editor, data, "--table", "batched", "--sizes", 25)
+        run(editor, data, "--table", "batched", "--sizes", 25, "--validation", 0)
 
 
 class Page(html.parser.HTMLParser):
@@ -211,7 +227,7 @@ class Page(html.parser.HTMLParser):
 
 
 def test_the_report_is_one_page_that_needs_nothing_else(editor, data, tmp_path):
-    run(editor, data, "--output", tmp_path / "out")
+    run(editor, data, *SOME, "--output", tmp_path / "out")
     assert (tmp_path / "out" / "figures.png").read_bytes().startswith(b"\x89PNG")
     source = (tmp_path / "out" / "report.html").read_text()
     page = Page()
@@ -227,9 +243,9 @@ def test_the_report_is_one_page_that_needs_nothing_else(editor, data, tmp_path):
 
 def test_published_figures_stand_apart_and_only_beside_their_task():
     rows = [{"system": key, "name": key} for key in ("mend", "identity")]
-    title, header, found = eval_report._published({"table": "systems", "task": "generation", "rows": rows})
+    title, header, found = eval_report.published({"table": "systems", "task": "generation", "rows": rows})
     assert found == [["mend", "0.86", "0.225"]] and header[2] == "perplexity drawdown" and "As published" in title
-    assert eval_report._published({"table": "batched", "task": "qa", "rows": rows}) is None
+    assert eval_report.published({"table": "batched", "task": "qa", "rows": rows}) is None
 
 
 def test_a_bad_row_is_kept_and_counted(editor, data, tmp_path, monkeypatch, capsys):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 from conftest import make_model
@@ -77,6 +79,35 @@ def test_a_batch_is_what_each_is_alone(name, edited, tokenizer, monkeypatch):
     assert (found != unedited) == (edited != "plain")
 
 
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_what_all_begin_with_is_read_once(name, tokenizer, monkeypatch):
+    """Each answer is what plain code gives alone, whatever its length and its room."""
+    monkeypatch.setattr("mendfast.generation.ROUND", 3)
+    monkeypatch.setattr("mendfast.generation.SHARED", 4)
+    editor = editor_of(name, tokenizer, append_eos=True)
+    prompts = [f"What is the capital of {rest}" for rest in ("France?", "Rome", "Paris Rome Berlin?", "Madrid? Paris")]
+    rooms, widths = [12, 5, 9, 12], []
+    free = [alone(editor, prompt, 12, eos_token_id=[]) for prompt in prompts]
+    ends = [1, free[0][4]]
+    editor.model.generation_config.eos_token_id = ends
+    expected = [alone(editor, p, room, eos_token_id=ends) for p, room in zip(prompts, rooms, strict=True)]
+    reads = editor.model.forward
+
+    def counted(*args, **options):
+        ids = args[0] if args else options["input_ids"]
+        widths.append(tuple(ids.shape))
+        return reads(*args, **options)
+
+    counted.__signature__ = inspect.signature(reads)
+    monkeypatch.setattr(editor.model, "forward", counted)
+    found = generate_answers(editor, prompts, rooms)
+    assert [list(a.ids) for a in found] == expected
+    assert widths[0][0] == 1 and widths[0][1] >= 4 and widths[1][0] == 4
+    assert widths[-1][0] < 4, "rows that have ended leave the batch"
+    with pytest.raises(ValueError, match=r"max_new_tokens is \[0, 1\]"):
+        generate_answers(editor, ["Rome", "Paris"], [0, 1])
+
+
 @pytest.mark.parametrize("name", ["gpt2", "llama", "t5"])
 def test_what_is_known_of_an_answer_changes_nothing(name, tokenizer):
     """Continued from the answers of an unedited model, as far as one pass shows them to be the edited one's too."""
@@ -112,9 +143,12 @@ def ending(editor, *spoken: str) -> list[Answer]:
         return torch.cat([ids, torch.tensor(padded)], dim=1)
 
     model.generate = generate
+    monkeypatch = pytest.MonkeyPatch()
+    monkeypatch.setattr("mendfast.generation.ROUND", 64)  # it says all of it at once
     try:
         return generate_answers(editor, ["Rome"] * len(spoken), 40)
     finally:
+        monkeypatch.undo()
         del model.generate
 
 

@@ -84,6 +84,9 @@ class Rewriting:
     def __init__(self, subject: MendEditor, rows: dict[str, dict[str, float]]):
         self.subject, self.rows = subject, rows
 
+    def changed_layers(self) -> None:
+        return None
+
     @contextlib.contextmanager
     def edit(self, requests):
         before = self.subject.model.head.weight.detach().clone()

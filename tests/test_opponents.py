@@ -7,7 +7,7 @@ import torch
 from test_baselines import base, edits, make, sampler, training
 from test_editor import same_bits, state
 
-from mendfast import EditMemory, MendConfig, MendEditor, ops
+from mendfast import EditMemory, EditRequest, MendConfig, MendEditor, ops
 from mendfast.baselines.mend import Malmen, MendSum
 from mendfast.objective import nll, target_rows
 
@@ -211,3 +211,33 @@ def test_ridge_of_the_isotropic_metric():
     u, d = torch.randn(5, 7), torch.randn(5, 3)
     keys, delta = ops.least_squares(u, d, isotropic(7), 2.0, _NOTHING)
     torch.testing.assert_close(-delta.T @ keys, torch.linalg.solve(2 * torch.eye(7) + u.T @ u, u.T @ d).T)
+
+
+# -- ROME --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_rome_is_the_least_change_that_maps_the_key_to_the_value(name, tokenizer, monkeypatch):
+    """W~ = W + (v - W k) (C^-1 k)^T / (k^T C^-1 k); v is the same read from the subject on as from whole texts."""
+    from mendfast.baselines import rome
+
+    system = make("rome", name, tokenizer, steps=4, prefixes=3, words=4)
+    system.prepare()
+    (layer,), request = system.layers, EditRequest(*edits(name)[0])
+    fact, before = system._fact(request), oriented(system.layers[0], system.layers[0].weight)
+    value = system.value(fact, layer.module)
+    whole = lambda model, fact: (lambda: fact.batch, fact.place)  # noqa: E731
+    with monkeypatch.context() as patched:
+        patched.setattr(rome._Rest, "of", whole)
+        expected = system.value(fact, layer.module)
+    moved = (expected - layer.module(system._keys([fact], layer)[0]).detach()).norm()
+    assert moved > 0 and (value - expected).norm() <= 1e-4 * expected.norm()  # float32, sums in another order
+    key = system._keys([fact], layer)[0].double()
+    c = system.metric.moments[layer.name].matrix().double()
+    c.diagonal().add_(rome.TINY * c.trace())
+    u = torch.linalg.solve(c, key)
+    bias = layer.module.bias.detach().double() if getattr(layer.module, "bias", None) is not None else 0.0
+    missing = value.double() - before.double() @ key - bias
+    with system.edit([edits(name)[0]]):
+        change = oriented(layer, layer.weight) - before
+    close(change, (missing[:, None] * (u / (u @ key))[None]).float())

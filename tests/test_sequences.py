@@ -22,7 +22,7 @@ from mendfast.commands.questions import NEAR, TEXT_TOKENS, Questions
 from mendfast.tasks.load import load_task
 
 SYSTEMS = ("mend", "mend_sum", "ultraedit", "ft", "ft_breadth_first")
-IN_TURN = ("--table", "sequential", "--sizes", 1, 3, 50, "--option", "ft_breadth_first.epochs=3")
+IN_TURN = ("--table", "sequential", "--sizes", 1, 3, 50, "--validation", 0, "--option", "ft_breadth_first.epochs=3")
 
 
 def test_ages_are_decades_and_survival_is_their_means():

@@ -21,9 +21,14 @@ from ..objective import kept_rows, nll, per_sample_mean, target_rows, to_device
 from ..requests import EditRequest
 from ..schema import parse_json, shown
 from ..training import Sampler, TrainConfig
+from ..training.cache import PrefixCache
+from ..training.prefix import FrozenPrefix
 from .system import Untrained, call, restored
+from .turns import numbered, take
 
 MAX_STEPS = 100
+STATES = 1 << 29
+"""Bytes for what the blocks below the trained ones give for each edit."""
 
 
 class FineTuning(Untrained):
@@ -47,6 +52,9 @@ class FineTuning(Untrained):
         """Those that are trained."""
         return self.subject.layers
 
+    def changed_layers(self) -> Sequence[Layer]:
+        return self.layers
+
     def _edited(self, requests: Sequence[EditRequest]) -> contextlib.AbstractContextManager:
         return self._trained([requests])
 
@@ -58,18 +66,32 @@ class FineTuning(Untrained):
         """Trained on one group of requests after the other."""
         weights = [layer.weight for layer in self.layers]
         with restored(weights) as before:
-            for requests in groups:
-                self._train(weights, before, requests)
+            self._one_by_one(weights, before, groups)
             yield
+
+    def _one_by_one(
+        self, weights: list[nn.Parameter], before: list[torch.Tensor], groups: Sequence[Sequence[EditRequest]]
+    ) -> None:
+        turns, done = self.turns if len(groups) > 1 else None, 0
+        if turns is not None:
+            done, state = turns.resume([request for requests in groups for request in requests])
+            if done:
+                take(weights, state)
+        for i in range(done, len(groups)):
+            self._train(weights, before, groups[i])
+            if turns is not None and turns.due(i + 1, len(groups)):
+                turns.keep(i + 1, numbered(weights))
 
     def _train(self, weights: list[nn.Parameter], before: list[torch.Tensor], requests: Sequence[EditRequest]) -> None:
         model = self.subject.model
         batch = to_device(self.subject.tokenize(requests), self.subject.device)
         with trainable(model, weights), torch.enable_grad():
             optimizer = torch.optim.Adam(weights, lr=self.learning_rate)
+            below = FrozenPrefix(model, self.layers)
             for step in range(self.max_steps + 1):
                 self.steps = step
-                rows = target_rows(model, batch)
+                with below.kept():
+                    rows = target_rows(model, batch)
                 if step == self.max_steps or bool((rows.logits.argmax(-1) == rows.labels).all()):
                     break
                 descend(optimizer, nll(rows, len(requests)).mean() + self._penalty(step, before))
@@ -155,13 +177,15 @@ class FineTuningBreadthFirst(FineTuning):
         model, rng, order = self.subject.model, random.Random(self.seed), list(requests)
         with trainable(model, weights), torch.enable_grad():
             optimizer = torch.optim.Adam(weights, lr=self.learning_rate)
+            below = PrefixCache(model, self.layers, STATES)
             for epoch in range(self.epochs):
                 self.steps, total = epoch + 1, 0.0
                 rng.shuffle(order)
                 for start in range(0, len(order), self.batch_size):
                     chosen = order[start : start + self.batch_size]
                     batch = to_device(self._taught.tokenize(chosen), self.subject.device)
-                    loss = nll(target_rows(model, batch), len(chosen)).mean()
+                    with below.replayed(batch):
+                        loss = nll(target_rows(model, batch), len(chosen)).mean()
                     total += loss.item() * len(chosen)
                     if loss.item() >= self.enough:
                         descend(optimizer, loss)

@@ -65,8 +65,7 @@ class Lora(FineTuning):
                 torch.manual_seed(self.seed)
                 tuner = LoraModel(model, config, "default")
                 weights = [parameter for name, parameter in model.named_parameters() if ".lora_" in name]
-            for requests in groups:
-                self._train(weights, [], requests)
+            self._one_by_one(weights, [], groups)
             yield
         finally:
             if tuner is not None:

@@ -16,7 +16,8 @@ from ..editable import EditableModel
 from ..generation import Answer, agreed, answer, follow, generate_answers
 from ..labels import IGNORE, encode_prompt, has_template
 from ..metrics import Pair, Told, perplexity, tell
-from ..objective import Batch, Rows, per_sample_mean, target_rows, to_device
+from ..objective import Batch, Below, Rows, per_sample_mean, target_rows, to_device
+from ..training.cache import PrefixCache
 from ..training.memory import PeakMemory
 from .system import System
 
@@ -36,7 +37,8 @@ FIGURES = {
     "unchanged": "share of the locality inputs whose generated answer is what it was before the edit",
     "unchanged_relation": "the same, of inputs of the edit's relation and other subjects",
     "unchanged_subject": "the same, of inputs of the edit's subject and other relations",
-    "leaked": "share of the locality inputs whose generated answer has got a target of the edit in it",
+    "leaked": "share of the locality inputs whose generated answer has got a target of the edit in it, by the 24th "
+    "token after it parts from what it was",
     "first_choice_changed": "share of the tokens of those answers before the edit that are no longer the first choice",
     "kl": "KL(before || after) at the first 16 tokens of those answers, mean over each input's, then over inputs",
     "ppl_drawdown": "perplexity of the locality inputs' answers in the data after the edit less that before it",
@@ -52,6 +54,14 @@ FIGURES = {
 """What :func:`measure` gives, and means. Those that there is no data for are absent."""
 
 KL_TOKENS = 16
+PREMISE_TOKENS = 8
+"""Of an answer of yes or no, which is judged by its first word."""
+LEAK_TOKENS = 24
+"""After an answer that must stay has parted from what it was."""
+BEYOND = 12
+"""Tokens longer than the target at which an answer that is asked for exact_match alone can't be it any more."""
+CACHED = 1 << 29
+"""Bytes of states below the edited layers that are kept: what is asked again of other edits and systems."""
 SYSTEM_PROMPT = "system:You answer questions."
 
 
@@ -83,6 +93,18 @@ class Before:
         self._told: dict[Pair, tuple[bool, torch.Tensor]] = {}
         self._batches = [to_device(batch, subject.device) for batch in subject.text_batches(texts)]
         self._texts: list[Rows] | None = None
+        self._caches: dict[tuple[str, ...], PrefixCache] = {}
+
+    def below(self, system: System) -> Below:
+        """For a batch a block in which a pass, whether or not it is edited by ``system``, takes what the blocks below
+        its layers give from what was computed before."""
+        layers = system.changed_layers()
+        if layers is None or system.subject.kind == "classifier":
+            return contextlib.nullcontext
+        names = tuple(layer.name for layer in layers)
+        if names not in self._caches:
+            self._caches[names] = PrefixCache(self.subject.model, layers, CACHED)
+        return self._caches[names].replayed
 
     def serves(self, subject: EditableModel) -> bool:
         """Whether ``subject`` is the same model, asked in the same way."""
@@ -99,10 +121,10 @@ class Before:
             self._answers |= dict(zip(new, given, strict=True))
         return [self._answers[key] for key in keys]
 
-    def told(self, pairs: Sequence[Pair]) -> tuple[torch.Tensor, float]:
+    def told(self, pairs: Sequence[Pair], below: Below = contextlib.nullcontext) -> tuple[torch.Tensor, float]:
         """Whether each pair is answered right, teacher-forced ([N] float), and the perplexity of all their tokens."""
         if new := [pair for pair in dict.fromkeys(pairs) if pair not in self._told]:
-            found = tell(self.subject, new, logits=False)
+            found = tell(self.subject, new, logits=False, below=below)
             for i, (pair, right) in enumerate(zip(new, found.correct.tolist(), strict=True)):
                 self._told[pair] = right, found.nll[found.sample == i].cpu()
         right, losses = zip(*(self._told[pair] for pair in pairs), strict=True)
@@ -115,9 +137,13 @@ class Before:
         return self._texts
 
     @torch.no_grad()
-    def read(self) -> list[Rows]:
+    def read(self, below: Below = contextlib.nullcontext) -> list[Rows]:
         """What :meth:`texts` holds, of the model as it is now."""
-        return [target_rows(self.subject.model, batch) for batch in self._batches]
+        found = []
+        for batch in self._batches:
+            with below(batch):
+                found.append(target_rows(self.subject.model, batch))
+        return found
 
 
 def measure(
@@ -167,18 +193,19 @@ def measure(
     before = before or Before(editor)
     if not before.serves(editor):
         raise ValueError("before is of another model or way of asking than the system's; make one for its subject.")
-    already, _ = before.told(requests)
-    base = before.told(locality) if locality else None
+    below = before.below(system)
+    already, _ = before.told(requests, below)
+    base = before.told(locality, below) if locality else None
     texts = before.texts()
     said = before.answers(show, max_new_tokens)
     others = None
     if generate:
-        others = _Others(editor, before, [prompt for prompt, _ in locality], near or {}, max_new_tokens)
+        others = _Others(editor, before, [prompt for prompt, _ in locality], near or {}, max_new_tokens, below)
     pairs, exact = [*requests, *rephrasings, *portability], []
     with contextlib.ExitStack() as stack:
         with PeakMemory(editor.device) as memory:
             stack.enter_context(system.edit(requests, in_turn=True) if in_turn else system.edit(requests))
-        told = tell(editor, pairs, logits=False)
+        told = tell(editor, pairs, logits=False, below=below)
         asked = told.correct.float()
         figures = {
             "edit_success": asked[: n + r].mean().item(),
@@ -193,26 +220,39 @@ def measure(
         if memory.bytes is not None:
             figures["peak_bytes"] = memory.bytes
         if base is not None:
-            after = tell(editor, locality, logits=False)
+            after = tell(editor, locality, logits=False, below=below)
             figures["drawdown"] = (base[0] - after.correct.float().cpu()).mean().item()
             figures["ppl_drawdown"] = after.perplexity() - base[1]
         if texts:
-            figures |= _text_figures(texts, before.read())
+            figures |= _text_figures(texts, before.read(below))
         if generate:
+            # one batch of all that is asked: a step costs little more for many answers than for one
+            asking = _Asking(editor, max_new_tokens)
             starts = _target_starts(editor, pairs, told)
-            given = generate_answers(editor, [prompt for prompt, _ in pairs], max_new_tokens, starts=starts)
-            exact = [exact_match(a.text, target) for a, (_, target) in zip(given, requests, strict=False)]
-            figures |= _spoken(given, pairs, n, r)
-            for form in forms:
-                given = generate_answers(editor, [prompt for prompt, _ in requests], max_new_tokens, form)
+            enough = [len(editor.tokenizer(target)["input_ids"]) + BEYOND for _, target in pairs]
+            tokens = [max_new_tokens] * (n + r) + enough[n + r :]
+            first = asking.add([prompt for prompt, _ in pairs], starts, tokens=tokens)
+            others.follow()
+            parted = asking.add(*others.parted())
+            formed = {form: asking.add([p for p, _ in requests], form=form, tokens=enough[:n]) for form in forms}
+            judged = asking.add([prompt for prompt, _ in premises], tokens=[PREMISE_TOKENS] * len(premises))
+            again = {prompt: i for i, (prompt, _) in enumerate(pairs[: n + r])}
+            known = dict(zip(others.prompts, others.starts, strict=False))
+            again |= {p: asking.add([p], [known.get(p, ())]).start for p in show if p not in again}
+            given = asking.answers()
+            spoken, targets = given[first], [target for _, target in requests]
+            exact = [exact_match(a.text, target) for a, target in zip(spoken, targets, strict=False)]
+            figures |= _spoken(spoken, pairs, n, r)
+            for form, place in formed.items():
                 name = f"exact_match_{form.partition(':')[0]}"
-                figures[name] = _mean(exact_match(a.text, t) for a, (_, t) in zip(given, requests, strict=True))
+                figures[name] = _mean(exact_match(a.text, t) for a, t in zip(given[place], targets, strict=True))
             if premises:
-                given = generate_answers(editor, [prompt for prompt, _ in premises], max_new_tokens)
                 truths = [truth for _, truth in premises]
-                figures["premises"] = _mean(yes_or_no(a.text) is t for a, t in zip(given, truths, strict=True))
-            figures |= others.figures([target for _, target in requests])
-        now = answer(editor, show, max_new_tokens) if show else []
+                figures["premises"] = _mean(yes_or_no(a.text) is t for a, t in zip(given[judged], truths, strict=True))
+            figures |= others.figures(targets, given[parted])
+            now = [given[again[prompt]].text for prompt in show]
+        else:
+            now = answer(editor, show, max_new_tokens)
     answers = [(p, b.text, a) for p, b, a in zip(show, said, now, strict=True)]
     return Outcome(figures, answers, told.correct[:n].tolist(), exact)
 
@@ -277,8 +317,44 @@ def _text_figures(before: Sequence[Rows], after: Sequence[Rows]) -> dict[str, fl
     return {"perplexity_rise": new - old, "text_kl": torch.cat(divergences).mean().item()}
 
 
+class _Asking:
+    """Questions of several kinds, to be answered in one batch."""
+
+    def __init__(self, subject: EditableModel, max_new_tokens: int):
+        self.subject, self.limit = subject, max_new_tokens
+        self.prompts: list[str] = []
+        self.starts: list[tuple[int, ...]] = []
+        self.forms: list[str | None] = []
+        self.tokens: list[int] = []
+
+    def add(
+        self,
+        prompts: Sequence[str],
+        starts: Sequence[tuple[int, ...]] | None = None,
+        tokens: Sequence[int] | None = None,
+        *,
+        form: str | None = None,
+    ) -> slice:
+        """Where these prompts' answers will be.
+
+        ``tokens``: how many of each are enough to judge it, of the most that there may be.
+        """
+        place = slice(len(self.prompts), len(self.prompts) + len(prompts))
+        self.prompts += prompts
+        self.starts += starts or [()] * len(prompts)
+        self.forms += [form] * len(prompts)
+        self.tokens += [min(self.limit, enough) for enough in tokens or [self.limit] * len(prompts)]
+        return place
+
+    def answers(self) -> list[Answer]:
+        if not self.prompts:
+            return []
+        return generate_answers(self.subject, self.prompts, self.tokens, self.forms, starts=self.starts)
+
+
 class _Others:
-    """Answers that an edit must leave alone: made before it, with the logits along them; :meth:`figures` after it."""
+    """Answers that an edit must leave alone: made before it, with the logits along them; :meth:`follow` and then
+    :meth:`figures` after it."""
 
     def __init__(
         self,
@@ -287,10 +363,11 @@ class _Others:
         prompts: Sequence[str],
         near: Mapping[str, Sequence[str]],
         max_new_tokens: int,
+        below: Below,
     ):
         if unknown := [kind for kind in near if f"unchanged_{kind}" not in FIGURES]:
             raise ValueError(f'near has the kind {unknown[0]!r}; use "relation" and "subject".')
-        self.subject, self.limit, self.n = subject, max_new_tokens, len(prompts)
+        self.subject, self.below, self.n = subject, below, len(prompts)
         self.spans, self.prompts = {"": slice(0, len(prompts))}, list(prompts)
         for kind, more in near.items():
             self.spans[f"_{kind}"] = slice(len(self.prompts), len(self.prompts) + len(more))
@@ -298,8 +375,9 @@ class _Others:
         self.said = before.answers(self.prompts, max_new_tokens)
         self.ids = [a.ids for a in self.said]
         if self.n:
-            rows = follow(self.subject, self.prompts[: self.n], self.ids[: self.n])
-            self.chosen, self.rows = rows.logits.argmax(-1), self._early(rows)
+            self.rows = self._early(
+                follow(subject, self.prompts[: self.n], self.ids[: self.n], first=KL_TOKENS, below=below)
+            )
 
     def _early(self, rows: Rows) -> Rows:
         """The first :data:`KL_TOKENS` of each prompt's rows, which come one prompt after the other."""
@@ -307,29 +385,51 @@ class _Others:
         place = torch.arange(len(rows.sample), device=rows.sample.device) - (counts.cumsum(0) - counts)[rows.sample]
         return Rows(*(part[place < KL_TOKENS] for part in rows))
 
-    def figures(self, targets: Sequence[str]) -> dict[str, float]:
+    def follow(self) -> None:
+        """See, of the edited model, how far it says the same."""
+        self.found: dict[str, float] = {}
+        self.kept: list[bool] = []
+        self.starts: list[tuple[int, ...]] = []
         if not self.prompts:
-            return {}
-        rows = follow(self.subject, self.prompts, self.ids)
-        chosen, figures = rows.logits.argmax(-1), {}
+            return
+        rows = follow(self.subject, self.prompts, self.ids, below=self.below)
+        chosen = rows.logits.argmax(-1)
         if self.n:
             mine = rows.sample < self.n
-            changed = (chosen[mine] != self.chosen).float()
-            figures["first_choice_changed"] = per_sample_mean(changed, rows.sample[mine], self.n).mean().item()
+            # a classifier's label is what it says now
+            said = self.rows.logits.argmax(-1) if self.subject.kind == "classifier" else rows.labels[mine]
+            changed = (chosen[mine] != said).float()
+            self.found["first_choice_changed"] = per_sample_mean(changed, rows.sample[mine], self.n).mean().item()
             early = self._early(Rows(rows.logits[mine], rows.labels[mine], rows.sample[mine]))
             divergence = ops.kl_divergence_rows(self.rows.logits, early.logits)
-            figures["kl"] = per_sample_mean(divergence, early.sample, self.n).mean().item()
-        starts = agreed(chosen, rows.labels, rows.sample, len(self.prompts))
-        now = generate_answers(self.subject, self.prompts, self.limit, starts=starts)
-        kept = [(a.text, a.ended) == (b.text, b.ended) for a, b in zip(self.said, now, strict=True)]
+            self.found["kl"] = per_sample_mean(divergence, early.sample, self.n).mean().item()
+        if self.subject.kind == "classifier":
+            now = generate_answers(self.subject, self.prompts)
+            self.kept = [a.text == b.text for a, b in zip(self.said, now, strict=True)]
+            self.starts = [()] * len(now)
+        else:
+            self.starts = agreed(chosen, rows.labels, rows.sample, len(self.prompts))
+            self.kept = [start == ids for start, ids in zip(self.starts, self.ids, strict=True)]
+
+    def parted(self) -> tuple[list[str], list[tuple[int, ...]], list[int]]:
+        """The questions that are answered otherwise now, how their answers begin, and how much of them tells a leak."""
+        changed = [i for i in range(self.n) if not self.kept[i]]
+        starts = [self.starts[i] for i in changed]
+        return [self.prompts[i] for i in changed], starts, [len(start) + LEAK_TOKENS for start in starts]
+
+    def figures(self, targets: Sequence[str], now: Sequence[Answer]) -> dict[str, float]:
+        """Given what the edited model answers to those that :meth:`parted` names."""
+        figures = self.found
         for kind, span in self.spans.items():
-            if kept[span]:
-                figures[f"unchanged{kind}"] = _mean(kept[span])
+            if self.kept[span]:
+                figures[f"unchanged{kind}"] = _mean(self.kept[span])
         if self.n:
-            pairs = list(zip(self.said, now, strict=True))[: self.n]
-            figures["leaked"] = _mean(
-                any(contains(b.text, target) and not contains(a.text, target) for target in targets) for a, b in pairs
-            )
+            said = [a for a, kept in zip(self.said[: self.n], self.kept, strict=False) if not kept]
+            leaks = [
+                any(contains(b.text, target) and not contains(a.text, target) for target in targets)
+                for a, b in zip(said, now, strict=True)
+            ]
+            figures["leaked"] = sum(leaks) / self.n
         return figures
 
 

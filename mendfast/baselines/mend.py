@@ -13,7 +13,8 @@ from torch import nn
 
 from ..config import MendConfig
 from ..editor import MendEditor
-from ..memory import EditMemory
+from ..layers import Layer
+from ..memory import EDITS_PER_PASS, EditMemory
 from ..metric import Metric
 from ..moments import SecondMoment
 from ..requests import EditRequest
@@ -68,12 +69,23 @@ class Mend(System):
             )
         self.subject = editor
 
+    def changed_layers(self) -> Sequence[Layer]:
+        return self.subject.layers
+
     def _edited(self, requests: Sequence[EditRequest]) -> contextlib.AbstractContextManager:
         return self.subject.edit(requests).attached(self.subject.model)
 
     def _edited_in_turn(self, requests: Sequence[EditRequest]) -> contextlib.AbstractContextManager:
-        memory = EditMemory(self.subject)
-        memory.add(requests, progress=False)
+        memory, turns, done = EditMemory(self.subject), self.turns, 0
+        if turns is not None:
+            done, _ = turns.resume(requests)
+            memory = EditMemory.load(turns.memory, self.subject) if done else memory
+        for start in range(done, len(requests), EDITS_PER_PASS):
+            memory.add(requests[start : start + EDITS_PER_PASS], progress=False)
+            done = min(start + EDITS_PER_PASS, len(requests))
+            if turns is not None and turns.due(done, len(requests)):
+                memory.save(turns.memory)
+                turns.keep(done, {"done": torch.tensor(done)})
         return memory.attached()
 
 

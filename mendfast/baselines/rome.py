@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -15,14 +17,16 @@ from ..capture import frozen, undone
 from ..choice import mlp_outputs
 from ..editable import EditableModel
 from ..editor import METRIC_FILE
+from ..generation import cache_of
 from ..labels import encode_prompt
 from ..layers import Layer, named_layers
 from ..metric import Metric, observe
 from ..moments import SecondMoment
-from ..objective import Batch, kept_rows, nll, target_rows, to_device
+from ..objective import IGNORE, Batch, kept_rows, nll, target_rows, to_device
 from ..own_words import own_words
 from ..requests import EditRequest
 from ..training import Sampler, TrainConfig
+from ..training.prefix import FrozenPrefix
 from .fine_tuning import descend
 from .system import System, restored
 
@@ -154,6 +158,9 @@ class Rome(System):
 
     # -- for each edit -------------------------------------------------------------------------------------
 
+    def changed_layers(self) -> Sequence[Layer]:
+        return self.layers
+
     @contextlib.contextmanager
     def _edited(self, requests: Sequence[EditRequest]) -> Iterator[None]:
         facts = [self._fact(request) for request in requests]
@@ -192,13 +199,15 @@ class Rome(System):
             change = torch.zeros_like(origin, requires_grad=True)
             optimizer = torch.optim.Adam([change], lr=self.learning_rate)
             longest = self.clamp * origin.norm()
+            below, essence = (FrozenPrefix(model, self.layers[-1:]) for _ in range(2))
+            batch, place = _Rest.of(model, fact)
             with torch.enable_grad():
                 for step in range(self.steps + 1):
-                    with _at(site, fact.place, lambda x: x + change.to(x.dtype)):
-                        loss = nll(target_rows(model, fact.batch), size).mean()
+                    with _at(site, place, lambda x: x + change.to(x.dtype)), below.kept():
+                        loss = nll(target_rows(model, batch()), size).mean()
                     if step == self.steps or loss.item() < ENOUGH:
                         break
-                    with _at(site, fact.essence_place, lambda x: x + change.to(x.dtype)):
+                    with _at(site, fact.essence_place, lambda x: x + change.to(x.dtype)), essence.kept():
                         now = self._last(fact.essence).log_softmax(-1)
                     divergence = (base.exp() * (base - now)).sum()
                     decay = change.square().sum() / origin.square().sum()
@@ -328,6 +337,43 @@ class Memit(Rome):
                 spectrum = self.metric.spectrum(layer.name).to(keys.device)
                 u, delta = ops.least_squares(keys, lacking, spectrum, TINY * self.weight, self.weight)
                 self._add(layer, u, -delta)
+
+
+class _Rest:
+    """A fact's texts from the subject's last token on: what comes before it never changes, and is read once."""
+
+    def __init__(self, inputs: dict[str, torch.Tensor], cache: dict[str, Any]):
+        self.inputs, self.cache = inputs, cache
+
+    def __call__(self) -> dict[str, Any]:
+        """A batch for one pass, with a cache of its own."""
+        return self.inputs | copy.deepcopy(self.cache)
+
+    @classmethod
+    def of(cls, model: nn.Module, fact: Fact) -> tuple[Callable[[], Batch], torch.Tensor]:
+        """Batches, one for each pass, and the place of the subject's last token in them; whole texts where the model
+        keeps no keys and values that a pass can go on from."""
+        config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+        start = int(fact.place.max())
+        plain = "position_ids" in inspect.signature(model.forward).parameters
+        if start < 1 or not plain or getattr(config, "sliding_window", None) is not None:
+            return lambda: fact.batch, fact.place
+        shifts, size = (start - fact.place).tolist(), len(fact.place)
+        width = fact.batch["input_ids"].shape[1] + max(shifts)
+        parts = {}
+        for name, fill in (("input_ids", 0), ("attention_mask", 0), ("labels", IGNORE)):
+            parts[name] = fact.batch[name].new_full((size, width), fill)
+            for i, shift in enumerate(shifts):
+                parts[name][i, shift : shift + fact.batch[name].shape[1]] = fact.batch[name][i]
+        positions = (parts["attention_mask"].cumsum(1) - 1).clamp(min=0)
+        with torch.no_grad():
+            first = {name: parts[name][:, :start] for name in ("input_ids", "attention_mask")}
+            cache = cache_of(model(**first, position_ids=positions[:, :start], use_cache=True))
+        if not cache:
+            return lambda: fact.batch, fact.place
+        rest = {"input_ids": parts["input_ids"][:, start:], "labels": parts["labels"][:, start:]}
+        rest |= {"attention_mask": parts["attention_mask"], "position_ids": positions[:, start:]}
+        return cls(rest, cache), torch.zeros_like(fact.place)
 
 
 @contextlib.contextmanager

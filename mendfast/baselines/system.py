@@ -16,9 +16,11 @@ from ..config import MendConfig
 from ..editable import EditableModel
 from ..experts import parsed
 from ..generation import answer
+from ..layers import Layer
 from ..objective import Batch, Rows
 from ..requests import EditRequest
 from ..training import Sampler, TrainConfig
+from .turns import Turns
 
 
 class System(ABC):
@@ -46,6 +48,7 @@ class System(ABC):
             )
         self.subject = subject
         self.seconds = 0.0  # of the last edit
+        self.turns: Turns | None = None  # where a sequence of edits is kept, to go on from
         self.subjects: dict[str, str] = {}  # of prompts, where the data names them; what each edit is about
 
     @classmethod
@@ -82,6 +85,10 @@ class System(ABC):
     def load(self, directory: str | Path) -> None:
         """Take over what :meth:`save` wrote for a system of this kind and a model of the same shape."""
 
+    def changed_layers(self) -> Sequence[Layer] | None:
+        """The layers below which an edit leaves all as it was; None where it changes more than layers' weights."""
+        return None
+
     def prepare(self) -> None:  # noqa: B027
         """Make, before the first edit, what all edits need; its time is no edit's."""
 
@@ -104,7 +111,7 @@ class System(ABC):
         with contextlib.ExitStack() as stack:
             started = self._clock()
             stack.enter_context((self._edited_in_turn if in_turn else self._edited)(requests))
-            self.seconds = self._clock() - started
+            self.seconds = self._clock() - started + (self.turns.seconds if in_turn and self.turns else 0.0)
             yield self.subject.model
 
     @abstractmethod

@@ -13,6 +13,7 @@ from ..layers import Layer
 from ..requests import EditRequest
 from ..types import EPS, Spectrum
 from .system import Untrained, restored
+from .turns import numbered, take
 
 _NOTHING = 1e-300
 """A weight that must be above 0, and adds nothing to a ridge in float64."""
@@ -45,13 +46,28 @@ class UltraEdit(Untrained):
         super().__init__(subject)
         self.learning_rate, self.turn = learning_rate, turn
 
+    def changed_layers(self) -> Sequence[Layer]:
+        return self.subject.layers
+
     @contextlib.contextmanager
     def _edited(self, requests: Sequence[EditRequest]) -> Iterator[None]:
-        normalisers: dict[tuple[int, int], _Normaliser] = {}
-        layers = self.subject.layers
-        with restored([layer.weight for layer in layers]):
-            for start in range(0, len(requests), self.turn):
+        layers, device = self.subject.layers, self.subject.device
+        normalisers = {layer.shape: _Normaliser(*layer.shape, device) for layer in layers}
+        weights, turns, done = [layer.weight for layer in layers], self.turns, 0
+        with restored(weights):
+            if turns is not None:
+                done, state = turns.resume(requests)
+                if done:
+                    take(weights, state)
+                    for i, normaliser in enumerate(normalisers.values()):
+                        normaliser.load([state[f"rows.{i}.{part}"] for part in range(3)])
+            for start in range(done, len(requests), self.turn):
                 self._take(requests[start : start + self.turn], normalisers)
+                done = min(start + self.turn, len(requests))
+                if turns is not None and turns.due(done, len(requests)):
+                    rows = {f"rows.{i}.{part}": tensor for i, one in enumerate(normalisers.values())
+                            for part, tensor in enumerate((one.count, one.mean, one.m2))}  # fmt: skip
+                    turns.keep(done, numbered(weights) | rows)
             yield
 
     @torch.no_grad()
@@ -59,8 +75,7 @@ class UltraEdit(Untrained):
         captured = self.subject.gradients(self.subject.tokenize(requests))
         rows = {layer.name: _rows(layer, *captured[layer.name]) for layer in self.subject.layers}
         for layer in self.subject.layers:
-            normaliser = normalisers.setdefault(layer.shape, _Normaliser(*layer.shape, rows[layer.name][0].device))
-            normaliser.add(torch.cat(rows[layer.name], 1))
+            normalisers[layer.shape].add(torch.cat(rows[layer.name], 1))
         for layer in self.subject.layers:
             h, g = rows[layer.name]
             if not len(h):
@@ -88,6 +103,10 @@ class _Normaliser:
     def add(self, rows: torch.Tensor) -> None:
         if len(rows):
             ops.running_stats_(self.count, self.mean, self.m2, rows)
+
+    def load(self, parts: Sequence[torch.Tensor]) -> None:
+        for own, part in zip((self.count, self.mean, self.m2), parts, strict=True):
+            own.copy_(part)
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
         deviation = (self.m2 / (self.count - 1).clamp(min=1)).sqrt()

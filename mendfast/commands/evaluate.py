@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
+import contextlib
 import json
 import math
 import platform
 import random
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,237 +19,95 @@ from rich.console import Console
 from tqdm import tqdm
 
 from ..baselines import SYSTEMS, System, make_system
-from ..baselines.fine_tuning import FineTuning
 from ..baselines.measure import Before, measure, summarise
 from ..baselines.mend import Mend
+from ..baselines.rome import Rome
 from ..editor import MendEditor
 from ..files import atomic_write, read_json_bytes
-from ..schema import check_object, check_settings, parse_json, shown
-from ..tasks.load import TASKS, load_task
+from ..own_words import own_words
+from ..schema import check_object, check_settings, parse_json
+from ..tasks.load import load_task
 from ..tasks.records import Example, Problem
 from ..tasks.task import usable
 from ..training import TrainConfig
-from ..training.config import MOST_EDITS
+from ..training.processes import Processes, launched
 from . import sequences
 from .console import make_console, text
 from .doctor import device_name
-from .eval_report import caption, console_table, write_report
+from .eval_page import write_report
+from .eval_report import caption, console_table
+from .eval_settings import SEEDS, EvalSettings, is_fitted
+from .harness import Harness
 from .journal import Journal
-from .loading import EditorSettings, load_editor
-from .outputs import check_directory
+from .loading import load_editor
 from .questions import Questions
+from .rates import Choice, chosen_by
 
-TABLES = {
-    "systems": ("mend", "enn", "ke", "ft", "ft_kl", "identity"),
-    "variants": ("mend", *(key for key, system in SYSTEMS.items() if key.startswith("mend_") and system.fitted)),
-    "batched": (
-        "mend", "mend_sum", "malmen", "ultraedit", "ft", "ft_one_layer", "ft_breadth_first", "ft_kl", "enn",
-    ),
-    "sequential": (
-        "mend", "mend_sum", "malmen", "ultraedit", "ft", "ft_one_layer", "ft_breadth_first", "ft_kl", "enn",
-    ),
-}  # fmt: skip
-SIZES = {"batched": (1, 5, 25, 75, 125), "sequential": sequences.SIZES}
-SEQUENCES = 3
+__all__ = ["SEEDS", "EvalSettings", "compare", "evaluate", "measure_group", "tell"]
+
 SHOWN = 8  # edits whose answers before and after go into the report
-FITTED_WITH = (
-    "steps", "batch_size", "joint", "learning_rate", "alpha_learning_rate", "c_edit", "validate_every", "patience",
-)  # fmt: skip
-"""Options of :class:`TrainConfig` that the command takes."""
 
 
-SEEDS = {"least": 0, "most": 2**63 - 1}
-"""What every generator takes."""
+def compare(settings: EvalSettings) -> dict[str, Any] | None:
+    """What the command does; see :func:`evaluate`. None of all processes but the first."""
+    accelerator = launched()
+    device = str(accelerator.device) if accelerator else None
+    return evaluate(load_editor(settings, device), settings, Processes(accelerator))
 
 
-@dataclass(kw_only=True)
-class EvalSettings(EditorSettings):
-    """What ``mendfast eval`` is asked."""
+def evaluate(
+    editor: MendEditor, settings: EvalSettings, processes: Processes | None = None
+) -> dict[str, Any] | None:
+    """What the command does; returns what ``results.json`` holds, in the first of several processes.
 
-    task: str = field(default="qa", metadata={"help": "what is edited", "choices": TASKS})
-    table: str = field(
-        default="systems", metadata={"help": "which systems are compared", "choices": tuple(TABLES)}
-    )
-    data: str = field(metadata={"help": "edits: a file or Hub name, or world:test"})
-    known: str | None = field(
-        default=None, metadata={"help": "what must stay as it is; default: the edits' own locality, or each other"}
-    )
-    limit: int | None = field(default=None, metadata={"help": "the first so many edits", "least": 1})
-    unrelated: int = field(default=64, metadata={"help": "known questions asked after each edit", "least": 0})
-    systems: list[str] | None = field(
-        default=None, metadata={"help": "what to compare; default: the table's", "metavar": "KEY"}
-    )
-    sizes: list[int] | None = field(
-        default=None,
-        metadata={
-            "help": "edits at once (batched: 1 5 25 75 125), or one after the other (sequential: 1 10 100 1000)",
-            "least": 1,
-            "most": MOST_EDITS,
-        },
-    )
-    sequences: int = field(
-        default=SEQUENCES, metadata={"help": "sequences of each size, of other edits, as far as they go", "least": 1}
-    )
-    text: str | None = field(
-        default=None,
-        metadata={
-            "help": "running text, a file or Hub name, whose perplexity an edit should not raise; default: none, "
-            "but of the table sequential the model's own words"
-        },
-    )
-    output: str | None = field(
-        default=None, metadata={"help": "keep measured edits, trained systems and the report there", "metavar": "DIR"}
-    )
-    fine_tuning_rate: float = field(default=3e-3, metadata={"help": "Adam's rate for fine-tuning", "least": 0})
-    train_data: str | None = field(
-        default=None, metadata={"help": "data for systems that are trained: ENN, KE, FT+KL, MEND's variants"}
-    )
-    seed: int = field(default=0, metadata={"help": "of draws, training and intervals", **SEEDS})
-    option: list[str] = field(
-        default_factory=list,
-        metadata={"help": "as enn.steps=2; may be repeated", "metavar": "SYSTEM.NAME=VALUE", "repeat": True},
-    )
-    training: TrainConfig = field(default_factory=TrainConfig, metadata={"only": FITTED_WITH})
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.training = replace(self.training, seed=self.seed)
-        self.chosen_systems()
-        if self.table not in SIZES and self.sizes is not None:
-            raise ValueError(
-                f"--sizes are of the table batched, and --table is {self.table}; take batched or sequential, or leave "
-                "--sizes out."
-            )
-        if self.table != "sequential" and self.sequences != SEQUENCES:
-            raise ValueError(
-                f"--sequences are of the table sequential, and --table is {self.table}; leave one of them out."
-            )
-        for key in dict.fromkeys(_parsed(given)[0] for given in self.option):
-            self.options_of(key)
-        check_directory("--output", self.output)
-
-    def chosen_systems(self) -> tuple[list[str], list[str]]:
-        """The systems to measure, and those of the table that there is no training data for."""
-        keys = list(self.systems or TABLES[self.table])
-        if unknown := [key for key in keys if key not in SYSTEMS]:
-            raise ValueError(f"System {shown(unknown[0])} is unknown; choose from {', '.join(SYSTEMS)}.")
-        missing = [] if self.train_data is not None else [key for key in keys if is_fitted(key, self.table)]
-        kept = [key for key in keys if key not in missing]
-        if missing and (self.systems or self.table == "variants"):
-            raise ValueError(
-                f"{', '.join(missing)} must be trained first; pass --train-data, and --output to keep them."
-            )
-        return list(dict.fromkeys(kept)), missing
-
-    def sizes_for(self, examples: int) -> list[int]:
-        """How many edits at once, or in turn, are measured, where there are so many examples."""
-        wanted = self.sizes or SIZES.get(self.table, (1,))
-        if self.table == "sequential":
-            return sequences.sizes_for(wanted, examples)
-        if not (found := [size for size in wanted if size <= examples]):
-            raise ValueError(f"There are {examples} edits, fewer than --sizes {self.sizes}; pass smaller ones.")
-        return found
-
-    def groups(self, size: int, examples: int) -> int:
-        """How many groups of so many edits are measured."""
-        return min(examples // size, self.sequences) if self.table == "sequential" else examples // size
-
-    def options_of(self, key: str) -> tuple[dict[str, Any], TrainConfig]:
-        """What a system is made with, and trained by, --option included."""
-        made = {"learning_rate": self.fine_tuning_rate} if issubclass(SYSTEMS[key], FineTuning) else {}
-        accepted = _accepted(key)
-        training = {f.name: f for f in fields(TrainConfig)}
-        changed: dict[str, Any] = {}
-        for given in self.option:
-            system, name, value = _parsed(given)
-            if system != key:
-                continue
-            if name in accepted:
-                made[name] = _held_to(accepted[name], value, given)
-            elif name in training:
-                changed[name] = value
-            else:
-                known = ", ".join(sorted({*accepted, *training}))
-                raise ValueError(f"{key} has no option {shown(name)}; it has {known}.")
-        return made, replace(self.training, **changed)
-
-    def in_common(self) -> dict[str, Any]:
-        """What two parts of one evaluation must have in common."""
-        names = ("table", "model", "editor", "dtype", "quantize", "revision", "data", "known", "limit", "unrelated")
-        names += ("text", "seed", "train_data", "fine_tuning_rate", "option")
-        trained = {name: getattr(self.training, name) for name in FITTED_WITH}
-        return {"task": self.task, **{name: getattr(self, name) for name in names}, **trained}
-
-
-def _parsed(given: str) -> tuple[str, str, Any]:
-    """System, name and value of an --option."""
-    name, found, value = given.partition("=")
-    system, _, name = name.partition(".")
-    if not found or system not in SYSTEMS:
-        raise ValueError(f"--option {shown(given)} is not SYSTEM.NAME=VALUE with a system of {', '.join(SYSTEMS)}.")
-    try:
-        return system, name, parse_json(value, "it")
-    except ValueError:
-        raise ValueError(f"--option {shown(given)}: the value is no number, true, false or list.") from None
-
-
-def _accepted(key: str) -> dict[str, Any]:
-    """The options of a system's constructor, and their defaults."""
-    taken = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    parameters = inspect.signature(SYSTEMS[key]).parameters.items()
-    return {name: p.default for name, p in parameters if name != "subject" and p.kind in taken}
-
-
-def _held_to(default: Any, value: Any, given: str) -> Any:
-    """A value of the kind that the option's default has."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if isinstance(default, bool):
-        kind, good = "true or false", isinstance(value, bool)
-    elif isinstance(default, int):
-        least = min(default, 1)
-        kind, good = f"a whole number from {least}", number and isinstance(value, int) and least <= value < 2**63
-    elif isinstance(default, float):
-        kind, good = "a finite number from 0", number and 0 <= value < math.inf
-    else:
-        return value
-    if not good:
-        raise ValueError(f"--option {shown(given)}: the value must be {kind}; the default is {default}.")
-    return value
-
-
-def compare(settings: EvalSettings) -> dict[str, Any]:
-    """What the command does; see :func:`evaluate`."""
-    return evaluate(load_editor(settings), settings)
-
-
-def evaluate(editor: MendEditor, settings: EvalSettings) -> dict[str, Any]:
-    """What the command does; returns what ``results.json`` holds.
+    Those share the edits; each keeps its own part of the journal, and the first puts the results together.
 
     Raises:
         ValueError, FileNotFoundError: an unknown system, data that can't be read or that the model can't serve,
             systems that need training without --train-data, an output directory of another evaluation.
     """
-    console = make_console()
+    processes = processes or Processes()
+    console = make_console(quiet=not processes.main)
     keys, left_out = settings.chosen_systems()
-    if left_out:
-        console.print(f"Left out, since they are trained first (--train-data): {', '.join(left_out)}.")
     read = {"seed": settings.seed, "tokenizer": editor.tokenizer}
-    task = load_task(settings.task, settings.data, limit=settings.limit, **read)
+    spared = settings.validation if any(_chosen(key, settings) for key in keys) else 0
+    task = load_task(settings.task, settings.data, limit=settings.limit and settings.limit + spared, **read)
     task.check(editor.model, editor.kind)
     examples, refused = usable(editor, task.examples)
     problems = [*task.problems, *refused]
     tell(problems, console)
     if not examples:
         raise ValueError(f"The model can be asked none of the {len(task.examples)} edits; the first: {refused[0]}")
+    if not settings.systems:
+        left_out |= _unfit(keys, editor, examples)
+        keys = [key for key in keys if key not in left_out]
+    for reason in dict.fromkeys(left_out.values()):
+        names = ", ".join(key for key, why in left_out.items() if why == reason)
+        console.print(text(f"Left out: {names}, since {reason}."), soft_wrap=True)
+    examples, validation = _split(examples, settings.limit, spared)
+    count = len(task.examples) - len(validation)
+    task.examples = [example for example in task.examples if example not in validation]
+    if settings.limit:
+        task.examples, count = task.examples[: settings.limit], min(count, settings.limit)
     sizes = settings.sizes_for(len(examples))
-    own_text = settings.table == "sequential"
-    questions = Questions(editor, task, settings.known, settings.unrelated, settings.text, own_text, **read)
-    fitting = _Fitting(editor, settings, read) if settings.train_data is not None else None
-    journal = Journal(settings.output, settings.in_common())
+    in_turn = settings.table == "sequential"
+    questions = Questions(editor, task, settings.known, settings.unrelated, settings.text, in_turn, **read)
+    choice = None
+    if validation:
+        at_once = settings.table == "batched"
+        choice = Choice(validation, questions, processes, at_once=at_once, in_turn=in_turn, seed=settings.seed)
+    elif spared:
+        console.print("There are too few edits to choose rates on; each system takes its own default.")
+    fitting = _Fitting(editor, settings, read, processes) if settings.train_data is not None else None
+    journal = Journal(settings.output, settings.in_common(), processes)
+    harness = Harness(settings.harness, settings.harness_limit) if settings.harness else None
+    run = _Run(editor, settings, processes, journal, examples, questions, sizes, fitting, choice, harness)
     started = time.perf_counter()
-    before: Before | None = None
     for key in keys:
-        before = _evaluate_system(key, editor, fitting, journal, examples, questions, sizes, settings, before)
+        run.system(key)
+    journal.gather()
+    if not processes.main:
+        return None
     rows = [_row(journal, key, size, settings.seed) for size in sizes for key in keys]
     if not any(row["figures"] for row in rows):
         error = next((row["first_error"] for row in rows if row["first_error"]), None)
@@ -261,12 +119,14 @@ def evaluate(editor: MendEditor, settings: EvalSettings) -> dict[str, Any]:
     result = {
         **journal.settings,
         "edits": len(examples),
-        "read": len(task.examples),
+        "read": count,
         "problems": [str(problem) for problem in problems],
+        "left_out": left_out,
         "seconds": round(time.perf_counter() - started, 1),
         "environment": _environment(editor),
         "rows": rows,
         "examples": journal.shown(keys, sizes[0]),
+        **({"harness_results": journal.harness(keys)} if harness else {}),
     }
     console.print(text(caption(result)), soft_wrap=True)
     console.print(console_table(result))
@@ -275,9 +135,32 @@ def evaluate(editor: MendEditor, settings: EvalSettings) -> dict[str, Any]:
     return result
 
 
-def is_fitted(key: str, table: str) -> bool:
-    """Whether the command trains the system. Among its variants MEND is trained as long as they are."""
-    return SYSTEMS[key].fitted and (key != "mend" or table == "variants")
+def _chosen(key: str, settings: EvalSettings) -> bool:
+    """Whether something of the system is chosen on validation edits."""
+    made, _ = settings.options_of(key)
+    return any(chosen_by(SYSTEMS[key], tuple(made)))
+
+
+def _split(examples: list[Example], limit: int | None, spared: int) -> tuple[list[Example], list[Example]]:
+    """The edits that are measured, and up to ``spared`` that rates are chosen on: those beyond the limit, or the last,
+    a quarter at most."""
+    if limit and len(examples) > limit:
+        return examples[:limit], examples[limit : limit + spared]
+    spared = min(spared, len(examples) // 4)
+    return examples[: len(examples) - spared], examples[len(examples) - spared :]
+
+
+def _unfit(keys: Sequence[str], editor: MendEditor, examples: Sequence[Example]) -> dict[str, str]:
+    """Systems of the table that this model or data have no use for, with the reason."""
+    found = {}
+    for key in keys:
+        if key == "mend_sum" and editor.config.aggregation == "sum":
+            found[key] = "it is mend, whose editor sums already"
+        elif issubclass(SYSTEMS[key], Rome) and editor.kind != "causal":
+            found[key] = f"it edits causal language models, and this is a {editor.kind}"
+        elif issubclass(SYSTEMS[key], Rome) and not any(part.subject for e in examples for part in e.parts):
+            found[key] = "the data names no subject"
+    return found
 
 
 def tell(problems: Sequence[Problem], console: Console) -> None:
@@ -303,40 +186,97 @@ def _environment(editor: MendEditor) -> dict[str, str]:
 # -- one system --------------------------------------------------------------------------------------------
 
 
-def _evaluate_system(
-    key: str,
-    editor: MendEditor,
-    fitting: _Fitting | None,
-    journal: Journal,
-    examples: Sequence[Example],
-    questions: Questions,
-    sizes: Sequence[int],
-    settings: EvalSettings,
-    before: Before | None,
-) -> Before | None:
-    """Measure what the journal lacks; returns what is known of the unedited model, for the next system."""
-    groups = {size: settings.groups(size, len(examples)) for size in sizes}
-    if journal.has_system(key) and all((key, k, i) in journal for k in sizes for i in range(groups[k])):
-        return before
-    system = _prepare(key, editor, fitting, settings)
-    system.subjects = {example.prompt: example.subject for example in examples if example.subject}
-    journal.add_system(system)
-    if before is None or not before.serves(system.subject):
-        before = Before(system.subject, questions.texts())
-    in_turn = settings.table == "sequential"
-    for size in sizes:
-        many = f"{system.name}, {size} {'in turn' if in_turn else 'at once'}" if size > 1 else system.name
-        bar = tqdm(range(groups[size]), many, disable=None)
-        for i in bar:
-            if (key, size, i) not in journal:
-                group = [part for example in examples[i * size : (i + 1) * size] for part in example.parts]
-                rng = random.Random(f"{settings.seed}:{size}:{i}")
-                asked = questions.after(group, rng, brief=in_turn)
-                show = i < SHOWN and size == sizes[0]
-                row = measure_group(system, group, asked, show=show, before=before, in_turn=in_turn)
-                journal.add({"system": key, "k": size, "group": i, **row})
-            bar.set_postfix(journal.running(key, size))
-    return before
+class _Run:
+    """One evaluation, system after system."""
+
+    def __init__(
+        self,
+        editor: MendEditor,
+        settings: EvalSettings,
+        processes: Processes,
+        journal: Journal,
+        examples: Sequence[Example],
+        questions: Questions,
+        sizes: Sequence[int],
+        fitting: _Fitting | None,
+        choice: Choice | None,
+        harness: Harness | None,
+    ):
+        self.editor, self.settings, self.processes, self.journal = editor, settings, processes, journal
+        self.examples, self.questions, self.sizes = examples, questions, sizes
+        self.fitting, self.choice, self.harness = fitting, choice, harness
+        self.words: dict[int, Any] = {}  # the model's own, by their number: ROME and MEMIT take C from the same
+        self.before: Before | None = None  # what is known of the unedited model
+        self.in_turn = settings.table == "sequential"
+
+    def system(self, key: str) -> None:
+        """Measure what the journal lacks."""
+        settings, journal, processes = self.settings, self.journal, self.processes
+        groups = {size: settings.groups(size, len(self.examples)) for size in self.sizes}
+        wanted = [(key, size, i) for size in self.sizes for i in range(groups[size])]
+        asks = self.harness is not None and not journal.has_harness(key)
+        if journal.has_system(key) and not asks and all(place in journal for place in wanted):
+            return
+        system = self._prepare(key)
+        system.subjects = {e.prompt: e.subject for example in self.examples for e in example.parts if e.subject}
+        if self.before is None or not self.before.serves(system.subject):
+            self.before = Before(system.subject, self.questions.texts())
+        if isinstance(system, Rome):
+            if system.words not in self.words:
+                self.words[system.words] = own_words(
+                    system.subject.model, system.subject.tokenizer, samples=system.words, chat=system.subject.chat,
+                    progress=None if processes.main else False,
+                )  # fmt: skip
+            system.protect(self.words[system.words])
+        self._choose(system)
+        for size in self.sizes:
+            how = "in turn" if self.in_turn else "at once"
+            many = f"{system.name}, {size} {how}" if size > 1 else system.name
+            mine = range(processes.rank, groups[size], processes.count)
+            bar = tqdm(mine, many, disable=None if processes.main else True)
+            for i in bar:
+                if (key, size, i) not in journal:
+                    self._measure(system, size, i)
+                bar.set_postfix(journal.running(key, size))
+        if asks and processes.main:
+            group = self._group(self.sizes[-1], 0)
+            journal.add_harness(key, self.harness.ask(system, group, in_turn=self.in_turn))
+
+    def _choose(self, system: System) -> None:
+        """The system's rate and steps, as an earlier run chose them, or on validation edits."""
+        kept = self.journal.system(system.key).get("chosen") if self.journal.has_system(system.key) else None
+        fixed = tuple(self.settings.options_of(system.key)[0])
+        if kept:
+            for name in ("learning_rate", "max_steps", "epochs"):
+                if name in kept:
+                    setattr(system, name, kept[name])
+        elif self.choice is not None and not self.journal.has_system(system.key):
+            kept = self.choice.choose(system, self.before, fixed)
+        self.journal.add_system(system, kept)
+
+    def _group(self, size: int, i: int) -> list[Example]:
+        return [part for example in self.examples[i * size : (i + 1) * size] for part in example.parts]
+
+    def _measure(self, system: System, size: int, i: int) -> None:
+        group = self._group(size, i)
+        rng = random.Random(f"{self.settings.seed}:{size}:{i}")
+        asked = self.questions.after(group, rng, brief=self.in_turn)
+        show = i < SHOWN and size == self.sizes[0]
+        place = {"system": system.key, "k": size, "group": i}
+        with contextlib.ExitStack() as stack:
+            if self.in_turn and self.settings.output:
+                directory = Path(self.settings.output) / "unfinished"
+                stack.enter_context(sequences.kept(system, directory / f"{system.key}-{size}-{i}.safetensors"))
+            row = measure_group(system, group, asked, show=show, before=self.before, in_turn=self.in_turn)
+            self.journal.add({**place, **row})
+
+    def _prepare(self, key: str) -> System:
+        if is_fitted(key, self.settings.table):
+            return self.fitting.system(key)
+        if issubclass(SYSTEMS[key], Mend):
+            return SYSTEMS[key].of(self.editor)
+        options, _ = self.settings.options_of(key)
+        return make_system(key, self.editor.model, self.editor.tokenizer, self.editor.config, **options)
 
 
 def measure_group(
@@ -381,22 +321,13 @@ def measure_group(
     return row
 
 
-def _prepare(key: str, editor: MendEditor, fitting: _Fitting | None, settings: EvalSettings) -> System:
-    if is_fitted(key, settings.table):
-        return fitting.system(key)
-    if issubclass(SYSTEMS[key], Mend):
-        return SYSTEMS[key].of(editor)
-    options, _ = settings.options_of(key)
-    return make_system(key, editor.model, editor.tokenizer, editor.config, **options)
-
-
 class _Fitting:
     """Trains systems, once for an output directory: ``systems/<key>/`` there."""
 
-    def __init__(self, editor: MendEditor, settings: EvalSettings, read: dict[str, Any]):
-        self.editor, self.settings = editor, settings
+    def __init__(self, editor: MendEditor, settings: EvalSettings, read: dict[str, Any], processes: Processes):
+        self.editor, self.settings, self.processes = editor, settings, processes
         self.task = load_task(settings.task, settings.train_data, **read)
-        tell(self.task.sieve(editor), make_console())
+        tell(self.task.sieve(editor), make_console(quiet=not processes.main))
 
     def system(self, key: str) -> System:
         """The trained system: what an earlier run kept, or what this one trains, going on where it was cut off."""
@@ -409,7 +340,7 @@ class _Fitting:
                 system.subject.protect_with(editor.metric)
         directory = Path(settings.output) / "systems" / key if settings.output else None
         made = json.loads(json.dumps({"options": options, "config": asdict(config), "data": settings.train_data}))
-        if directory and (directory / "fitted.json").is_file():
+        if directory and self.processes.most(int((directory / "fitted.json").is_file())):
             fitted = directory / "fitted.json"
             before = check_object(parse_json(read_json_bytes(fitted), str(fitted)), str(fitted))
             trained = check_object(before.get("config"), f"The configuration in {fitted}")
@@ -426,8 +357,10 @@ class _Fitting:
         if directory:
             if (directory / "best").is_dir():
                 system.load(directory / "best")
-            system.save(directory / "final")
-            atomic_write(directory / "fitted.json", json.dumps(made, indent=2).encode())
+            if self.processes.main:
+                system.save(directory / "final")
+                atomic_write(directory / "fitted.json", json.dumps(made, indent=2).encode())
+        self.processes.most(0)
         return system
 
 

@@ -139,15 +139,15 @@ def load_model(settings: LoadSettings, device: str | None = None) -> tuple[Any, 
     return pretrained.load(settings.model, **{**how, "device": device})
 
 
-def load_editor(settings: EditorSettings) -> MendEditor:
-    """The editor and model that ``settings`` name, the demo's by default."""
+def load_editor(settings: EditorSettings, device: str | None = None) -> MendEditor:
+    """The editor and model that ``settings`` name, the demo's by default; ``device`` as :func:`load_model` has it."""
     from ..editor import MendEditor
 
     if settings.model is None:
         from ..demo import build
 
         return build.load()
-    model, tokenizer = load_model(settings)
+    model, tokenizer = load_model(settings, device)
     name = settings.editor or shipped_for(model)
     if name is None:
         raise ValueError(

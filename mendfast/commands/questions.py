@@ -20,7 +20,7 @@ from ..tasks.task import Known, Task, refusal
 from ..tasks.wordings import Wordings, mine_wordings
 from ..types import IGNORE
 
-NEAR = 8
+NEAR = 4
 """Neighbours of the same relation, and of the same subject, that are asked after an edit."""
 TEXTS, TEXT_TOKENS = 24, 96
 """How much running text is read after each edit: its logits before and after are held."""

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
+from ..baselines import System
 from ..baselines.measure import Interval, bootstrap
+from ..baselines.turns import Turns
 
 SIZES = (1, 10, 100, 1000)
 
@@ -14,6 +18,18 @@ SIZES = (1, 10, 100, 1000)
 def sizes_for(sizes: Sequence[int], examples: int) -> list[int]:
     """The lengths of sequences that there are examples for, the longest cut to those."""
     return sorted({min(size, examples) for size in sizes})
+
+
+@contextlib.contextmanager
+def kept(system: System, path: Path) -> Iterator[None]:
+    """Within the block a sequence of ``system`` is kept in a file, from which it goes on after a kill; what has been
+    measured when the block ends well needs none."""
+    system.turns = Turns(path)
+    try:
+        yield
+        system.turns.forget()
+    finally:
+        system.turns = None
 
 
 def age_of(later: int) -> tuple[int, int]:

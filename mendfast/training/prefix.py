@@ -59,6 +59,18 @@ class FrozenPrefix:
                 handle.remove()
 
     @contextlib.contextmanager
+    def kept(self) -> Iterator[None]:
+        """The first time as :meth:`recorded`, and then as :meth:`replayed`, without forgetting."""
+        if not self._kept:
+            with self.recorded():
+                yield
+            return
+        states = dict(self._kept)
+        with self.replayed():
+            yield
+        self._kept |= states
+
+    @contextlib.contextmanager
     def replayed(self) -> Iterator[None]:
         """A forward pass within the block, on the same tokens, takes that output for theirs."""
         # a vision tower's blocks don't run for text

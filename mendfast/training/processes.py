@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -47,6 +47,14 @@ class Processes:
         if self.count == 1:
             return value
         return int(self.gather(torch.tensor([value], device=self.accelerator.device)).max())
+
+    def objects(self, mine: Any) -> list[Any]:
+        """What every process holds, by rank; none goes on before all have come here."""
+        if self.count == 1:
+            return [mine]
+        from accelerate.utils import gather_object
+
+        return gather_object([mine])
 
     def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
         """Let every process hold the sum of all processes' gradients."""
