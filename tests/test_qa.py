@@ -365,5 +365,5 @@ def test_the_worlds_facts_are_questions_without_a_file():
         assert example.prompt in item.wordings and example.answers == (item.answer,) and example.target != item.answer
         assert example.target in world.answers(item.relation) and not set(example.rephrasings) & set(item.wordings)
     assert len(load_task("qa", "world:test", limit=7).items) == 7
-    with pytest.raises(ValueError, match="no part 'world:dev' of the world; pass one of world, world:train"):
+    with pytest.raises(ValueError, match='no part "world:dev" of the world; pass one of world, world:train'):
         load_task("qa", "world:dev")
