@@ -81,10 +81,18 @@ def test_a_sequence_that_was_cut_off_goes_on(editor, data, tmp_path, monkeypatch
 
     monkeypatch.setattr(System, "edit", counted)
     with pytest.raises(KeyboardInterrupt):
-        run(editor, data, *options, "--output", tmp_path)
-    resumed = run(editor, data, *options, "--output", tmp_path)
+        run(editor, data, *options, "--output", tmp_path / "out")
+    resumed = run(editor, data, *options, "--output", tmp_path / "out")
     assert certain(resumed["rows"]) == certain(whole["rows"])
     assert calls == [1, 1, 1, 3, 3, 3, 7, 1, 1, 1, 3, 3, 7]  # of MEND the fourth again, and what was left
+
+
+def test_the_data_is_not_written_over(editor, data, tmp_path):  # noqa: F811
+    before = data.read_bytes()
+    assert data.name == "edits.jsonl"
+    with pytest.raises(ValueError, match="--output is where --data lies, and edits.jsonl is a name that is written"):
+        run(editor, data, "--output", data.parent)
+    assert data.read_bytes() == before
 
 
 def test_what_is_asked_beside_an_edit(tokenizer, tmp_path):

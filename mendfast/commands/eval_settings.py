@@ -5,7 +5,9 @@ from __future__ import annotations
 import inspect
 import math
 from dataclasses import dataclass, field, fields, replace
+from fnmatch import fnmatch
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from ..baselines import SYSTEMS
@@ -41,6 +43,11 @@ FITTED_WITH = (
 
 SEEDS = {"least": 0, "most": 2**63 - 1}
 """What every generator takes."""
+
+
+def _written(name: str) -> bool:
+    """Whether an evaluation writes a file of that name into its output directory."""
+    return fnmatch(name, "edits*.jsonl") or name in ("settings.json", "results.json", "table.csv", "table.md")
 
 
 @dataclass(kw_only=True)
@@ -133,6 +140,14 @@ class EvalSettings(EditorSettings):
         if self.harness and find_spec("lm_eval") is None:
             raise ValueError("--harness needs lm-evaluation-harness: pip install lm-eval (mendfast[harness] has it).")
         check_directory("--output", self.output)
+        if self.output is not None:
+            for name in ("data", "known", "train_data", "text"):
+                path = Path(getattr(self, name) or "")
+                if path.is_file() and path.resolve().parent == Path(self.output).resolve() and _written(path.name):
+                    raise ValueError(
+                        f"--output is where --{name.replace('_', '-')} lies, and "
+                        f"{path.name} is a name that is written there; choose another directory."
+                    )
 
     def chosen_systems(self) -> tuple[list[str], dict[str, str]]:
         """The systems to measure, and those of the table that are left out, with the reason."""
