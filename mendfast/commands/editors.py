@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,7 +17,6 @@ from ..editor import MendEditor
 from ..editors import shipped
 from ..files import atomic_write, read_json_bytes
 from ..labels import chat_prompt, end_of_turn
-from ..locate import candidates
 from ..metric import Metric
 from ..own_words import own_words
 from ..schema import check_object, check_settings, parse_json
@@ -40,7 +39,7 @@ SYSTEMS = (
 )
 FORMS = {"chat": 0.6, "plain": 0.2, **{f"system:{text}": 0.2 / len(SYSTEMS) for text in SYSTEMS}}
 EDITOR = MendConfig(
-    rank=128, scale_v=True, chat=True, aggregation="least_squares", protect_rank=220, ridge=1e-3, protection=240.0
+    rank=128, scale_v=True, chat=True, aggregation="least_squares", protect_rank=220, ridge=1e-3, protection=30.0
 )
 TRAINING = TrainConfig(
     steps=240,
@@ -56,13 +55,10 @@ TRAINING = TrainConfig(
     cache_bytes=3 << 30,
     loc_positions=12,
     loc_answers=True,
-    c_loc=40.0,
-    c_loc_decay=0.5,
 )
 _MARK = "mendfast-was-here"
 WORDS, BEGINNING = 40, 8  # of a piece of running text; how many of them stand for its prompt
 PROTECTED, PIECES = 600, 120  # questions, and pieces of running text
-BLOCKS = 3
 SAMPLED = 128  # conversations of the model with itself
 
 
@@ -90,16 +86,6 @@ def conversations(model: Any, tokenizer: Any, path: Path, count: int) -> list[tu
                     found.append((asked.strip(), said, "chat"))
         atomic_write(path, json.dumps(found, indent=0).encode())
     return [tuple(turn) for turn in json.loads(path.read_text())]
-
-
-def layers(model: Any) -> list[str]:
-    """The MLPs of the three blocks before the last one.
-
-    Alone, the last block's edits of SmolLM2 made none of six targets be said, and changed as many unrelated answers
-    as the edits of all three last blocks together.
-    """
-    found = candidates(model, BLOCKS, 1)
-    return found[max(0, len(found) - 2)].layers
 
 
 def facts(data: str | None, seed: int) -> list[Item]:
@@ -153,7 +139,7 @@ def _build(
     own = conversations(model, tokenizer, output / "own_words.json", SAMPLED)
     running = pieces(text, 4 * SAMPLED + PIECES, rng) if text else []
     torch.manual_seed(training.seed)
-    made = MendEditor.from_model(model, tokenizer, replace(editor, layers=editor.layers or layers(model)))
+    made = MendEditor.from_model(model, tokenizer, editor)
     running, own = fitting(made, running), fitting(made, own)
     items, problems = sieve(made, facts(data, training.seed), list(FORMS))
     tell(problems, make_console())
