@@ -156,7 +156,8 @@ def test_train_and_eval(tmp_path):
                     "--limit", 5, "--unrelated", 8, "--json", scores)  # fmt: skip
     assert done.returncode == 0, done.stderr
     result = json.loads(scores.read_text())
-    assert [row["system"] for row in result["rows"]] == ["mend", "ft", "identity"]
+    untrained = ["ultraedit", "ft", "ft_one_layer", "ft_breadth_first", "lora", "in_context"]  # and need no subject
+    assert [row["system"] for row in result["rows"]] == ["mend", *untrained, "identity"]
     assert all(row["measured"] == 5 for row in result["rows"])
 
 
