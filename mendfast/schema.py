@@ -38,7 +38,7 @@ def shown(value: Any, most: int = 60) -> str:
     if isinstance(value, int):
         return repr(value) if value.bit_length() <= 128 else f"an integer of {value.bit_length():,} bits"
     if isinstance(value, torch.Tensor):
-        return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
+        return f"{str(value.dtype).removeprefix('torch.')} {shape_of(value.shape)}"
     if isinstance(value, (list, tuple)):
         if len(value) <= 4 and all(isinstance(x, (str, int, float, type(None))) for x in value):
             return f"[{', '.join(shown(x, most // 4) for x in value)}]"

@@ -315,7 +315,8 @@ def test_values_are_named_shortly():
     for _ in range(5000):
         deep = [deep]
     begun = time.perf_counter()
-    values = (10**10_000, "x" * 10**7, "\ud800" * 10**6, deep, {"a": deep}, [deep] * 3, b"x" * 10**7, object)
+    values = (10**10_000, "x" * 10**7, "\ud800" * 10**6, deep, {"a": deep}, [deep] * 3, b"x" * 10**7, object,
+              torch.zeros([1] * 1000))  # fmt: skip
     for value in values:
         assert len(shown(value)) <= 120, shown(value)
     assert len(brief("y" * 10**7)) <= 120
