@@ -110,7 +110,7 @@ MODEL = ["--model", "here", "--editor", "there"]
         # usage
         ([], "the following arguments are required"),
         (["sing"], "invalid choice: 'sing'"),
-        (["train"], "the following arguments are required: --data, --output"),
+        (["train"], "the following arguments are required: --output"),
         (["doctor", "--loud"], "unrecognized arguments: --loud; see mendfast"),
     ],
 )
@@ -139,7 +139,9 @@ def test_settings_are_dataclasses_without_argparse():
     )
     settings = read([*EVAL, "--steps", "5", "--seed", "2", "--option", "ft.max_steps=7"]).settings
     assert (settings.training.steps, settings.training.seed) == (5, 2)
-    assert settings.options_of("ft")[0] == {"learning_rate": 3e-3, "max_steps": 7}
+    assert settings.options_of("ft")[0] == {"max_steps": 7}  # the rate is chosen
+    settings = read([*EVAL, "--fine-tuning-rate", "0.003"]).settings
+    assert settings.options_of("ft")[0] == {"learning_rate": 3e-3}
     with pytest.raises(TypeError, match="rank is 'x'; it must be a whole number"):
         train.TrainSettings(data="a", output="b", rank="x")
     for file in Path(cli.__file__).parent.glob("commands/*.py"):

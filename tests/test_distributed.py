@@ -58,7 +58,8 @@ SCRIPT = """
     one = trainer(Path(sys.argv[1]), **{options!r})
     if {different!r} and one.processes.rank:
         one.editor.alpha_multiplier.data.fill_(7.0)
-    print("from", one.step if one.resume() else 0, flush=True)
+    sys.stdout.write(f"from {{one.step if one.resume() else 0}}\\n")  # in one piece: two processes write
+    sys.stdout.flush()
     one.run()
     print("count", one.processes.count, "shown", one.progress, flush=True)
     save_file(one.editor.state_dict(), Path(sys.argv[1]) / f"rank{{one.processes.rank}}.safetensors")
