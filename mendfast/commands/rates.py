@@ -43,8 +43,9 @@ class Choice:
     """Chooses for one system after another; each trial is a rate, the last, of fine-tuning, a quarter of the steps.
 
     The best has the largest harmonic mean of two shares: of validation edits and their rephrasings answered right
-    (teacher-forced), and of unrelated questions whose answers' first tokens stay the first choice, all of them. Of
-    equal ones the one that disturbs the fewest tokens is taken, then the first.
+    (teacher-forced), and of the first tokens of unrelated answers that stay the first choice. (Not of answers that stay
+    whole: where every rate that edits touches all of them, one that does nothing would be the best.) Of equal ones the
+    one that leaves the most answers whole is taken, then the first.
 
     Args:
         examples: validation edits.
@@ -122,8 +123,9 @@ class Choice:
                     kept += (wrong == 0).tolist()
                     same += int((chosen == rows.labels).sum())
                     tokens += len(chosen)
-        success, stays = sum(right) / len(right), sum(kept) / len(kept) if kept else 1.0
-        return 2 * success * stays / (success + stays) if success + stays else 0.0, same / tokens if tokens else 1.0
+        success, stays = sum(right) / len(right), same / tokens if tokens else 1.0
+        mean = 2 * success * stays / (success + stays) if success + stays else 0.0
+        return mean, sum(kept) / len(kept) if kept else 1.0
 
 
 def _set(system: System, values: dict[str, Any]) -> None:
