@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from .files import read_tensors, write_tensors
-from .schema import check_object, check_settings, parse_json
+from .schema import check_object, check_settings, differences, parse_json
 from .stopping import Stopping
 
 log = logging.getLogger("mendfast")
@@ -50,20 +50,23 @@ class BaseRun:
             f"{self.path} holds a base model's unfinished training",
             before, self.made_of, "pass the same ones, start anew with --restart, or choose another --output.",
         )  # fmt: skip
-        step = before.get("step")
-        places = self._places(model, optimizers)
-        if (
-            not isinstance(step, int)
-            or step < 1
-            or tensors.keys() != places.keys()
-            or any(tensors[name].shape != t.shape or tensors[name].dtype != t.dtype for name, t in places.items())
-        ):
-            raise ValueError(f"{self.path} is no whole training of this base model; remove it, and it starts anew.")
+        step, places = before.get("step"), self._places(model, optimizers)
+        wrong = differences({name: t.shape for name, t in tensors.items()}, {n: t.shape for n, t in places.items()})
+        if wrong or any(tensors[name].dtype != place.dtype for name, place in places.items()):
+            raise self._damaged()
+        if type(step) is not int or not 1 <= step <= before.get("steps", step):
+            raise self._damaged()
+        try:
+            torch.set_rng_state(tensors["rng"])
+        except RuntimeError as error:
+            raise self._damaged() from error
         with torch.no_grad():
             for name, place in places.items():
                 place.copy_(tensors[name])
-        torch.set_rng_state(places["rng"])
         return step
+
+    def _damaged(self) -> ValueError:
+        return ValueError(f"{self.path} is no whole training of this base model; remove it, and it starts anew.")
 
     def keep(self, step: int, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
         """Write the file anew: the run after ``step`` steps."""

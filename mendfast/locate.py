@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from . import ops
 from .choice import blocks_of
 from .config import MendConfig
 from .edit import Edit
@@ -70,9 +71,9 @@ def candidates(model: nn.Module, span: int = 3, stride: int | None = None) -> li
     Raises:
         ValueError: no stack of blocks with matrices to edit.
     """
-    found = []
-    for stack, blocks in blocks_of(model):
-        name = f"{stack}: " if len(blocks_of(model)) > 1 else ""
+    found, stacks = [], blocks_of(model)
+    for stack, blocks in stacks:
+        name = f"{stack}: " if len(stacks) > 1 else ""
         for end in range(len(blocks), 0, -(stride or span)):
             run = blocks[max(0, end - span) : end]
             if len(run) < min(span, len(blocks)):
@@ -157,8 +158,7 @@ def _edited(editor: MendEditor, case: Case, unrelated: Sequence[Pair], before: T
     yield float(best <= STRENGTH)
     yield float(rephrased.correct.float().mean())
     yield float(rephrased.nll.mean())
-    log_p, log_q = (told.logits.float().log_softmax(-1) for told in (before, after))
-    yield float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
+    yield float(ops.kl_divergence_rows(before.logits, after.logits).mean())
 
 
 def _scaled(edit: Edit, size: float) -> Edit:

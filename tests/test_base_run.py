@@ -79,7 +79,10 @@ def test_another_or_a_damaged_run_is_refused(tokenizer, tmp_path):
         fit(tokenizer, BaseRun(path, {"seed": 0}), steps=STEPS + 1)
     tensors, metadata = read_tensors(path, "base_run")
     moment = next(name for name in tensors if name.endswith("exp_avg"))
-    wrong = ({moment: tensors[moment].flatten()[:1]}, {moment: tensors[moment].double()}, {"more": torch.ones(1)})
+    wrong = (
+        {moment: tensors[moment].flatten()[:1]}, {moment: tensors[moment].double()}, {"more": torch.ones(1)},
+        {"rng": torch.zeros_like(tensors["rng"])},
+    )  # fmt: skip
     for change in wrong:
         write_tensors(path, {**tensors, **change}, metadata)
         with pytest.raises(ValueError, match="no whole training"):

@@ -17,9 +17,11 @@ import torch
 from rich.console import Console
 from test_evaluate import TOKENS, certain, data, editor, few_answers_are_shown, model, records, run  # noqa: F401
 
+from mendfast import EditRequest
 from mendfast.answers import contains, exact_match
 from mendfast.baselines import SYSTEMS, FineTuning, UltraEdit, turns
 from mendfast.baselines.measure import Before
+from mendfast.baselines.turns import Turns, numbered, take
 from mendfast.cli import main
 from mendfast.commands import eval_page, eval_plots, eval_report
 from mendfast.commands.questions import Questions
@@ -408,3 +410,22 @@ def test_the_page_in_a_browser(tmp_path):
             assert page.locator("svg g[data-s=ft]").first.is_hidden()
         finally:
             browser.close()
+
+
+def test_a_damaged_sequence_is_refused(tmp_path):
+    """What is gone on from is held to what it is written through."""
+    requests = [EditRequest("a", "b"), EditRequest("c", "d")]
+    turns, weight = Turns(tmp_path / "turns.safetensors"), torch.ones(3, 2)
+    assert turns.resume(requests) == (0, {})
+    turns.keep(3, numbered([weight]))
+    with pytest.raises(ValueError, match="no whole sequence of edits"):
+        turns.resume(requests)
+    turns.keep(1, numbered([weight]))
+    done, state = turns.resume(requests)
+    assert done == 1
+    for other in (torch.zeros(1, 2), torch.zeros(2, 3)):  # the first would broadcast
+        with pytest.raises(ValueError, match="of other weights"):
+            take([weight], numbered([other]))
+    with pytest.raises(ValueError, match="of other weights"):
+        take([weight, weight], state)
+    assert bool((weight == 1).all())

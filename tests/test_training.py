@@ -278,3 +278,14 @@ def test_facts_of_one_answer_are_refused_at_once():
     items = [Item((f"Who is {name}?",), "X") for name in PEOPLE]
     with pytest.raises(ValueError, match="All 6 facts have the answer 'X'.*add facts with other answers"):
         FactSampler(items)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.5, 1.0])
+def test_locality_weighs_less_of_many_edits(base, decay):
+    """The loss is c_edit l_edit + c_loc n^-decay l_loc, of n edits at once."""
+    editor, config = make(base, c_loc=3.0, c_loc_decay=decay, joint=[1, 4])
+    learner = Trainer(editor, FactSampler(facts()), config, progress=False).learner
+    for joint in (1, 4):
+        ((loss, parts),) = learner.losses(FactSampler(facts()).draw(0, 4), config, joint)
+        expected = config.c_edit * parts["l_edit"] + 3.0 * joint**-decay * parts["l_loc"]
+        assert float(parts["l_loc"]) > 0 and loss.item() == pytest.approx(float(expected), rel=1e-5)

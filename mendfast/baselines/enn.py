@@ -104,10 +104,10 @@ class EditableNetwork(Fitted):
         for i in range(groups):
             pairs = [part[i * len(part) // groups : (i + 1) * len(part) // groups] for part in draw]
             inner, outer, loc = (to_device(self.subject.tokenize(part), self.subject.device) for part in pairs)
-            loss, metrics = self.loss(inner, outer, loc, config)
+            loss, metrics = self.loss(inner, outer, loc, config, joint)
             yield loss / groups, metrics
 
-    def loss(self, inner: Batch, outer: Batch, loc: Batch, config: TrainConfig) -> LossPart:
+    def loss(self, inner: Batch, outer: Batch, loc: Batch, config: TrainConfig, joint: int = 1) -> LossPart:
         """The loss of one edit by all samples of ``inner``, which should answer ``outer`` and leave ``loc`` alone."""
         model, outers, locs = self.subject.model, len(outer["input_ids"]), len(loc["input_ids"])
         weights = {layer.name: layer.weight for layer in self.subject.layers}
@@ -122,7 +122,7 @@ class EditableNetwork(Fitted):
         l_loc = per_sample_mean(kl, after.sample, locs).mean()
         parts = {"l_base": l_base, "l_edit": l_edit, "l_loc": l_loc}
         parts["edit_success"] = all_correct(answers, outers).float().mean()
-        total = self.c_base * l_base + config.c_edit * l_edit + config.c_loc * l_loc
+        total = self.c_base * l_base + config.c_edit * l_edit + config.locality_weight(joint) * l_loc
         return total, {name: part.detach() for name, part in parts.items()}
 
     @torch.enable_grad()

@@ -147,7 +147,8 @@ class KnowledgeEditor(Fitted):
 
     def losses(self, draw: Draw, config: TrainConfig, joint: int) -> Iterator[LossPart]:
         inner, outer, loc = (self.subject.tokenize(pairs) for pairs in draw)
-        yield meta_loss(self.subject, self.group_factors(inner, joint), outer, loc, config.c_edit, config.c_loc)
+        weights = config.c_edit, config.locality_weight(joint)
+        yield meta_loss(self.subject, self.group_factors(inner, joint), outer, loc, *weights)
 
     def group_factors(self, batch: Batch, group_size: int = 1) -> dict[str, Factors]:
         """Differentiable factors of the edits; see :meth:`mendfast.MendEditor.group_factors`."""

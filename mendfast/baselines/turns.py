@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 
 from ..files import read_tensors, write_tensors
 from ..requests import EditRequest
+from ..schema import differences
 
 EVERY = 20.0
 """Seconds between two writings."""
@@ -45,8 +47,16 @@ class Turns:
             return 0, {}
         if metadata.get("requests") != self._digest:
             return 0, {}
-        self.seconds = float(metadata["seconds"])
-        return int(metadata["done"]), tensors
+        try:
+            done, self.seconds = int(metadata["done"]), float(metadata["seconds"])
+        except (KeyError, ValueError) as error:
+            raise self._damaged() from error
+        if not 0 < done <= len(requests) or not 0 <= self.seconds < math.inf:
+            raise self._damaged()
+        return done, tensors
+
+    def _damaged(self) -> ValueError:
+        return ValueError(f"{self.path} holds no whole sequence of edits; remove it, and the sequence starts anew.")
 
     def due(self, done: int, of: int) -> bool:
         """Whether the state is to be written: from time to time, and at the end."""
@@ -68,7 +78,10 @@ class Turns:
 
 
 def take(weights: Sequence[torch.Tensor], state: Mapping[str, torch.Tensor]) -> None:
-    """Write the state's numbered tensors into ``weights``."""
+    """Write the state's numbered tensors into ``weights``; a ValueError, before that, where they don't fit."""
+    expected = {name: weight.shape for name, weight in numbered(weights).items()}
+    if wrong := differences({name: state[name].shape for name in expected if name in state}, expected):
+        raise ValueError(f"A kept sequence of edits is of other weights ({wrong[0]}); remove it, and it starts anew.")
     with torch.no_grad():
         for i, weight in enumerate(weights):
             weight.copy_(state[f"weight.{i}"])
