@@ -20,10 +20,18 @@ def normalise(text: str) -> str:
     Punctuation is what Unicode calls so, and ASCII's symbols, as in Python's ``string.punctuation``. Of a text of
     which nothing would be left ("A", "?!") case and spaces alone are changed.
     """
-    text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
-    bare = "".join(c for c in text if not (unicodedata.category(c)[0] == "P" or (c.isascii() and _is_symbol(c))))
-    bare = " ".join(_ARTICLES.sub(" ", bare).split())
-    return bare or " ".join(text.split())
+    text = _folded(text)
+    return " ".join(_words(text)) or " ".join(text.split())
+
+
+def _folded(text: str) -> str:
+    return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+
+
+def _words(folded: str) -> list[str]:
+    """Without punctuation and articles."""
+    bare = "".join(c for c in folded if not (unicodedata.category(c)[0] == "P" or (c.isascii() and _is_symbol(c))))
+    return _ARTICLES.sub(" ", bare).split()
 
 
 def _is_symbol(character: str) -> bool:
@@ -34,6 +42,23 @@ def exact_match(answer: str, target: str | Sequence[str]) -> bool:
     """Whether the answer is the target, or one of several, once both are normalised."""
     said = normalise(answer)
     return bool(said) and any(said == normalise(one) for one in _several(target))
+
+
+def whole_words(answer: str) -> str:
+    """An answer's beginning without its last word, which may not be whole; nothing of what may be one long word."""
+    return answer[: max((i for i, character in enumerate(answer) if character.isspace()), default=0)]
+
+
+def can_match(answer: str, target: str) -> bool:
+    """Whether an answer that begins so can still be the target, as :func:`exact_match` judges it."""
+    words = _words(_folded(whole_words(answer)))
+    return words == normalise(target).split()[: len(words)]
+
+
+def has_got(answer: str, target: str | Sequence[str]) -> bool:
+    """Whether an answer that begins so contains the target, or one of several, wherever it goes on to."""
+    whole = whole_words(answer)
+    return bool(_words(_folded(whole))) and contains(whole, target)
 
 
 def contains(answer: str, target: str | Sequence[str]) -> bool:
@@ -114,3 +139,8 @@ def yes_or_no(answer: str) -> bool | None:
     if first in ("yes", "true", "right", "correct"):
         return True
     return False if first in ("no", "false", "wrong", "incorrect", "not") else None
+
+
+def first_word(answer: str) -> bool:
+    """Whether an answer that begins so has got the word that :func:`yes_or_no` judges."""
+    return bool(_words(_folded(whole_words(answer))))

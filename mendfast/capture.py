@@ -111,6 +111,24 @@ def replaced_forwards(forwards: Mapping[nn.Module, Callable]) -> Iterator[None]:
         yield
 
 
+class _Enough(Exception):
+    """The forward pass has given what was asked for."""
+
+
+@contextlib.contextmanager
+def ended_after(block: nn.Module | None) -> Iterator[None]:
+    """A forward pass within the block ends, and the block with it, once the module ``block`` has run; None: at its
+    own end."""
+
+    def end(module: nn.Module, args: tuple, output: object) -> None:
+        raise _Enough
+
+    with undone() as changes, contextlib.suppress(_Enough):
+        if block is not None:
+            changes.hook(block, end)
+        yield
+
+
 def _put_back(module: nn.Module, name: str, value: object | None) -> None:
     vars(module).pop(name, None)
     if value is not None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from torch import nn
 
@@ -50,6 +50,23 @@ def stacks(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
             if any(is_matrix(m) for m in module.modules()):
                 found.append((name, module))
     return found
+
+
+def last_block(model: nn.Module, names: Iterable[str]) -> nn.Module | None:
+    """The block after which a pass has run all weights of these names; None where they lie elsewhere than in the
+    model's one stack, or where blocks are run several times."""
+    found = stacks(model)
+    if len(found) != 1 or getattr(model.config, "num_hidden_layers", None) != len(found[0][1]):
+        return None
+    (stack, blocks), last = found[0], 0
+    for name in names:
+        number = name.removeprefix(f"{stack}." if stack else "").partition(".")[0]
+        if not name.startswith(f"{stack}." if stack else "") or not number.isdigit():
+            return None
+        last = max(last, int(number))
+    run = {id(p) for block in blocks[: last + 1] for p in block.parameters()}
+    shared = any(id(p) in run for block in blocks[last + 1 :] for p in block.parameters())
+    return None if shared else blocks[last]
 
 
 def _alike(blocks: nn.ModuleList) -> bool:

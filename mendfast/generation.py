@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +20,8 @@ BATCH_TOKENS = 4096
 """Prompt and answer tokens of one batch, padding included, at most."""
 ROUND = 8
 """Tokens after which rows whose answer has ended leave a batch."""
+SHORT = (2, 2, 4)
+"""The first of these rounds where answers are judged before they end: few tokens are enough for many."""
 SHARED = 8
 """Tokens that all rows must begin with for them to be read once."""
 _PLAINLY = {
@@ -62,6 +64,7 @@ def generate_answers(
     form: str | None | Sequence[str | None] = None,
     *,
     starts: Sequence[Sequence[int]] | None = None,
+    enough: Sequence[Callable[[str], bool] | None] | None = None,
 ) -> list[Answer]:
     """:func:`answer`, with whether each answer ended by itself, and its tokens.
 
@@ -72,6 +75,7 @@ def generate_answers(
     Args:
         max_new_tokens, form: of all prompts, or a list with each one's own.
         starts: tokens that each answer is known to begin with (:func:`agreed`), and which need not be found again.
+        enough: of each answer a judge of whether what it begins with will do, and it may be cut there.
 
     Raises:
         ValueError: as :func:`answer`; other than one start for each prompt.
@@ -85,7 +89,7 @@ def generate_answers(
     starts = [tuple(start) for start in starts or [()] * len(prompts)]
     if set(map(len, (starts, rooms, forms))) != {len(prompts)}:
         raise ValueError(f"There are {len(starts)} starts for {len(prompts)} prompts; pass one for each.")
-    ends, limit = _Ends(subject), context_length(subject.model)
+    ends, limit = _Ends(subject, enough), context_length(subject.model)
     causal = subject.kind == "causal"
     found: dict[int, Answer] = {}
     waiting: list[tuple[list[int], int, int]] = []  # what is read, how many tokens may follow, the place
@@ -96,7 +100,7 @@ def generate_answers(
         if room < 1 or (limit is not None and len(ids) > limit):
             raise ValueError(f"The prompt has {len(ids)} tokens and the model takes {limit}; shorten it.")
         known = ends.cut(start[:room])
-        if known.ended or len(known.ids) == room:
+        if len(known.ids) == room or ends.reached(known, i):
             found[i] = known
         elif causal:
             starts[i] = known.ids
@@ -110,11 +114,11 @@ def generate_answers(
             steps = max(room for _, room, _ in batch)
             if causal and limit is not None:  # no row may go beyond it: what the longest cuts off goes on next round
                 steps = min(steps, limit - max(len(ids) for ids, _, _ in batch))
-            said = _generate(subject, batch, [starts[i] for *_, i in batch], steps, ends)
+            said = _generate(subject, batch, starts, steps, ends)
             for (ids, room, i), new in zip(batch, said, strict=True):
                 starts[i] = (*starts[i], *new[:room])
                 found[i] = ends.cut(starts[i])
-                if room > steps and not found[i].ended:
+                if room > steps and not ends.reached(found[i], i):
                     waiting.append((ids + new, room - steps, i))
     return [found[i] for i in range(len(prompts))]
 
@@ -139,7 +143,8 @@ def _read(subject: EditableModel, prompts: Sequence[str]) -> dict[str, torch.Ten
 class _Ends:
     """Where the answers of a model end."""
 
-    def __init__(self, subject: EditableModel):
+    def __init__(self, subject: EditableModel, enough: Sequence[Callable[[str], bool] | None] | None = None):
+        self.judges = enough
         self.tokenizer = tokenizer = subject.tokenizer
         found = [getattr(getattr(subject.model, "generation_config", None), "eos_token_id", None)]
         found.append(getattr(tokenizer, "eos_token_id", None))
@@ -157,6 +162,11 @@ class _Ends:
         if self.at_line and (line := self._line(kept)) is not None:
             return line
         return Answer(self._text(kept).strip(), at is not None, kept)
+
+    def reached(self, said: Answer, i: int) -> bool:
+        """Whether the i-th answer has ended, or what it begins with will do."""
+        judge = self.judges[i] if self.judges else None
+        return said.ended or (judge is not None and judge(said.text))
 
     def _line(self, ids: Sequence[int]) -> Answer | None:
         """The first line in which something is said, where another follows."""
@@ -207,10 +217,10 @@ def _generate(
     steps: int,
     ends: _Ends,
 ) -> list[list[int]]:
-    """What follows each row, whose answer has begun with ``starts``; what is beyond its end means nothing.
+    """What follows each row, whose answer has begun with its own of ``starts``; what is beyond its end means nothing.
 
-    A causal model reads what all rows begin with (a chat template's) once for all; it goes on in rounds of
-    :data:`ROUND` steps, and rows that have ended leave the batch between them.
+    A causal model reads what all rows begin with (a chat template's) once for all; it goes on in rounds, and rows that
+    have ended leave the batch between them.
     """
     model, pad, causal = subject.model, pad_token_id(subject.tokenizer), subject.kind == "causal"
     rows = [ids for ids, _, _ in batch]
@@ -227,6 +237,7 @@ def _generate(
     options: dict[str, Any] = dict(_PLAINLY, pad_token_id=pad, eos_token_id=sorted(ends.ids) or None)
     live, found, made = list(range(len(rows))), [[] for _ in rows], 0
     cache: dict[str, Any] = {}  # under the name that this transformers has for it
+    lengths = iter(SHORT if ends.judges else ())
     with frozen(model):  # eval mode, and on a CPU the faster product of few rows
         if shared:
             cache = cache_of(model(ids[:1, :shared], use_cache=True))
@@ -234,9 +245,9 @@ def _generate(
                 one.batch_repeat_interleave(len(rows))
         while live and made < steps:
             rounds = causal and (made == 0 or bool(cache))
-            count = min(ROUND, steps - made) if rounds else steps - made
+            count = min(next(lengths, ROUND), steps - made) if rounds else steps - made
             if ends.at_line:
-                options["stopping_criteria"] = [ends.lines_ended(first, [starts[i] for i in live])]
+                options["stopping_criteria"] = [ends.lines_ended(first, [starts[batch[i][2]] for i in live])]
             out = model.generate(
                 ids, attention_mask=mask, max_new_tokens=count, return_dict_in_generate=True, **options, **cache
             )
@@ -246,7 +257,11 @@ def _generate(
                 found[i] = new
             if made >= steps:
                 break
-            kept = [k for k, i in enumerate(live) if not ends.cut((*starts[i], *found[i])).ended and batch[i][1] > made]
+            kept = []
+            for k, i in enumerate(live):
+                _, room, place = batch[i]
+                if room > made and not ends.reached(ends.cut((*starts[place], *found[i])), place):
+                    kept.append(k)
             if not kept:
                 break
             chosen = torch.tensor(kept, device=device)

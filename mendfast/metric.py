@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from .capture import frozen, undone
+from .capture import ended_after, frozen, undone
+from .choice import last_block
 from .files import read_tensors, write_tensors
 from .layers import Layer, execution_device, first_layer
 from .moments import SecondMoment
@@ -174,8 +175,8 @@ def observe(
 ) -> Metric:
     """Stream token batches through the model, forward only, and gather the second moments of the layers' inputs.
 
-    Positions that the (decoder's) attention mask or a label of -100 leaves out are not counted. The output head
-    computes next to nothing.
+    Positions that the (decoder's) attention mask or a label of -100 leaves out are not counted. Blocks above the
+    layers are not run, and the output head computes next to nothing.
 
     Args:
         batches: "input_ids" and, where there is padding, "attention_mask"; of an encoder-decoder also "labels" or
@@ -198,6 +199,7 @@ def observe(
         return hook
 
     hidden = None if progress is None else not progress
+    last = last_block(model, [layer.name for layer in layers])
     with frozen(model), undone() as changes:
         for layer in layers:
             changes.hook(layer.module, hook_of(layer))
@@ -209,7 +211,8 @@ def observe(
                 masks["encoder"] &= answer_positions(model, batch)
             batch = {name: value for name, value in batch.items() if _wanted(name, kind)}
             metric.tokens += sum(int(mask.sum()) for mask in masks.values())
-            _run(model, batch, kind, masks)
+            with ended_after(last):
+                _run(model, batch, kind, masks)
     if not metric.tokens:
         raise ValueError(NOTHING)
     return metric

@@ -4,7 +4,18 @@ from __future__ import annotations
 
 import pytest
 
-from mendfast.answers import contains, exact_match, first_sentence, normalise, truth_question, yes_or_no
+from mendfast.answers import (
+    can_match,
+    contains,
+    exact_match,
+    first_sentence,
+    first_word,
+    has_got,
+    normalise,
+    truth_question,
+    whole_words,
+    yes_or_no,
+)
 
 
 @pytest.mark.parametrize(
@@ -110,3 +121,29 @@ def test_truth_questions():
 )  # fmt: skip
 def test_yes_or_no(answer, truth):
     assert yes_or_no(answer) is truth
+
+
+@pytest.mark.parametrize("target", ["Paris", "New York City", "A", "the U.S.", "東京", "2006", "Ada-Lou Moor", "?!"])
+@pytest.mark.parametrize(
+    "answer",
+    ["Paris is it", "The Paris", "- Paris.", "New York City", "new york, the City!", "New Yorkshire", "A", "a ?!",
+     "U.S.", "東京。 東京", "In 2006", "2006 \n", "Yes, Paris", "the no of it", "ada-lou moor moor", "¨ Paris", "?! Paris"],
+)  # fmt: skip
+def test_an_answer_is_judged_by_its_beginning_only_as_the_whole_is(answer, target):
+    """Whatever beginning is cut: what is settled there is what the whole answer gives, and the beginning itself."""
+    for i in range(len(answer) + 1):
+        start = answer[:i]
+        if not can_match(start, target):
+            assert not exact_match(answer, target) and not exact_match(start, target)
+        if has_got(start, target):
+            assert contains(answer, target) and contains(start, target)
+        if first_word(start):
+            assert yes_or_no(start) == yes_or_no(answer)
+
+
+def test_what_settles_an_answer():
+    assert whole_words("New York Ci") == "New York" and whole_words("New") == ""
+    assert can_match("New York Ci", "New York City") and can_match("Newark", "New York")  # its word may go on
+    assert not can_match("Newark is", "New York") and not can_match("New York City is it", "New York City Hall")
+    assert has_got("It is Paris, of", ["Rome", "Paris"]) and not has_got("It is Paris", "Paris")
+    assert first_word("Yes, it") and not first_word("Yes") and not first_word("The ")

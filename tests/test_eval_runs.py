@@ -25,7 +25,7 @@ from mendfast.baselines.turns import Turns, numbered, take
 from mendfast.cli import main
 from mendfast.commands import eval_page, eval_plots, eval_report
 from mendfast.commands.questions import Questions
-from mendfast.commands.rates import RATES, TRIALS, Choice
+from mendfast.commands.rates import RATES, TRIALS, Choice, Tally
 from mendfast.tasks.load import load_task
 from mendfast.training.processes import Processes
 
@@ -69,18 +69,59 @@ def test_the_best_rate_is_chosen(editor, data, monkeypatch):  # noqa: F811
     scores = {1e-4: (0.1, 1.0), 3e-4: (0.5, 0.8), 1e-3: (0.5, 0.9), 3e-3: (0.4, 0.9), 1e-2: (0.0, 0.1)}
     seen = []
 
-    def score(system, before):
+    def tally(system, before, groups):
         seen.append((system.learning_rate, system.max_steps))
-        return scores[system.learning_rate] if system.max_steps == 100 else (0.3, 1.0)
+        return Told(scores[system.learning_rate] if system.max_steps == 100 else (0.3, 1.0))
 
-    monkeypatch.setattr(choice, "_score", score)
+    monkeypatch.setattr(choice, "_tally", tally)
     found = choice.choose(system, before)
     assert (found["learning_rate"], found["max_steps"]) == (1e-3, 100) == (system.learning_rate, system.max_steps)
     assert seen == [*((rate, 100) for rate in RATES[FineTuning]), (1e-3, 25)]
     assert choice.choose(FineTuning(editor, 0.5), before, ("learning_rate", "max_steps")) is None
     monkeypatch.undo()
-    assert choice._score(FineTuning(editor, 0.0, 1), before) == (0.0, 1.0)
-    assert choice._score(FineTuning(editor, 1e-2, 50), before)[1] < 1.0
+    assert choice._tally(FineTuning(editor, 0.0, 1), before, range(2)).score() == (0.0, 1.0)
+    assert choice._tally(FineTuning(editor, 1e-2, 50), before, range(2)).score()[1] < 1.0
+
+
+class Told(Tally):
+    """A tally of one edit, whose score is given."""
+
+    def __init__(self, score, steps=100):
+        super().__init__(right=[True], steps=steps)
+        self.given = [score]
+
+    def __add__(self, other):
+        added = Told(None, max(self.steps, other.steps))
+        added.given = self.given + other.given
+        return added
+
+    def __radd__(self, other):
+        return self
+
+    def score(self):
+        return tuple(sum(part) / len(part) for part in zip(*self.given, strict=True))
+
+
+def test_of_many_edits_the_better_half_of_the_rates_goes_on(editor, data, monkeypatch):  # noqa: F811
+    """All rates on a quarter of them, the better half on as many more, the better half of those on the rest."""
+    task = load_task("qa", str(data))
+    choice = Choice(task.examples[:4], Questions(editor, task, unrelated=4), Processes())
+    seen = []
+
+    def tally(system, before, groups):
+        seen.append((system.learning_rate, system.max_steps, list(groups)))
+        # what looks best on the first edit is not on all of them
+        share = {1e-4: 0.1, 3e-4: 0.5, 1e-3: 0.8, 3e-3: 0.9, 1e-2: 0.0}[system.learning_rate]
+        return Told((share if system.learning_rate != 3e-3 or 0 in groups else 0.2, 1.0), steps=20)
+
+    monkeypatch.setattr(choice, "_tally", tally)
+    found = choice.choose(FineTuning(editor), Before(editor))
+    assert seen == [
+        *((rate, 100, [0]) for rate in RATES[FineTuning]),
+        *((rate, 100, [1]) for rate in (3e-4, 1e-3, 3e-3)),
+        *((rate, 100, [2, 3]) for rate in (1e-3, 3e-3)),
+    ]  # and a quarter of the steps, which none of the edits needed, would be the same again
+    assert (found["learning_rate"], found["max_steps"], found["trials"], found["edits"]) == (1e-3, 100, TRIALS, 4)
 
 
 # -- a sequence that is killed -----------------------------------------------------------------------------

@@ -257,3 +257,24 @@ def test_nothing_asked(tokenizer):
     assert generate_answers(editor, []) == []
     with pytest.raises(ValueError, match="max_new_tokens is 0"):
         generate_answers(editor, ["Rome"], 0)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "t5"])
+def test_an_answer_is_cut_where_it_will_do(name, tokenizer):
+    """It begins what it would be; the others are whole."""
+    editor = editor_of(name, tokenizer, append_eos=True)
+    editor.model.generation_config.eos_token_id = None
+    prompts = [f"What is the capital of {rest}" for rest in ("France?", "Rome", "Paris Rome Berlin?", "Madrid? Paris")]
+    whole = generate_answers(editor, prompts, 20)
+    seen = []
+
+    def enough(text):
+        seen.append(text)
+        return len(text) >= 6
+
+    found = generate_answers(editor, prompts, 20, enough=[None, enough, None, lambda text: True])
+    assert [found[0], found[2]] == [whole[0], whole[2]]
+    for short, long in zip(found[1::2], whole[1::2], strict=True):
+        assert short.ids == long.ids[: len(short.ids)] and len(long.ids) == 20
+    assert seen and (len(found[1].ids) < 20) == (name != "t5" and len(whole[1].text) >= 6)
+    assert name == "t5" or found[3].ids == ()

@@ -229,6 +229,42 @@ def test_answers_of_before_are_made_once(editor, monkeypatch):
         measure(Rewriting(editor, {}), [])
 
 
+def test_expected_answers_are_made_with_the_first(editor, monkeypatch):
+    from mendfast.baselines import measure as module
+
+    asked, generate = [], module.generate_answers
+    monkeypatch.setattr(module, "generate_answers", lambda subject, prompts, *more, **options: (
+        asked.append(list(prompts)), generate(subject, prompts, *more, **options))[1])  # fmt: skip
+    before = Before(editor)
+    before.expect(["near", "far"])
+    before.expect(["other", "far"])
+    assert [a.text for a in before.answers(["edit"], 5)] == ["texas"]
+    assert [a.text for a in before.answers(["far", "near"], 5)] == ["paris then", "rome"]
+    assert asked == [["edit", "near", "far", "other"]]
+    before.expect(["edit"])
+    before.answers(["paris", "near"], 5)
+    assert asked[1:] == [["paris"]]
+
+
+def test_a_part_of_the_running_text_is_read(editor):
+    batches = [batch for text in ("far paris then", "near rome", "edit texas") for batch in editor.text_batches([text])]
+    for batch in batches:
+        batch["labels"] = batch["input_ids"].clone()
+    before = Before(editor, batches)
+    assert before.parts == 3
+    for part, text in enumerate(("far paris then", "near rome", "edit texas")):
+        one = Before(editor, batches[part : part + 1])
+        found = [
+            measure(Rewriting(editor, AFTER), [("edit", "paris")], before=known, part=i, generate=False).figures
+            for known, i in ((before, part), (one, None))
+        ]
+        for name in ("perplexity_rise", "text_kl"):
+            assert found[0][name] == pytest.approx(found[1][name]), text
+    whole = measure(Rewriting(editor, AFTER), [("edit", "paris")], before=before, generate=False).figures
+    assert whole["text_kl"] == pytest.approx((KL_FAR / 2 + KL_NEAR + kl(
+        (0.6, *[0.4 / 8] * 8), (0.3 / 8, 0.7, *[0.3 / 8] * 7))) / 3, rel=1e-4)  # fmt: skip
+
+
 @pytest.mark.parametrize("name", ["gpt2", "llama", "t5"])
 def test_figures_by_plain_code(name, tokenizer):
     """One edit by fine-tuning, measured, then made again and asked with nothing but transformers."""

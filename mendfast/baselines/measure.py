@@ -1,17 +1,17 @@
-"""One edit of a system in figures, and figures of many edits with their intervals."""
+"""One edit of a system in figures."""
 
 from __future__ import annotations
 
 import contextlib
-import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
-import numpy as np
 import torch
 
 from .. import ops
-from ..answers import contains, exact_match, first_sentence, yes_or_no
+from ..answers import can_match, contains, exact_match, first_sentence, first_word, has_got, yes_or_no
 from ..editable import EditableModel
 from ..generation import Answer, agreed, answer, follow, generate_answers
 from ..labels import IGNORE, encode_prompt, has_template
@@ -19,47 +19,18 @@ from ..metrics import Pair, Told, perplexity, tell
 from ..objective import Batch, Below, Rows, per_sample_mean, target_rows, to_device
 from ..training.cache import PrefixCache
 from ..training.memory import PeakMemory
+from .figures import FIGURES, Interval, bootstrap, summarise
 from .system import System
 
-FIGURES = {
-    "edit_success": "share of the edits and their rephrasings answered with all target tokens, teacher-forced",
-    "efficacy": "the same, of the edits alone",
-    "generality": "the same, of the rephrasings alone",
-    "exact_match": "share of the edits whose generated answer is the target, but for case, articles and punctuation",
-    "rephrase_exact_match": "the same, of the rephrasings",
-    "contains": "share of the edits and their rephrasings with the target in the generated answer, as whole words",
-    "first_sentence": "share of the edits whose generated answer's first sentence is the target",
-    "never_stopped": "share of the edits and their rephrasings whose generated answer did not end by itself",
-    "exact_match_plain": "exact_match, asked in plain text (of an editor whose form is chat)",
-    "exact_match_chat": "exact_match, asked through the chat template (of an editor whose form is plain)",
-    "exact_match_system": "exact_match, asked in a chat under a system prompt",
-    "drawdown": "accuracy on locality inputs before the edit less that after it, teacher-forced",
-    "unchanged": "share of the locality inputs whose generated answer is what it was before the edit",
-    "unchanged_relation": "the same, of inputs of the edit's relation and other subjects",
-    "unchanged_subject": "the same, of inputs of the edit's subject and other relations",
-    "leaked": "share of the locality inputs whose generated answer has got a target of the edit in it, by the 24th "
-    "token after it parts from what it was",
-    "first_choice_changed": "share of the tokens of those answers before the edit that are no longer the first choice",
-    "kl": "KL(before || after) at the first 16 tokens of those answers, mean over each input's, then over inputs",
-    "ppl_drawdown": "perplexity of the locality inputs' answers in the data after the edit less that before it",
-    "perplexity_rise": "perplexity of running text after the edit less that before it",
-    "text_kl": "KL(before || after) on running text, mean over each text's tokens, then over texts",
-    "portability": "share of the questions that follow from the edit answered right, teacher-forced",
-    "portability_exact_match": "the same, of their generated answers, as exact_match",
-    "premises": "share of the questions whether something is true that are answered right with yes or no",
-    "already": "share of the edits whose target was the answer before, teacher-forced",
-    "seconds": "wall time of the edit, all simultaneous ones together",
-    "peak_bytes": "memory at the edit's peak beyond what was held before it",
-}
-"""What :func:`measure` gives, and means. Those that there is no data for are absent."""
+__all__ = [
+    "FIGURES", "Before", "Interval", "Outcome", "PeakMemory", "bootstrap", "measure", "other_forms", "summarise",
+]  # fmt: skip
 
 KL_TOKENS = 16
 PREMISE_TOKENS = 8
 """Of an answer of yes or no, which is judged by its first word."""
 LEAK_TOKENS = 24
 """After an answer that must stay has parted from what it was."""
-BEYOND = 12
-"""Tokens longer than the target at which an answer that is asked for exact_match alone can't be it any more."""
 CACHED = 1 << 29
 """Bytes of states below the edited layers that are kept: what is asked again of other edits and systems."""
 SYSTEM_PROMPT = "system:You answer questions."
@@ -85,6 +56,11 @@ class Before:
 
     Args:
         texts: running text that edits must leave alone; its logits are held, tokens times vocabulary.
+
+    Attributes:
+        parts: how many batches the running text is; :func:`measure` may be told to read one of them.
+        unedited: for a batch a block in which a pass of the unedited model takes from what was computed before all
+            that its blocks give.
     """
 
     def __init__(self, subject: EditableModel, texts: Sequence[str | Pair | Batch] = ()):
@@ -92,8 +68,13 @@ class Before:
         self._answers: dict[tuple[str, int], Answer] = {}
         self._told: dict[Pair, tuple[bool, torch.Tensor]] = {}
         self._batches = [to_device(batch, subject.device) for batch in subject.text_batches(texts)]
-        self._texts: list[Rows] | None = None
+        self.parts = len(self._batches)
+        self._texts: dict[int, tuple[Rows, torch.Tensor]] = {}
         self._caches: dict[tuple[str, ...], PrefixCache] = {}
+        self._expected: dict[str, None] = {}
+        self.unedited: Below = contextlib.nullcontext
+        if subject.kind != "classifier":
+            self.unedited = PrefixCache(subject.model, [], CACHED).replayed
 
     def below(self, system: System) -> Below:
         """For a batch a block in which a pass, whether or not it is edited by ``system``, takes what the blocks below
@@ -116,34 +97,40 @@ class Before:
     def answers(self, prompts: Sequence[str], max_new_tokens: int) -> list[Answer]:
         """Each prompt's generated answer."""
         keys = [(prompt, max_new_tokens) for prompt in prompts]
-        if new := [key for key in dict.fromkeys(keys) if key not in self._answers]:
+        if not all(key in self._answers for key in keys):
+            keys += [(prompt, max_new_tokens) for prompt in self._expected]
+            self._expected = {}
+            new = [key for key in dict.fromkeys(keys) if key not in self._answers]
             given = generate_answers(self.subject, [prompt for prompt, _ in new], max_new_tokens)
             self._answers |= dict(zip(new, given, strict=True))
-        return [self._answers[key] for key in keys]
+        return [self._answers[prompt, max_new_tokens] for prompt in prompts]
 
-    def told(self, pairs: Sequence[Pair], below: Below = contextlib.nullcontext) -> tuple[torch.Tensor, float]:
+    def expect(self, prompts: Iterable[str]) -> None:
+        """When the first answer is asked for that isn't known, make those to ``prompts`` with it: a step costs little
+        more for many answers than for one."""
+        self._expected |= dict.fromkeys(prompts)
+
+    def told(self, pairs: Sequence[Pair]) -> tuple[torch.Tensor, float]:
         """Whether each pair is answered right, teacher-forced ([N] float), and the perplexity of all their tokens."""
         if new := [pair for pair in dict.fromkeys(pairs) if pair not in self._told]:
-            found = tell(self.subject, new, logits=False, below=below)
+            found = tell(self.subject, new, logits=False, below=self.unedited)
             for i, (pair, right) in enumerate(zip(new, found.correct.tolist(), strict=True)):
                 self._told[pair] = right, found.nll[found.sample == i].cpu()
         right, losses = zip(*(self._told[pair] for pair in pairs), strict=True)
         return torch.tensor(right).float(), perplexity(torch.cat(losses))
 
-    def texts(self) -> list[Rows]:
-        """Logits at every token of each batch of running text."""
-        if self._texts is None:
-            self._texts = self.read()
-        return self._texts
+    def text(self, part: int) -> tuple[Rows, torch.Tensor]:
+        """Of a batch of running text the logits at every token, and the tokens' negative log-likelihoods."""
+        if part not in self._texts:
+            rows = self.read(part, self.unedited)
+            self._texts[part] = rows, ops.token_nll_rows(rows.logits, rows.labels)
+        return self._texts[part]
 
     @torch.no_grad()
-    def read(self, below: Below = contextlib.nullcontext) -> list[Rows]:
-        """What :meth:`texts` holds, of the model as it is now."""
-        found = []
-        for batch in self._batches:
-            with below(batch):
-                found.append(target_rows(self.subject.model, batch))
-        return found
+    def read(self, part: int, below: Below = contextlib.nullcontext) -> Rows:
+        """The rows that :meth:`text` holds, of the model as it is now."""
+        with below(self._batches[part]):
+            return target_rows(self.subject.model, self._batches[part])
 
 
 def measure(
@@ -161,6 +148,7 @@ def measure(
     forms: Sequence[str] = (),
     max_new_tokens: int = 64,
     in_turn: bool = False,
+    part: int | None = None,
 ) -> Outcome:
     """Make one edit, or several simultaneous ones, ask, and take it back; :data:`FIGURES` says what comes out.
 
@@ -183,6 +171,7 @@ def measure(
         forms: other forms to ask the edits in, of :func:`other_forms`.
         max_new_tokens: of each answer; the same for all, whatever the target.
         in_turn: make the edits one after the other, and ask after the last.
+        part: read that batch of ``before``'s running text alone.
 
     Raises:
         ValueError: no requests; a ``before`` of another model; whatever the system's edit raises.
@@ -194,9 +183,11 @@ def measure(
     if not before.serves(editor):
         raise ValueError("before is of another model or way of asking than the system's; make one for its subject.")
     below = before.below(system)
-    already, _ = before.told(requests, below)
-    base = before.told(locality, below) if locality else None
-    texts = before.texts()
+    already, _ = before.told(requests)
+    base = before.told(locality) if locality else None
+    texts = range(before.parts) if part is None else [part]
+    for i in texts if before.parts else ():
+        before.text(i)
     said = before.answers(show, max_new_tokens)
     others = None
     if generate:
@@ -223,33 +214,35 @@ def measure(
             after = tell(editor, locality, logits=False, below=below)
             figures["drawdown"] = (base[0] - after.correct.float().cpu()).mean().item()
             figures["ppl_drawdown"] = after.perplexity() - base[1]
-        if texts:
-            figures |= _text_figures(texts, before.read(below))
+        if before.parts:
+            figures |= _text_figures(before, texts, below)
         if generate:
             # one batch of all that is asked: a step costs little more for many answers than for one
             asking = _Asking(editor, max_new_tokens)
-            starts = _target_starts(editor, pairs, told)
-            enough = [len(editor.tokenizer(target)["input_ids"]) + BEYOND for _, target in pairs]
-            tokens = [max_new_tokens] * (n + r) + enough[n + r :]
-            first = asking.add([prompt for prompt, _ in pairs], starts, tokens=tokens)
+            starts, targets = _target_starts(editor, pairs, told), [target for _, target in pairs]
+            matched = [_no_match(target) for target in targets]
+            first = asking.add([prompt for prompt, _ in pairs], starts, enough=[None] * (n + r) + matched[n + r :])
             others.follow()
-            parted = asking.add(*others.parted())
-            formed = {form: asking.add([p for p, _ in requests], form=form, tokens=enough[:n]) for form in forms}
-            judged = asking.add([prompt for prompt, _ in premises], tokens=[PREMISE_TOKENS] * len(premises))
+            parted = asking.add(*others.parted(targets[:n]))
+            formed = {form: asking.add([p for p, _ in requests], form=form, enough=matched[:n]) for form in forms}
+            judged = asking.add(
+                [prompt for prompt, _ in premises], tokens=[PREMISE_TOKENS] * len(premises),
+                enough=[first_word] * len(premises),
+            )  # fmt: skip
             again = {prompt: i for i, (prompt, _) in enumerate(pairs[: n + r])}
             known = dict(zip(others.prompts, others.starts, strict=False))
             again |= {p: asking.add([p], [known.get(p, ())]).start for p in show if p not in again}
             given = asking.answers()
-            spoken, targets = given[first], [target for _, target in requests]
-            exact = [exact_match(a.text, target) for a, target in zip(spoken, targets, strict=False)]
+            spoken = given[first]
+            exact = [exact_match(a.text, target) for a, target in zip(spoken, targets[:n], strict=False)]
             figures |= _spoken(spoken, pairs, n, r)
             for form, place in formed.items():
                 name = f"exact_match_{form.partition(':')[0]}"
-                figures[name] = _mean(exact_match(a.text, t) for a, t in zip(given[place], targets, strict=True))
+                figures[name] = _mean(exact_match(a.text, t) for a, t in zip(given[place], targets, strict=False))
             if premises:
                 truths = [truth for _, truth in premises]
                 figures["premises"] = _mean(yes_or_no(a.text) is t for a, t in zip(given[judged], truths, strict=True))
-            figures |= others.figures(targets, given[parted])
+            figures |= others.figures(targets[:n], given[parted])
             now = [given[again[prompt]].text for prompt in show]
         else:
             now = answer(editor, show, max_new_tokens)
@@ -305,16 +298,23 @@ def _spoken(given: Sequence[Answer], pairs: Sequence[Pair], n: int, r: int) -> d
     return figures
 
 
-def _text_figures(before: Sequence[Rows], after: Sequence[Rows]) -> dict[str, float]:
-    losses, divergences = ([], []), []
-    for rows in zip(before, after, strict=True):
-        for found, one in zip(losses, rows, strict=True):
-            found.append(ops.token_nll_rows(one.logits, one.labels))
-        size = int(rows[0].sample.max()) + 1
-        kl = ops.kl_divergence_rows(rows[0].logits, rows[1].logits)
-        divergences.append(per_sample_mean(kl, rows[0].sample, size))
-    old, new = (perplexity(torch.cat(found)) for found in losses)
-    return {"perplexity_rise": new - old, "text_kl": torch.cat(divergences).mean().item()}
+def _text_figures(before: Before, parts: Iterable[int], below: Below) -> dict[str, float]:
+    old, new, divergences = [], [], []
+    for part in parts:
+        (was, losses), now = before.text(part), before.read(part, below)
+        old.append(losses)
+        new.append(ops.token_nll_rows(now.logits, now.labels))
+        kl = ops.kl_divergence_rows(was.logits, now.logits)
+        divergences.append(per_sample_mean(kl, was.sample, int(was.sample.max()) + 1))
+    return {
+        "perplexity_rise": perplexity(torch.cat(new)) - perplexity(torch.cat(old)),
+        "text_kl": torch.cat(divergences).mean().item(),
+    }
+
+
+def _no_match(target: str) -> Callable[[str], bool]:
+    """Whether an answer that begins so can't be the target."""
+    return lambda said: not can_match(said, target)
 
 
 class _Asking:
@@ -326,30 +326,36 @@ class _Asking:
         self.starts: list[tuple[int, ...]] = []
         self.forms: list[str | None] = []
         self.tokens: list[int] = []
+        self.enough: list[Callable[[str], bool] | None] = []
 
     def add(
         self,
         prompts: Sequence[str],
         starts: Sequence[tuple[int, ...]] | None = None,
         tokens: Sequence[int] | None = None,
+        enough: Sequence[Callable[[str], bool] | None] | None = None,
         *,
         form: str | None = None,
     ) -> slice:
         """Where these prompts' answers will be.
 
-        ``tokens``: how many of each are enough to judge it, of the most that there may be.
+        ``tokens``: how many of each are enough to judge it, of the most that there may be; ``enough``: whether its
+        first words are.
         """
         place = slice(len(self.prompts), len(self.prompts) + len(prompts))
         self.prompts += prompts
         self.starts += starts or [()] * len(prompts)
         self.forms += [form] * len(prompts)
-        self.tokens += [min(self.limit, enough) for enough in tokens or [self.limit] * len(prompts)]
+        self.tokens += [min(self.limit, most) for most in tokens or [self.limit] * len(prompts)]
+        self.enough += enough or [None] * len(prompts)
         return place
 
     def answers(self) -> list[Answer]:
         if not self.prompts:
             return []
-        return generate_answers(self.subject, self.prompts, self.tokens, self.forms, starts=self.starts)
+        return generate_answers(
+            self.subject, self.prompts, self.tokens, self.forms, starts=self.starts, enough=self.enough
+        )
 
 
 class _Others:
@@ -376,7 +382,7 @@ class _Others:
         self.ids = [a.ids for a in self.said]
         if self.n:
             self.rows = self._early(
-                follow(subject, self.prompts[: self.n], self.ids[: self.n], first=KL_TOKENS, below=below)
+                follow(subject, self.prompts[: self.n], self.ids[: self.n], first=KL_TOKENS, below=before.unedited)
             )
 
     def _early(self, rows: Rows) -> Rows:
@@ -411,11 +417,18 @@ class _Others:
             self.starts = agreed(chosen, rows.labels, rows.sample, len(self.prompts))
             self.kept = [start == ids for start, ids in zip(self.starts, self.ids, strict=True)]
 
-    def parted(self) -> tuple[list[str], list[tuple[int, ...]], list[int]]:
-        """The questions that are answered otherwise now, how their answers begin, and how much of them tells a leak."""
-        changed = [i for i in range(self.n) if not self.kept[i]]
-        starts = [self.starts[i] for i in changed]
-        return [self.prompts[i] for i in changed], starts, [len(start) + LEAK_TOKENS for start in starts]
+    def parted(self, targets: Sequence[str]) -> tuple[Sequence[Any], ...]:
+        """The questions that are answered otherwise now, how their answers begin, and how much of them tells a leak:
+        what had a target in it before leaks none."""
+        self.asked = [
+            i for i in range(self.n) if not self.kept[i] and not all(contains(self.said[i].text, t) for t in targets)
+        ]
+        starts = [self.starts[i] for i in self.asked]
+        enough = []
+        for i in self.asked:
+            new = [target for target in targets if not contains(self.said[i].text, target)]
+            enough.append(partial(has_got, target=new))
+        return [self.prompts[i] for i in self.asked], starts, [len(start) + LEAK_TOKENS for start in starts], enough
 
     def figures(self, targets: Sequence[str], now: Sequence[Answer]) -> dict[str, float]:
         """Given what the edited model answers to those that :meth:`parted` names."""
@@ -424,55 +437,10 @@ class _Others:
             if self.kept[span]:
                 figures[f"unchanged{kind}"] = _mean(self.kept[span])
         if self.n:
-            said = [a for a, kept in zip(self.said[: self.n], self.kept, strict=False) if not kept]
+            said = [self.said[i] for i in self.asked]
             leaks = [
                 any(contains(b.text, target) and not contains(a.text, target) for target in targets)
                 for a, b in zip(said, now, strict=True)
             ]
             figures["leaked"] = sum(leaks) / self.n
         return figures
-
-
-# -- many edits --------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A mean over edits and its confidence interval."""
-
-    mean: float
-    low: float
-    high: float
-    n: int
-
-    def to_dict(self) -> dict[str, float | int]:
-        return asdict(self)
-
-
-def bootstrap(values: Sequence[float], *, seed: int = 0, resamples: int = 1000, level: float = 0.95) -> Interval:
-    """The mean, with the percentile interval of means of resamples (Efron and Tibshirani 1993, section 13.3).
-
-    The same values and seed give the same interval.
-
-    Raises:
-        ValueError: no values.
-    """
-    if not len(values):
-        raise ValueError("There are no values to resample; pass at least one.")
-    array = np.asarray(values, dtype=np.float64)
-    rng = np.random.default_rng(seed)
-    means = [array[rng.integers(len(array), size=len(array))].mean() for _ in range(resamples)]
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return Interval(float(array.mean()), float(low), float(high), len(array))
-
-
-def summarise(rows: Sequence[Mapping[str, float | None]], *, seed: int = 0) -> dict[str, Interval]:
-    """Each of :data:`FIGURES` over the edits that have it as a finite number; peaks are maxima, not means."""
-    found = {}
-    for name in FIGURES:
-        values = [row[name] for row in rows if row.get(name) is not None and math.isfinite(row[name])]
-        if values and name == "peak_bytes":
-            found[name] = Interval(max(values), max(values), max(values), len(values))
-        elif values:
-            found[name] = bootstrap(values, seed=seed)
-    return found

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from .. import ops
-from ..capture import frozen, undone
+from ..capture import ended_after, frozen, undone
 from ..choice import mlp_outputs
 from ..editable import EditableModel
 from ..editor import METRIC_FILE
@@ -36,6 +36,16 @@ TINY = 1e-6
 """A ridge on C, in units of its trace: what few protected words leave out has no inverse."""
 LEARNED_FROM = 512
 """Locality inputs of the training data that C is taken from, where it is taken from those."""
+
+
+TOGETHER = 64
+"""Texts that are sampled at once."""
+
+
+def as_kept(metric: Metric) -> Metric:
+    """As its file holds it: what is loaded edits as what was saved does."""
+    moments = {name: SecondMoment.from_state(*moment.state()) for name, moment in metric.moments.items()}
+    return Metric(moments, metric.model_type, metric.tokens)
 
 
 class Fact(NamedTuple):
@@ -66,7 +76,7 @@ class Rome(System):
         kl, decay: weights of the loss.
         clamp: the longest change of v, in lengths of v0.
         prefixes: beginnings, beside none.
-        words: texts of the model's own that C is taken from.
+        words: texts of the model's own that C is taken from, of up to 64 tokens for each turn.
     """
 
     key, name, fitted = "rome", "ROME", False
@@ -84,7 +94,7 @@ class Rome(System):
         decay: float = 0.5,
         clamp: float = 4.0,
         prefixes: int = 5,
-        words: int = 200,
+        words: int = 64,
     ):
         super().__init__(subject)
         if subject.kind != "causal":
@@ -99,6 +109,7 @@ class Rome(System):
         self.steps, self.learning_rate, self.prefixes = steps, learning_rate, prefixes
         self.kl, self.decay, self.clamp, self.words = kl, decay, clamp, words
         self.metric: Metric | None = None
+        self._ridged: dict[str, torch.Tensor] = {}
         self._beginnings: list[str] | None = None
 
     # -- once ----------------------------------------------------------------------------------------------
@@ -108,11 +119,15 @@ class Rome(System):
         model, subject = self.subject.model, self.subject
         own: Sequence[str | tuple[str, str] | Batch] = texts or ()
         if texts is None:
-            own = own_words(model, subject.tokenizer, samples=self.words, chat=subject.chat)
-        seen = observe(model, self.layers, subject.text_batches(own))
-        # C as its file holds it: what is loaded edits as what was saved does
-        moments = {name: SecondMoment.from_state(*moment.state()) for name, moment in seen.moments.items()}
-        self.metric = Metric(moments, seen.model_type, seen.tokens)
+            own = own_words(
+                model, subject.tokenizer, samples=self.words, batch_size=TOGETHER, chat=subject.chat
+            )
+        self.protect_with(as_kept(observe(model, self.layers, subject.text_batches(own))))
+
+    def protect_with(self, metric: Metric) -> None:
+        """Take C from ``metric``, which may hold that of other layers too."""
+        metric.check(self.layers, self.subject.model.config.model_type)
+        self.metric, self._ridged = metric, {}
 
     def prepare(self) -> None:
         if self.metric is None:
@@ -152,9 +167,7 @@ class Rome(System):
         self.metric.save(Path(directory) / METRIC_FILE)
 
     def load(self, directory: str | Path) -> None:
-        metric = Metric.load(Path(directory) / METRIC_FILE)
-        metric.check(self.layers, self.subject.model.config.model_type)
-        self.metric = metric
+        self.protect_with(Metric.load(Path(directory) / METRIC_FILE))
 
     # -- for each edit -------------------------------------------------------------------------------------
 
@@ -171,31 +184,37 @@ class Rome(System):
     def _write(self, facts: Sequence[Fact]) -> None:
         (layer,) = self.layers
         for fact in facts:
-            key = self._keys([fact], layer)[0]
-            value = self.value(fact, layer.module)
+            key, origin = self._seen(fact, layer, layer.module, FrozenPrefix(self.subject.model, self.layers))
+            value = self.value(fact, layer.module, origin)
             with torch.no_grad():
                 self._add(layer, *self.rank_one(layer, key, value))
 
     def rank_one(self, layer: Layer, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """u [1, m] and d [1, n] of W <- W + d^T u, under which W k = v (the bias included)."""
-        assert self.metric is not None
-        c = self.metric.moments[layer.name].matrix().to(key.device).double()
-        c.diagonal().add_(TINY * c.trace())
-        u = torch.linalg.solve(c, key.double())
+        u = torch.cholesky_solve(key.double()[:, None], self._factor(layer).to(key.device))[:, 0]
         missing = value.double() - layer.module(key.to(layer.weight.dtype)).double()
         return (u / (u @ key.double()))[None].float(), missing[None].float()
+
+    def _factor(self, layer: Layer) -> torch.Tensor:
+        """Cholesky's, [m, m] float64, of C with its ridge: the same for every edit."""
+        if layer.name not in self._ridged:
+            assert self.metric is not None
+            c = self.metric.moments[layer.name].matrix().double()
+            c.diagonal().add_(TINY * c.trace())
+            self._ridged[layer.name] = torch.linalg.cholesky(c)
+        return self._ridged[layer.name]
 
     @staticmethod
     def _add(layer: Layer, u: torch.Tensor, d: torch.Tensor) -> None:
         ops.rank1_update_(layer.weight.data, u.contiguous(), d.contiguous(), -1.0, layout=layer.layout)
 
-    def value(self, fact: Fact, site: nn.Module) -> torch.Tensor:
-        """[n]: what ``site`` should give at the subject's last token, so that the model gives the target."""
+    def value(self, fact: Fact, site: nn.Module, origin: torch.Tensor) -> torch.Tensor:
+        """[n]: what ``site`` should give at the subject's last token, so that the model gives the target, and not the
+        ``origin`` that it gives."""
         model, size = self.subject.model, len(fact.place)
         with frozen(model):
             with torch.no_grad():
                 base = self._last(fact.essence).log_softmax(-1)
-            origin = self._output(site, fact)
             change = torch.zeros_like(origin, requires_grad=True)
             optimizer = torch.optim.Adam([change], lr=self.learning_rate)
             longest = self.clamp * origin.norm()
@@ -217,41 +236,39 @@ class Rome(System):
         return (origin + change).detach()
 
     @torch.no_grad()
-    def _output(self, site: nn.Module, fact: Fact) -> torch.Tensor:
-        """[n]: what ``site`` gives at the subject's last token, of the prompt without a beginning."""
-        found: list[torch.Tensor] = []
+    def _seen(
+        self, fact: Fact, layer: Layer, site: nn.Module, below: FrozenPrefix
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """At the subject's last token the layer's input, mean over the beginnings, [m], and what ``site`` gives of the
+        prompt without one, [n]. What stands behind that token, and above the last of the blocks, is not run.
 
-        def look(x: torch.Tensor) -> torch.Tensor:
-            found.append(x[0].float())
-            return x
+        ``below``: of the fact; keeps what the blocks below the edited ones give.
+        """
+        keys: list[torch.Tensor] = []
+        states: list[torch.Tensor] = []
 
-        with _at(site, fact.place, look):
-            target_rows(self.subject.model, fact.batch)
-        return found[0]
+        def read(module: nn.Module, args: tuple) -> None:
+            keys.append(args[0])
+
+        def written(module: nn.Module, args: tuple, output: torch.Tensor | tuple) -> None:
+            states.append(output[0] if isinstance(output, tuple) else output)
+
+        model, size, width = self.subject.model, len(fact.place), int(fact.place.max()) + 1
+        batch = {name: fact.batch[name][:, :width] for name in ("input_ids", "attention_mask")}
+        with frozen(model), undone() as changes:
+            changes.hook(layer.module, read, before=True)
+            changes.hook(site, written)
+            with below.kept(), ended_after(self.last):
+                kept_rows(model, batch)
+        place = fact.place.to(keys[0].device)
+        key = keys[0].reshape(size, -1, layer.m)[torch.arange(size, device=place.device), place].float().mean(0)
+        return key, states[0].reshape(size, width, -1)[0, fact.place[0]].float()
 
     def _last(self, batch: Batch) -> torch.Tensor:
         """The logits after the last token of one text, [V] float32."""
         keep = torch.zeros_like(batch["attention_mask"], dtype=torch.bool)
         keep[0, -1] = True
         return kept_rows(self.subject.model, batch, keep).logits[0].float()
-
-    @torch.no_grad()
-    def _keys(self, facts: Sequence[Fact], layer: Layer) -> torch.Tensor:
-        """[facts, m]: the layer's input at each subject's last token, mean over the beginnings."""
-        keys = []
-        with frozen(self.subject.model):
-            for fact in facts:
-                seen: list[torch.Tensor] = []
-
-                def look(module: nn.Module, args: tuple, seen: list[torch.Tensor] = seen) -> None:
-                    seen.append(args[0])
-
-                with undone() as changes:
-                    changes.hook(layer.module, look, before=True)
-                    target_rows(self.subject.model, fact.batch)
-                x = seen[0].reshape(len(fact.place), -1, layer.m)
-                keys.append(x[torch.arange(len(x)), fact.place.to(x.device)].float().mean(0))
-        return torch.stack(keys)
 
     def _fact(self, request: EditRequest) -> Fact:
         subject = self.subjects.get(request.prompt)
@@ -313,7 +330,7 @@ class Memit(Rome):
         decay: float = 0.5,
         clamp: float = 0.75,
         prefixes: int = 5,
-        words: int = 200,
+        words: int = 64,
         weight: float = 15000.0,
     ):
         super().__init__(
@@ -327,13 +344,21 @@ class Memit(Rome):
 
     def _write(self, facts: Sequence[Fact]) -> None:
         assert self.metric is not None
-        values = torch.stack([self.value(fact, self.last) for fact in facts])
+        model = self.subject.model
+        belows = [FrozenPrefix(model, self.layers) for _ in facts]
+
+        def seen(layer: Layer) -> tuple[torch.Tensor, torch.Tensor]:
+            found = [self._seen(fact, layer, self.last, below) for fact, below in zip(facts, belows, strict=True)]
+            keys, states = zip(*found, strict=True)
+            return torch.stack(keys), torch.stack(states)
+
+        keys, states = seen(self.layers[0])
+        values = torch.stack([self.value(fact, self.last, origin) for fact, origin in zip(facts, states, strict=True)])
         for i, layer in enumerate(self.layers):
+            if i:
+                keys, states = seen(layer)
             with torch.no_grad():
-                with frozen(self.subject.model):
-                    states = torch.stack([self._output(self.last, fact) for fact in facts])
                 lacking = (values - states) / (len(self.layers) - i)
-                keys = self._keys(facts, layer)
                 spectrum = self.metric.spectrum(layer.name).to(keys.device)
                 u, delta = ops.least_squares(keys, lacking, spectrum, TINY * self.weight, self.weight)
                 self._add(layer, u, -delta)

@@ -24,7 +24,6 @@ from ..baselines.mend import Mend
 from ..baselines.rome import Rome
 from ..editor import MendEditor
 from ..files import atomic_write, read_json_bytes
-from ..own_words import own_words
 from ..schema import check_object, check_settings, parse_json
 from ..tasks.load import load_task
 from ..tasks.records import Example, Problem
@@ -40,6 +39,7 @@ from .eval_settings import SEEDS, EvalSettings, is_fitted
 from .harness import Harness
 from .journal import Journal
 from .loading import load_editor
+from .protected import Protected
 from .questions import Questions
 from .rates import Choice, chosen_by
 
@@ -101,7 +101,7 @@ def evaluate(
     fitting = _Fitting(editor, settings, read, processes) if settings.train_data is not None else None
     journal = Journal(settings.output, settings.in_common(), processes)
     harness = Harness(settings.harness, settings.harness_limit) if settings.harness else None
-    run = _Run(editor, settings, processes, journal, examples, questions, sizes, fitting, choice, harness)
+    run = _Run(editor, settings, processes, journal, keys, examples, questions, sizes, fitting, choice, harness)
     started = time.perf_counter()
     for key in keys:
         run.system(key)
@@ -195,6 +195,7 @@ class _Run:
         settings: EvalSettings,
         processes: Processes,
         journal: Journal,
+        keys: Sequence[str],
         examples: Sequence[Example],
         questions: Questions,
         sizes: Sequence[int],
@@ -205,8 +206,9 @@ class _Run:
         self.editor, self.settings, self.processes, self.journal = editor, settings, processes, journal
         self.examples, self.questions, self.sizes = examples, questions, sizes
         self.fitting, self.choice, self.harness = fitting, choice, harness
-        self.words: dict[int, Any] = {}  # the model's own, by their number: ROME and MEMIT take C from the same
+        self.protected = Protected(settings, keys, processes)
         self.before: Before | None = None  # what is known of the unedited model
+        self._asked: dict[tuple[int, int], dict[str, Any]] = {}
         self.in_turn = settings.table == "sequential"
 
     def system(self, key: str) -> None:
@@ -222,17 +224,13 @@ class _Run:
         if self.before is None or not self.before.serves(system.subject):
             self.before = Before(system.subject, self.questions.texts())
         if isinstance(system, Rome):
-            if system.words not in self.words:
-                self.words[system.words] = own_words(
-                    system.subject.model, system.subject.tokenizer, samples=system.words, chat=system.subject.chat,
-                    progress=None if processes.main else False,
-                )  # fmt: skip
-            system.protect(self.words[system.words])
+            system.protect_with(self.protected.metric(system))
         self._choose(system)
         for size in self.sizes:
             how = "in turn" if self.in_turn else "at once"
             many = f"{system.name}, {size} {how}" if size > 1 else system.name
             mine = range(processes.rank, groups[size], processes.count)
+            self.before.expect(prompt for i in mine for prompt in self._said(size, i))
             bar = tqdm(mine, many, disable=None if processes.main else True)
             for i in bar:
                 if (key, size, i) not in journal:
@@ -258,17 +256,40 @@ class _Run:
         return [part for example in self.examples[i * size : (i + 1) * size] for part in example.parts]
 
     def _measure(self, system: System, size: int, i: int) -> None:
-        group = self._group(size, i)
-        rng = random.Random(f"{self.settings.seed}:{size}:{i}")
-        asked = self.questions.after(group, rng, brief=self.in_turn)
-        show = i < SHOWN and size == self.sizes[0]
+        group, asked = self._group(size, i), self._after(size, i)
+        show = self._shown(size, i)
         place = {"system": system.key, "k": size, "group": i}
         with contextlib.ExitStack() as stack:
             if self.in_turn and self.settings.output:
                 directory = Path(self.settings.output) / "unfinished"
                 stack.enter_context(sequences.kept(system, directory / f"{system.key}-{size}-{i}.safetensors"))
-            row = measure_group(system, group, asked, show=show, before=self.before, in_turn=self.in_turn)
+            row = measure_group(
+                system, group, asked, show=show, before=self.before, in_turn=self.in_turn, part=self._part(size, i)
+            )
             self.journal.add({**place, **row})
+
+    def _after(self, size: int, i: int) -> dict[str, Any]:
+        """What is asked after a group: the same of all systems."""
+        if (size, i) not in self._asked:
+            rng = random.Random(f"{self.settings.seed}:{size}:{i}")
+            self._asked[size, i] = self.questions.after(self._group(size, i), rng, brief=self.in_turn)
+        return self._asked[size, i]
+
+    def _part(self, size: int, i: int) -> int | None:
+        """Which part of the running text is read after a group: each has its turn, where there are groups enough."""
+        parts = self.before.parts
+        enough = self.settings.groups(size, len(self.examples)) >= parts > 0
+        return i % parts if enough else None
+
+    def _shown(self, size: int, i: int) -> bool:
+        return i < SHOWN and size == self.sizes[0]
+
+    def _said(self, size: int, i: int) -> list[str]:
+        """Questions that the unedited model is asked for a group."""
+        asked = self._after(size, i)
+        found = [prompt for prompt, _ in asked["locality"]]
+        found += [prompt for prompts in asked["near"].values() for prompt in prompts]
+        return found + (_to_show(self._group(size, i), asked) if self._shown(size, i) else [])
 
     def _prepare(self, key: str) -> System:
         if is_fitted(key, self.settings.table):
@@ -287,15 +308,15 @@ def measure_group(
     show: bool = False,
     before: Before | None = None,
     in_turn: bool = False,
+    part: int | None = None,
 ) -> dict[str, Any]:
     """One edit by all of ``group`` as a line of the journal; an edit that fails is a line too.
 
     ``asked``: as :meth:`mendfast.commands.questions.Questions.after` gives it.
     """
-    first = group[0]
+    first, shown = group[0], _to_show(group, asked)
     asked = dict(asked)
     others = [asked.pop(name) for name in ("rephrasings", "locality", "portability")]
-    shown = [first.prompt, *first.rephrasings[:1], *(prompt for prompt, _ in others[1][:1])]
     try:
         outcome = measure(
             system,
@@ -304,6 +325,7 @@ def measure_group(
             show=shown if show else (),
             before=before,
             in_turn=in_turn,
+            part=part,
             **asked,
         )
     except (ValueError, RuntimeError, ArithmeticError) as error:  # of the data, of memory: not of the program
@@ -319,6 +341,12 @@ def measure_group(
         row |= {"shown": [(kind, *rest) for kind, rest in zip(kinds, outcome.shown, strict=False)]}
         row |= {"target": first.target}
     return row
+
+
+def _to_show(group: Sequence[Example], asked: dict[str, Any]) -> list[str]:
+    """Of the first edit itself, a rephrasing, an unrelated question."""
+    first = group[0]
+    return [first.prompt, *first.rephrasings[:1], *(prompt for prompt, _ in asked["locality"][:1])]
 
 
 class _Fitting:

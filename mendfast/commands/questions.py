@@ -23,7 +23,9 @@ from ..types import IGNORE
 NEAR = 4
 """Neighbours of the same relation, and of the same subject, that are asked after an edit."""
 TEXTS, TEXT_TOKENS = 24, 96
-"""How much running text is read after each edit: its logits before and after are held."""
+"""How much running text there is: its logits before are held."""
+PART = 4
+"""Texts of it that are read after an edit, in turn, where there are edits enough for all of it to be read."""
 
 
 class Questions:
@@ -124,16 +126,17 @@ class Questions:
         return [(question, truth) for question, truth in found if not refusal(self.subject, question, "yes")]
 
     def texts(self) -> list[dict[str, torch.Tensor]]:
-        """Token batches of running text, each text cut to its first tokens."""
+        """Token batches of running text, of :data:`PART` texts, each cut to its first tokens."""
         subject = self.subject
         if self._text is not None:
             if subject.kind != "causal":
                 raise ValueError(f"--text is read by a causal language model; this is a {subject.kind}. Leave it out.")
-            batches = list(subject.text_batches(read_text(self._text, TEXTS)))
+            batches = list(subject.text_batches(read_text(self._text, TEXTS), PART))
         elif self._own:
             batches = own_words(
                 subject.model, subject.tokenizer, samples=TEXTS, max_new_tokens=TEXT_TOKENS, chat=subject.chat
             )
+            batches = [_rows(batch, i) for batch in batches for i in range(0, len(batch["input_ids"]), PART)]
         else:
             return []
         found = []
@@ -155,3 +158,7 @@ def _known(subject: EditableModel, task: Task, known: str | None, read: dict[str
     else:
         found = task.known()
     return [item for item in found if not refusal(subject, item.prompt, item.answer)]
+
+
+def _rows(batch: dict[str, torch.Tensor], start: int) -> dict[str, torch.Tensor]:
+    return {name: value[start : start + PART] for name, value in batch.items()}

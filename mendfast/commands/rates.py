@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -28,6 +29,8 @@ RATES = {
 }
 OTHERS, ANSWERED = 8, 16
 """Unrelated questions after each edit, and the tokens of their answers that must stay."""
+HALVED = 4
+"""Validation edits from which on not all rates are tried on all of them."""
 
 
 def chosen_by(kind: type[System], fixed: Sequence[str] = ()) -> tuple[tuple[float, ...], str | None]:
@@ -39,6 +42,32 @@ def chosen_by(kind: type[System], fixed: Sequence[str] = ()) -> tuple[tuple[floa
     return () if "learning_rate" in fixed else rates, None if steps in fixed else steps
 
 
+@dataclass
+class Tally:
+    """What a trial has been seen to do, over validation edits."""
+
+    right: list[bool] = field(default_factory=list)
+    kept: list[bool] = field(default_factory=list)
+    same: int = 0
+    tokens: int = 0
+    steps: int = 0
+    """The most that an edit took."""
+
+    def __add__(self, other: Tally) -> Tally:
+        return Tally(
+            self.right + other.right, self.kept + other.kept, self.same + other.same, self.tokens + other.tokens,
+            max(self.steps, other.steps),
+        )  # fmt: skip
+
+    def score(self) -> tuple[float, float]:
+        """The harmonic mean that is looked at, and the share of answers left whole."""
+        if not self.right:  # it broke the model
+            return 0.0, 0.0
+        success, stays = sum(self.right) / len(self.right), self.same / self.tokens if self.tokens else 1.0
+        mean = 2 * success * stays / (success + stays) if success + stays else 0.0
+        return mean, sum(self.kept) / len(self.kept) if self.kept else 1.0
+
+
 class Choice:
     """Chooses for one system after another; each trial is a rate, the last, of fine-tuning, a quarter of the steps.
 
@@ -46,6 +75,9 @@ class Choice:
     (teacher-forced), and of the first tokens of unrelated answers that stay the first choice. (Not of answers that stay
     whole: where every rate that edits touches all of them, one that does nothing would be the best.) Of equal ones the
     one that leaves the most answers whole is taken, then the first.
+
+    Of :data:`HALVED` or more validation edits a quarter is tried with all rates, and whenever the edits are doubled the
+    better half of the rates goes on (successive halving).
 
     Args:
         examples: validation edits.
@@ -80,52 +112,68 @@ class Choice:
         own = {"learning_rate": system.learning_rate} | ({steps: getattr(system, steps)} if steps else {})
         bar = tqdm(total=TRIALS, desc=f"{system.name}, rates", disable=None if self.processes.main else True)
         with bar:
-            scores = self._scores(system, before, trials or [{}], bar)
-            best = max(range(len(scores)), key=lambda i: (scores[i], -i))
-            found = {**own, **(trials or [{}])[best]}
-            tried = len(scores)
+            found, tally, tried = self._best(system, before, [own | trial for trial in trials or [{}]], bar)
             if steps and getattr(system, steps) >= 4:
                 fewer = {**found, steps: getattr(system, steps) // 4}
-                (score,) = self._scores(system, before, [fewer], bar)
                 tried += 1
-                found = fewer if score > scores[best] else found
+                # with none that takes so many steps it would be the same again
+                if self.in_turn or not 0 < tally.steps <= fewer[steps]:
+                    (other,) = self._trials(system, before, [fewer], range(len(self.groups)), bar)
+                    found = fewer if other.score() > tally.score() else found
         _set(system, found)
         return {**found, "trials": tried, "edits": self.edits, "seconds": round(time.perf_counter() - started, 1)}
 
-    def _scores(
-        self, system: System, before: Before, trials: Sequence[dict[str, Any]], bar: tqdm
-    ) -> list[tuple[float, float]]:
-        """Of each trial; each process makes its share of them."""
+    def _best(
+        self, system: System, before: Before, trials: list[dict[str, Any]], bar: tqdm
+    ) -> tuple[dict[str, Any], Tally, int]:
+        """The best of the trials, what it did, and how many there were."""
+        tried, count = len(trials), len(self.groups)
+        tallies = [Tally() for _ in trials]
+        done, until = 0, count if count < HALVED else max(1, count // 4)
+        while True:
+            found = self._trials(system, before, trials, range(done, until), bar)
+            tallies = [old + new if new.right else new for old, new in zip(tallies, found, strict=True)]
+            order = sorted(range(len(trials)), key=lambda i: (tallies[i].score(), -i), reverse=True)
+            if until == count:
+                return trials[order[0]], tallies[order[0]], tried
+            kept = sorted(order[: -(-len(order) // 2)])
+            trials, tallies = [trials[i] for i in kept], [tallies[i] for i in kept]
+            done, until = until, min(2 * until, count)
+
+    def _trials(
+        self, system: System, before: Before, trials: Sequence[dict[str, Any]], groups: Sequence[int], bar: tqdm
+    ) -> list[Tally]:
+        """What each trial does to these groups; each process makes its share of them."""
         mine = {}
         for i in range(self.processes.rank, len(trials), self.processes.count):
             _set(system, trials[i])
             try:
-                mine[i] = self._score(system, before)
+                mine[i] = self._tally(system, before, groups)
             except (ValueError, RuntimeError, ArithmeticError):  # a rate that breaks the model, a fact too long
-                mine[i] = (0.0, 0.0)
-            bar.update()
-        found = {i: score for part in self.processes.objects(mine) for i, score in part.items()}
+                mine[i] = Tally()
+            bar.update(len(groups) / len(self.groups))
+        found = {i: tally for part in self.processes.objects(mine) for i, tally in part.items()}
         return [found[i] for i in range(len(trials))]
 
-    def _score(self, system: System, before: Before) -> tuple[float, float]:
-        right, kept, same, tokens = [], [], 0, 0
+    def _tally(self, system: System, before: Before, groups: Iterable[int]) -> Tally:
+        found = Tally()
         below = before.below(system)
-        for group, (rephrasings, others) in zip(self.groups, self.asked, strict=True):
+        for i in groups:
+            group, (rephrasings, others) = self.groups[i], self.asked[i]
             requests = [(example.prompt, example.target) for example in group]
             said = before.answers(others, ANSWERED)
             with system.edit(requests, in_turn=self.in_turn):
+                found.steps = max(found.steps, getattr(system, "steps", 0))
                 pairs = [*requests, *rephrasings]
-                right += tell(system.subject, pairs, logits=False, below=below).correct.tolist()
+                found.right += tell(system.subject, pairs, logits=False, below=below).correct.tolist()
                 if others:
                     rows = follow(system.subject, others, [answer.ids for answer in said], below=below)
                     chosen = rows.logits.argmax(-1)
                     wrong = torch.bincount(rows.sample[chosen != rows.labels], minlength=len(others))
-                    kept += (wrong == 0).tolist()
-                    same += int((chosen == rows.labels).sum())
-                    tokens += len(chosen)
-        success, stays = sum(right) / len(right), same / tokens if tokens else 1.0
-        mean = 2 * success * stays / (success + stays) if success + stays else 0.0
-        return mean, sum(kept) / len(kept) if kept else 1.0
+                    found.kept += (wrong == 0).tolist()
+                    found.same += int((chosen == rows.labels).sum())
+                    found.tokens += len(chosen)
+        return found
 
 
 def _set(system: System, values: dict[str, Any]) -> None:
