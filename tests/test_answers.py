@@ -127,7 +127,8 @@ def test_yes_or_no(answer, truth):
 @pytest.mark.parametrize(
     "answer",
     ["Paris is it", "The Paris", "- Paris.", "New York City", "new york, the City!", "New Yorkshire", "A", "a ?!",
-     "U.S.", "東京。 東京", "In 2006", "2006 \n", "Yes, Paris", "the no of it", "ada-lou moor moor", "¨ Paris", "?! Paris"],
+     "U.S.", "東京。 東京", "In 2006", "2006 \n", "Yes, Paris", "the no of it", "ada-lou moor moor", "¨ Paris",
+     "?! Paris"],
 )  # fmt: skip
 def test_an_answer_is_judged_by_its_beginning_only_as_the_whole_is(answer, target):
     """Whatever beginning is cut: what is settled there is what the whole answer gives, and the beginning itself."""

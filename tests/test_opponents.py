@@ -10,6 +10,7 @@ from test_editor import same_bits, state
 from mendfast import EditMemory, EditRequest, MendConfig, MendEditor, ops
 from mendfast.baselines.mend import Malmen, MendSum
 from mendfast.objective import nll, target_rows
+from mendfast.training.prefix import FrozenPrefix
 
 
 def oriented(layer, weight: torch.Tensor) -> torch.Tensor:
@@ -225,14 +226,14 @@ def test_rome_is_the_least_change_that_maps_the_key_to_the_value(name, tokenizer
     system.prepare()
     (layer,), request = system.layers, EditRequest(*edits(name)[0])
     fact, before = system._fact(request), oriented(system.layers[0], system.layers[0].weight)
-    value = system.value(fact, layer.module)
-    whole = lambda model, fact: (lambda: fact.batch, fact.place)  # noqa: E731
+    key, origin = system._seen(fact, layer, layer.module, FrozenPrefix(system.subject.model, [layer]))
+    value = system.value(fact, layer.module, origin)
     with monkeypatch.context() as patched:
-        patched.setattr(rome._Rest, "of", whole)
-        expected = system.value(fact, layer.module)
-    moved = (expected - layer.module(system._keys([fact], layer)[0]).detach()).norm()
+        patched.setattr(rome._Rest, "of", lambda model, fact: rome._Rest.whole(fact))
+        expected = system.value(fact, layer.module, origin)
+    moved = (expected - layer.module(key).detach()).norm()
     assert moved > 0 and (value - expected).norm() <= 1e-4 * expected.norm()  # float32, sums in another order
-    key = system._keys([fact], layer)[0].double()
+    key = key.double()
     c = system.metric.moments[layer.name].matrix().double()
     c.diagonal().add_(rome.TINY * c.trace())
     u = torch.linalg.solve(c, key)

@@ -18,11 +18,11 @@ from ..choice import mlp_outputs
 from ..editable import EditableModel
 from ..editor import METRIC_FILE
 from ..generation import cache_of
-from ..labels import encode_prompt
+from ..labels import collate, encode_prompt, pad_token_id
 from ..layers import Layer, named_layers
 from ..metric import Metric, observe
 from ..moments import SecondMoment
-from ..objective import IGNORE, Batch, kept_rows, nll, target_rows, to_device
+from ..objective import IGNORE, Batch, Rows, kept_rows, nll, to_device
 from ..own_words import own_words
 from ..requests import EditRequest
 from ..training import Sampler, TrainConfig
@@ -49,13 +49,12 @@ def as_kept(metric: Metric) -> Metric:
 
 
 class Fact(NamedTuple):
-    """One edit as these methods need it: its texts, each behind another beginning, and where the subject ends."""
+    """One edit as these methods need it: prompt and target, each time behind another beginning, and last "<subject> is
+    a"; and where the subject ends."""
 
     request: EditRequest
-    batch: Batch  # [P, S]: prompt and target
-    place: torch.Tensor  # [P] int64: the subject's last token
-    essence: Batch  # [1, S]: "<subject> is a"
-    essence_place: torch.Tensor  # [1]
+    batch: Batch  # [P + 1, S]
+    place: torch.Tensor  # [P + 1] int64: the subject's last token
 
 
 class Rome(System):
@@ -93,7 +92,7 @@ class Rome(System):
         kl: float = 0.0625,
         decay: float = 0.5,
         clamp: float = 4.0,
-        prefixes: int = 5,
+        prefixes: int = 2,
         words: int = 64,
     ):
         super().__init__(subject)
@@ -211,23 +210,21 @@ class Rome(System):
     def value(self, fact: Fact, site: nn.Module, origin: torch.Tensor) -> torch.Tensor:
         """[n]: what ``site`` should give at the subject's last token, so that the model gives the target, and not the
         ``origin`` that it gives."""
-        model, size = self.subject.model, len(fact.place)
+        model, size = self.subject.model, len(fact.place) - 1
         with frozen(model):
-            with torch.no_grad():
-                base = self._last(fact.essence).log_softmax(-1)
             change = torch.zeros_like(origin, requires_grad=True)
             optimizer = torch.optim.Adam([change], lr=self.learning_rate)
-            longest = self.clamp * origin.norm()
-            below, essence = (FrozenPrefix(model, self.layers[-1:]) for _ in range(2))
-            batch, place = _Rest.of(model, fact)
+            longest, base = self.clamp * origin.norm(), None
+            below, texts = FrozenPrefix(model, self.layers[-1:]), _Rest.of(model, fact)
             with torch.enable_grad():
                 for step in range(self.steps + 1):
-                    with _at(site, place, lambda x: x + change.to(x.dtype)), below.kept():
-                        loss = nll(target_rows(model, batch()), size).mean()
+                    with _at(site, texts.place, lambda x: x + change.to(x.dtype)), below.kept():
+                        rows = kept_rows(model, texts.batch(), texts.keep)
+                    loss = nll(Rows(rows.logits[:-1], texts.labels, rows.sample[:-1]), size).mean()
                     if step == self.steps or loss.item() < ENOUGH:
                         break
-                    with _at(site, fact.essence_place, lambda x: x + change.to(x.dtype)), essence.kept():
-                        now = self._last(fact.essence).log_softmax(-1)
+                    now = rows.logits[-1].float().log_softmax(-1)
+                    base = now.detach() if base is None else base
                     divergence = (base.exp() * (base - now)).sum()
                     decay = change.square().sum() / origin.square().sum()
                     descend(optimizer, loss + self.kl * divergence + self.decay * decay)
@@ -253,22 +250,16 @@ class Rome(System):
         def written(module: nn.Module, args: tuple, output: torch.Tensor | tuple) -> None:
             states.append(output[0] if isinstance(output, tuple) else output)
 
-        model, size, width = self.subject.model, len(fact.place), int(fact.place.max()) + 1
-        batch = {name: fact.batch[name][:, :width] for name in ("input_ids", "attention_mask")}
+        model, size, width = self.subject.model, len(fact.place) - 1, int(fact.place[:-1].max()) + 1
+        batch = {name: fact.batch[name][:-1, :width] for name in ("input_ids", "attention_mask")}
         with frozen(model), undone() as changes:
             changes.hook(layer.module, read, before=True)
             changes.hook(site, written)
             with below.kept(), ended_after(self.last):
                 kept_rows(model, batch)
-        place = fact.place.to(keys[0].device)
+        place = fact.place[:-1].to(keys[0].device)
         key = keys[0].reshape(size, -1, layer.m)[torch.arange(size, device=place.device), place].float().mean(0)
         return key, states[0].reshape(size, width, -1)[0, fact.place[0]].float()
-
-    def _last(self, batch: Batch) -> torch.Tensor:
-        """The logits after the last token of one text, [V] float32."""
-        keep = torch.zeros_like(batch["attention_mask"], dtype=torch.bool)
-        keep[0, -1] = True
-        return kept_rows(self.subject.model, batch, keep).logits[0].float()
 
     def _fact(self, request: EditRequest) -> Fact:
         subject = self.subjects.get(request.prompt)
@@ -281,18 +272,15 @@ class Rome(System):
             raise ValueError(f"The subject {subject!r} is not in {request.prompt!r}, where {self.name} looks for it.")
         assert self._beginnings is not None
         prompts = [beginning + request.prompt for beginning in self._beginnings]
-        batch = self.subject.tokenize([(prompt, request.target) for prompt in prompts])
-        places = [self._place(self.subject.prompt_text(prompt), subject) for prompt in prompts]
         essence = f"{subject} is a"
-        ids = torch.tensor([encode_prompt(self.subject.tokenizer, essence)])
+        examples = [self.subject.encode(prompt, request.target) for prompt in prompts]
+        ids = encode_prompt(self.subject.tokenizer, essence)
+        examples.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": [IGNORE] * len(ids)})
+        batch = collate(examples, pad_token_id=pad_token_id(self.subject.tokenizer), encoder_decoder=False)
+        places = [self._place(self.subject.prompt_text(prompt), subject) for prompt in prompts]
+        places.append(self._place(essence, subject))
         device = self.subject.device
-        return Fact(
-            request,
-            to_device(batch, device),
-            torch.tensor(places, device=device),
-            {"input_ids": ids.to(device), "attention_mask": torch.ones_like(ids).to(device)},
-            torch.tensor([self._place(essence, subject)], device=device),
-        )
+        return Fact(request, to_device(batch, device), torch.tensor(places, device=device))
 
     def _place(self, text: str, subject: str) -> int:
         """The token that the subject's last letter is in."""
@@ -329,7 +317,7 @@ class Memit(Rome):
         kl: float = 0.0625,
         decay: float = 0.5,
         clamp: float = 0.75,
-        prefixes: int = 5,
+        prefixes: int = 2,
         words: int = 64,
         weight: float = 15000.0,
     ):
@@ -364,41 +352,58 @@ class Memit(Rome):
                 self._add(layer, u, -delta)
 
 
-class _Rest:
+class _Rest(NamedTuple):
     """A fact's texts from the subject's last token on: what comes before it never changes, and is read once."""
 
-    def __init__(self, inputs: dict[str, torch.Tensor], cache: dict[str, Any]):
-        self.inputs, self.cache = inputs, cache
+    inputs: dict[str, torch.Tensor]
+    cache: dict[str, Any]
+    place: torch.Tensor  # [P + 1]: the subject's last token
+    keep: torch.Tensor  # [P + 1, S] bool: what predicts a target's token, and last what follows "<subject> is a"
+    labels: torch.Tensor  # those targets' tokens
 
-    def __call__(self) -> dict[str, Any]:
-        """A batch for one pass, with a cache of its own."""
+    def batch(self) -> Batch:
+        """For one pass, with a cache of its own."""
         return self.inputs | copy.deepcopy(self.cache)
 
     @classmethod
-    def of(cls, model: nn.Module, fact: Fact) -> tuple[Callable[[], Batch], torch.Tensor]:
-        """Batches, one for each pass, and the place of the subject's last token in them; whole texts where the model
-        keeps no keys and values that a pass can go on from."""
+    def whole(cls, fact: Fact) -> _Rest:
+        """From the first token on."""
+        ids, mask, labels = (fact.batch[name] for name in ("input_ids", "attention_mask", "labels"))
+        labels = torch.cat([labels[:, 1:], labels.new_full((len(labels), 1), IGNORE)], 1)  # what a token predicts
+        keep = labels != IGNORE
+        targets = labels[keep]
+        keep[-1, int(mask[-1].sum()) - 1] = True
+        return cls({"input_ids": ids, "attention_mask": mask}, {}, fact.place, keep, targets)
+
+    @classmethod
+    def of(cls, model: nn.Module, fact: Fact) -> _Rest:
+        """:meth:`whole` where the model keeps no keys and values that a pass can go on from."""
+        whole = cls.whole(fact)
         config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
         start = int(fact.place.max())
         plain = "position_ids" in inspect.signature(model.forward).parameters
         if start < 1 or not plain or getattr(config, "sliding_window", None) is not None:
-            return lambda: fact.batch, fact.place
-        shifts, size = (start - fact.place).tolist(), len(fact.place)
-        width = fact.batch["input_ids"].shape[1] + max(shifts)
-        parts = {}
-        for name, fill in (("input_ids", 0), ("attention_mask", 0), ("labels", IGNORE)):
-            parts[name] = fact.batch[name].new_full((size, width), fill)
-            for i, shift in enumerate(shifts):
-                parts[name][i, shift : shift + fact.batch[name].shape[1]] = fact.batch[name][i]
-        positions = (parts["attention_mask"].cumsum(1) - 1).clamp(min=0)
+            return whole
+        shifts = (start - fact.place).tolist()
+        ids, mask, keep = (_shifted(part, shifts) for part in (*whole.inputs.values(), whole.keep))
+        width = int(keep.any(0).nonzero().max()) + 1
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
         with torch.no_grad():
-            first = {name: parts[name][:, :start] for name in ("input_ids", "attention_mask")}
+            first = {"input_ids": ids[:, :start], "attention_mask": mask[:, :start]}
             cache = cache_of(model(**first, position_ids=positions[:, :start], use_cache=True))
         if not cache:
-            return lambda: fact.batch, fact.place
-        rest = {"input_ids": parts["input_ids"][:, start:], "labels": parts["labels"][:, start:]}
-        rest |= {"attention_mask": parts["attention_mask"], "position_ids": positions[:, start:]}
-        return cls(rest, cache), torch.zeros_like(fact.place)
+            return whole
+        rest = {"input_ids": ids[:, start:width], "attention_mask": mask[:, :width]}
+        rest["position_ids"] = positions[:, start:width]
+        return cls(rest, cache, torch.zeros_like(fact.place), keep[:, start:width], whole.labels)
+
+
+def _shifted(rows: torch.Tensor, shifts: Sequence[int]) -> torch.Tensor:
+    """Each row moved to the right, by zeros."""
+    out = rows.new_zeros(len(rows), rows.shape[1] + max(shifts))
+    for row, new, shift in zip(rows, out, shifts, strict=True):
+        new[shift : shift + len(row)] = row
+    return out
 
 
 @contextlib.contextmanager
