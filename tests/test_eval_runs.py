@@ -16,8 +16,9 @@ import pytest
 import torch
 from rich.console import Console
 from test_evaluate import TOKENS, certain, data, editor, few_answers_are_shown, model, records, run  # noqa: F401
+from transformers import GPT2Config, GPT2LMHeadModel
 
-from mendfast import EditRequest
+from mendfast import EditRequest, MendConfig, MendEditor
 from mendfast.answers import contains, exact_match
 from mendfast.baselines import SYSTEMS, FineTuning, UltraEdit, turns
 from mendfast.baselines.measure import Before
@@ -122,6 +123,27 @@ def test_of_many_edits_the_better_half_of_the_rates_goes_on(editor, data, monkey
         *((rate, 100, [2, 3]) for rate in (1e-3, 3e-3)),
     ]  # and a quarter of the steps, which none of the edits needed, would be the same again
     assert (found["learning_rate"], found["max_steps"], found["trials"], found["edits"]) == (1e-3, 100, TRIALS, 4)
+
+
+def test_c_is_read_once_for_rome_and_memit_and_kept(tokenizer, data, tmp_path, monkeypatch):  # noqa: F811
+    from mendfast.commands import protected
+
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=len(tokenizer), n_positions=64, n_embd=32, n_layer=3, n_head=4)
+    editor = MendEditor.from_model(GPT2LMHeadModel(config).eval(), tokenizer, MendConfig(rank=4))  # noqa: F811
+    written, seen, observe = [], [], protected.observe
+    words = protected.own_words
+    monkeypatch.setattr(protected, "own_words", lambda *a, **o: (written.append(o["samples"]), words(*a, **o))[1])
+    monkeypatch.setattr(
+        protected, "observe", lambda model, layers, *a, **o: (seen.append(len(layers)), observe(model, layers, *a, **o))[1]
+    )
+    command = ("--limit", 2, "--validation", 0, "--systems", "rome", "memit")
+    found = run(editor, data, *command, "--output", tmp_path / "out")
+    assert (written, seen) == ([8], [2]) and all(row["measured"] == 2 for row in found["rows"])
+    (tmp_path / "out" / "edits.jsonl").unlink()
+    again = run(editor, data, *command, "--output", tmp_path / "out")
+    assert written == [8] and certain(again["rows"]) == certain(found["rows"])
+    assert certain(run(editor, data, *command)["rows"]) == certain(found["rows"]) and written == [8, 8]
 
 
 # -- a sequence that is killed -----------------------------------------------------------------------------

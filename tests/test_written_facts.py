@@ -10,8 +10,10 @@ from test_opponents import close, moves
 from mendfast import MendConfig
 from mendfast.baselines import make_system
 from mendfast.baselines.rome import TINY
-from mendfast.choice import mlp_outputs
+from mendfast.choice import last_block, mlp_outputs
 from mendfast.generation import answer
+from mendfast.layers import named_layers
+from mendfast.metric import observe
 
 PLAIN = dict(prefixes=0, words=8)
 
@@ -189,3 +191,39 @@ def test_in_context_the_facts_are_read_before_every_question(name, tokenizer):
                 pass
     with pytest.raises(ValueError, match="template is 'no'"):
         make_system("in_context", model, tokenizer, MendConfig(rank=8), template="no")
+
+
+# -- C -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_c_is_gathered_without_the_blocks_above(name, tokenizer):
+    model = base(name, tokenizer)
+    blocks = mlp_outputs(model)
+    layers = named_layers(model, [weight for _, weight in blocks[:2]])
+    batches = [{"input_ids": torch.randint(0, len(tokenizer), (3, 7)), "attention_mask": torch.ones(3, 7).long()}]
+    ran = []
+    handles = [block.register_forward_hook(lambda *_, i=i: ran.append(i)) for i, (block, _) in enumerate(blocks)]
+    found = observe(model, layers, batches)
+    for handle in handles:
+        handle.remove()
+    assert ran == [0, 1] and last_block(model, [layer.name for layer in layers]) is blocks[1][0]
+    for layer in layers:
+        seen = []
+        handle = layer.module.register_forward_hook(lambda module, args, output, seen=seen: seen.append(args[0]))
+        with torch.no_grad():
+            model(**batches[0])
+        handle.remove()
+        x = seen[0].reshape(-1, layer.m).double()
+        close(found.moments[layer.name].matrix().double(), x.T @ x / len(x))
+
+
+def test_a_block_that_comes_again_is_run_again(tokenizer):
+    model = base("gpt2", tokenizer)
+    names = [weight for _, weight in mlp_outputs(model)]
+    assert last_block(model, [*names[:1], "lm_head.weight"]) is None
+    model.config.num_hidden_layers = 8  # more than there are
+    assert last_block(model, names[:1]) is None
+    model.config.num_hidden_layers = 4
+    model.transformer.h[3].mlp = model.transformer.h[0].mlp
+    assert last_block(model, names[:1]) is None and last_block(model, names[1:2]) is None

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from ..editable import EditableModel
 from ..labels import check_text, encode_prompt
+from ..layers import Layer
 from ..objective import context_length
 from ..requests import EditRequest
 from .system import Untrained
@@ -51,6 +52,10 @@ class InContext(Untrained):
             raise ValueError(f"template is {template!r}; it must contain {{prompt}} and {{target}}.")
         super().__init__(Reader(subject.model, subject.tokenizer, subject.config))
         self.template = template
+
+    def changed_layers(self) -> Sequence[Layer]:
+        """None: other text is read by the same model."""
+        return ()
 
     @contextlib.contextmanager
     def _edited(self, requests: Sequence[EditRequest]) -> Iterator[None]:

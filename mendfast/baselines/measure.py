@@ -82,6 +82,8 @@ class Before:
         layers = system.changed_layers()
         if layers is None or system.subject.kind == "classifier":
             return contextlib.nullcontext
+        if not layers:
+            return self.unedited
         names = tuple(layer.name for layer in layers)
         if names not in self._caches:
             self._caches[names] = PrefixCache(self.subject.model, layers, CACHED)

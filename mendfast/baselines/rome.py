@@ -38,8 +38,8 @@ LEARNED_FROM = 512
 """Locality inputs of the training data that C is taken from, where it is taken from those."""
 
 
-TOGETHER = 64
-"""Texts that are sampled at once."""
+WORDS = {"max_new_tokens": 32, "batch_size": 64}
+"""Of the model's own, that C is taken from: tokens of each turn, and texts that are sampled at once."""
 
 
 def as_kept(metric: Metric) -> Metric:
@@ -75,7 +75,7 @@ class Rome(System):
         kl, decay: weights of the loss.
         clamp: the longest change of v, in lengths of v0.
         prefixes: beginnings, beside none.
-        words: texts of the model's own that C is taken from, of up to 64 tokens for each turn.
+        words: texts of the model's own that C is taken from, of up to 32 tokens for each turn.
     """
 
     key, name, fitted = "rome", "ROME", False
@@ -118,9 +118,7 @@ class Rome(System):
         model, subject = self.subject.model, self.subject
         own: Sequence[str | tuple[str, str] | Batch] = texts or ()
         if texts is None:
-            own = own_words(
-                model, subject.tokenizer, samples=self.words, batch_size=TOGETHER, chat=subject.chat
-            )
+            own = own_words(model, subject.tokenizer, samples=self.words, chat=subject.chat, **WORDS)
         self.protect_with(as_kept(observe(model, self.layers, subject.text_batches(own))))
 
     def protect_with(self, metric: Metric) -> None:

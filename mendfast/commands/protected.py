@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..baselines import SYSTEMS, make_system
-from ..baselines.rome import TOGETHER, Rome, as_kept
+from ..baselines.rome import WORDS, Rome, as_kept
 from ..layers import Layer
 from ..metric import Metric, observe
 from ..own_words import own_words
@@ -36,9 +36,8 @@ class Protected:
         if any(layer.name in {own.name for own in system.layers} for layer in missing):
             subject, main = system.subject, self.processes.main
             texts = own_words(
-                subject.model, subject.tokenizer, samples=words, batch_size=TOGETHER, chat=subject.chat,
-                progress=None if main else False,
-            )  # fmt: skip
+                subject.model, subject.tokenizer, samples=words, chat=subject.chat, progress=None if main else False, **WORDS
+            )
             seen = as_kept(observe(subject.model, missing, texts, progress=None if main else False))
             moments = {**(found.moments if found else {}), **seen.moments}
             self._found[words] = Metric(moments, seen.model_type, seen.tokens)
