@@ -131,12 +131,10 @@ def test_c_is_read_once_for_rome_and_memit_and_kept(tokenizer, data, tmp_path, m
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=len(tokenizer), n_positions=64, n_embd=32, n_layer=3, n_head=4)
     editor = MendEditor.from_model(GPT2LMHeadModel(config).eval(), tokenizer, MendConfig(rank=4))  # noqa: F811
-    written, seen, observe = [], [], protected.observe
-    words = protected.own_words
+    written, seen = [], []
+    words, observe = protected.own_words, protected.observe
     monkeypatch.setattr(protected, "own_words", lambda *a, **o: (written.append(o["samples"]), words(*a, **o))[1])
-    monkeypatch.setattr(
-        protected, "observe", lambda model, layers, *a, **o: (seen.append(len(layers)), observe(model, layers, *a, **o))[1]
-    )
+    monkeypatch.setattr(protected, "observe", lambda *a, **o: (seen.append(len(a[1])), observe(*a, **o))[1])
     command = ("--limit", 2, "--validation", 0, "--systems", "rome", "memit")
     found = run(editor, data, *command, "--output", tmp_path / "out")
     assert (written, seen) == ([8], [2]) and all(row["measured"] == 2 for row in found["rows"])

@@ -35,10 +35,9 @@ class Protected:
         missing = [layer for layer in self._layers(system) if found is None or layer.name not in found.moments]
         if any(layer.name in {own.name for own in system.layers} for layer in missing):
             subject, main = system.subject, self.processes.main
-            texts = own_words(
-                subject.model, subject.tokenizer, samples=words, chat=subject.chat, progress=None if main else False, **WORDS
-            )
-            seen = as_kept(observe(subject.model, missing, texts, progress=None if main else False))
+            model, bar = subject.model, None if main else False
+            texts = own_words(model, subject.tokenizer, samples=words, chat=subject.chat, progress=bar, **WORDS)
+            seen = as_kept(observe(model, missing, texts, progress=bar))
             moments = {**(found.moments if found else {}), **seen.moments}
             self._found[words] = Metric(moments, seen.model_type, seen.tokens)
             if path is not None and main:
