@@ -19,6 +19,7 @@ from ..training.config import MOST_EDITS
 from . import sequences
 from .loading import EditorSettings
 from .outputs import check_directory
+from .questions import PART
 
 TABLES = {
     "systems": (
@@ -203,7 +204,9 @@ class EvalSettings(EditorSettings):
         names = ("table", "model", "editor", "dtype", "quantize", "revision", "data", "known", "limit", "unrelated")
         names += ("text", "seed", "train_data", "fine_tuning_rate", "validation", "option", "harness", "harness_limit")
         trained = {name: getattr(self.training, name) for name in FITTED_WITH}
-        return {"task": self.task, **{name: getattr(self, name) for name in names}, **trained}
+        # an older evaluation, whose every edit read all of the text, is not gone on with
+        part = PART if self.text and self.table != "sequential" else None
+        return {"task": self.task, **{name: getattr(self, name) for name in names}, **trained, "text_part": part}
 
 
 def _parsed(given: str) -> tuple[str, str, Any]:

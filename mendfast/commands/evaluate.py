@@ -278,7 +278,7 @@ class _Run:
     def _part(self, size: int, i: int) -> int | None:
         """Which part of the running text is read after a group: each has its turn, where there are groups enough."""
         parts = self.before.parts
-        enough = self.settings.groups(size, len(self.examples)) >= parts > 0
+        enough = not self.in_turn and self.settings.groups(size, len(self.examples)) >= parts > 0
         return i % parts if enough else None
 
     def _shown(self, size: int, i: int) -> bool:
