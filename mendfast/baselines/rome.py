@@ -92,8 +92,8 @@ class Rome(System):
         kl: float = 0.0625,
         decay: float = 0.5,
         clamp: float = 4.0,
-        prefixes: int = 2,
-        words: int = 64,
+        prefixes: int = 5,
+        words: int = 200,
     ):
         super().__init__(subject)
         if subject.kind != "causal":
@@ -315,8 +315,8 @@ class Memit(Rome):
         kl: float = 0.0625,
         decay: float = 0.5,
         clamp: float = 0.75,
-        prefixes: int = 2,
-        words: int = 64,
+        prefixes: int = 5,
+        words: int = 200,
         weight: float = 15000.0,
     ):
         super().__init__(
