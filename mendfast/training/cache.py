@@ -7,6 +7,7 @@ import hashlib
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from ..capture import frozen, replaced_forwards
 from ..choice import stacks
 from ..layers import Layer, execution_device
 from ..objective import IGNORE, Batch, kept_rows, model_kind, to_device
+from ..packing import packing
 from .kept_states import KeptStates, bytes_of, fingerprint
 from .prefix import FrozenPrefix
 
@@ -221,7 +223,8 @@ class PrefixCache:
 
         handles = [block.register_forward_hook(keep) for block in edges]
         try:
-            with torch.inference_mode(False), torch.no_grad(), frozen(self.model), contextlib.suppress(_Enough):
+            # not packed: rows of other counts have other bits
+            with torch.inference_mode(False), torch.no_grad(), packing(False), frozen(self.model), suppress(_Enough):
                 batch = _together([text.inputs for text in texts])
                 kept_rows(self.model, to_device(batch, execution_device(self.model.get_input_embeddings())))
         finally:

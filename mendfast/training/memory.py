@@ -77,7 +77,7 @@ def predict(
     model, parameters = editor.model, list(editor.parameters())
     groups = len(batches[0]["input_ids"]) // joint
     gradients = _bytes(parameters)
-    options = {"joint": joint, **options}
+    options = {"joint": joint, "pack": False, **options}  # at most: with all padding
     one = _step_peak(editor, batches, 1 / groups, options)
     two = _step_peak(editor, batches, 2 / groups, options) if groups > 1 else one
     logits = _logit_bytes(model, *batches[1:])

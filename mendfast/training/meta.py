@@ -25,6 +25,7 @@ from ..objective import (
     target_rows,
     to_device,
 )
+from ..packing import packing
 from ..types import C_EDIT
 from .cache import PrefixCache
 from .prefix import FrozenPrefix
@@ -44,6 +45,7 @@ def meta_loss(
     loc_answers: bool = False,
     seed: int | str = 0,
     cache: PrefixCache | None = None,
+    pack: bool = True,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """c_edit * NLL(outer; edited) + c_loc * KL(base || edited on loc), differentiable in the factors.
 
@@ -62,6 +64,7 @@ def meta_loss(
         loc_answers: only where a locality sample's labels are predicted, and not within its prompt.
         cache: what the frozen blocks give for these texts, so that they are not run again; the results are the
             same to rounding.
+        pack: leave padding out of the matrix products (:mod:`mendfast.packing`), to rounding the same too.
 
     Returns:
         The scalar total, and its parts, detached: "l_edit", "l_loc", and "edit_success", the share of outer
@@ -75,7 +78,7 @@ def meta_loss(
         keep, weights = _drawn(keep, loc_positions, seed)
     prefix = FrozenPrefix(model, layers)
     cached = cache is not None and cache.serves(loc)
-    with frozen(model):
+    with frozen(model), packing(pack):
         with torch.no_grad(), cache.replayed(loc, final=True) if cached else prefix.recorded():
             base = kept_rows(model, loc, keep)
         updates = lowrank_updates(layers, factors)
@@ -126,7 +129,8 @@ def editor_loss(
         if samples % groups:
             raise ValueError(f"{name} has {samples} samples for {groups} edits; pass the same number for each.")
     cache = options.get("cache")
-    with contextlib.nullcontext() if cache is None else cache.replayed(edit_inner):
+    replayed = contextlib.nullcontext() if cache is None else cache.replayed(edit_inner)
+    with replayed, packing(options.get("pack", True)):
         factors = editor.group_factors(edit_inner, group)
     return meta_loss(editor, factors, edit_outer, loc, c_edit, c_loc, **options)
 
