@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 from .capture import replaced_forwards
 from .choice import stacks
@@ -108,8 +109,42 @@ def _packed(forward: Callable, shape: torch.Size, index: torch.Tensor, thread: i
         if not mine or x.dim() != 3 or x.shape[:2] != shape:
             return forward(*args, **kwargs)
         at = index.to(x.device)
-        y = forward(x.reshape(-1, x.shape[2]).index_select(0, at))
-        whole = y.new_zeros(shape.numel(), y.shape[1])
-        return whole.index_copy(0, at, y).view(*shape, y.shape[1])
+        y = forward(_Taken.apply(x.reshape(-1, x.shape[2]), at))
+        return _Placed.apply(y, at, shape.numel()).view(*shape, y.shape[1])
 
     return run
+
+
+class _Taken(torch.autograd.Function):
+    """Rows [N, k], each at most once -> [K, k]; PyTorch's own backward adds one row after the other."""
+
+    @staticmethod
+    def forward(ctx, rows, at):
+        ctx.save_for_backward(at)
+        ctx.count = len(rows)
+        return rows.index_select(0, at)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        (at,) = ctx.saved_tensors
+        return _place(grad, at, ctx.count), None
+
+
+class _Placed(torch.autograd.Function):
+    """Rows [K, k] -> [N, k], zeros elsewhere."""
+
+    @staticmethod
+    def forward(ctx, rows, at, count):
+        ctx.save_for_backward(at)
+        return _place(rows, at, count)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        (at,) = ctx.saved_tensors
+        return grad.index_select(0, at), None, None
+
+
+def _place(rows: torch.Tensor, at: torch.Tensor, count: int) -> torch.Tensor:
+    return rows.new_zeros(count, rows.shape[1]).index_copy_(0, at, rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import logging
 import math
@@ -110,6 +111,17 @@ class Trainer:
         joint = max(self.config.joint)
         draw = share(self._draw(0, joint), 0, self.config.accumulate * self.processes.count)
         return self.learner.plan(draw, self.config, joint)
+
+    def plan_cache(self) -> dict[str, int]:
+        """What each process's cache of the frozen part will hold at the end, at most: its texts, their bytes, those in
+        memory and on disk; nothing where there is none."""
+        config, count, rank = self.config, self.processes.count, self.processes.rank
+        first = [self.sampler.draw(0, START_EDITS)] if config.calibrate else []
+        if self.validation is not None and config.validate_every:
+            size = min(32, config.validation_size)
+            first += [self.validation.draw(-1 - i, size) for i in range(-(-config.validation_size // size))]
+        own = (share(self._draw(step, config.joint_size(step)), rank, count) for step in range(config.steps))
+        return self.learner.plan_cache(itertools.chain(first, own), len(first) + config.steps, config)
 
     def summary(self) -> str:
         """What there is to say of the last run beside its metrics: what the cache of the frozen part saved."""
