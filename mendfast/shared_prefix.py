@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import logging
 import os
 from collections.abc import Iterator, Sequence
@@ -104,7 +105,8 @@ class SharedPrefix:
         try:
             with torch.inference_mode(False), frozen(self._model), contextlib.suppress(_Enough):
                 placed = to_device(batch, execution_device(self._model.get_input_embeddings()))
-                self._model(**placed, past_key_values=past, use_cache=past is not None)
+                name = "cache" if "cache" in inspect.signature(self._model.forward).parameters else "past_key_values"
+                self._model(**placed, **{name: past}, use_cache=past is not None)
         finally:
             handle.remove()
         (output,) = seen

@@ -22,7 +22,6 @@ from ..training import Sampler, TrainConfig, Trainer
 from .system import System
 from .ultraedit import isotropic
 
-
 AT_A_TIME = 16  # edits between two looks at whether to keep what is done
 
 

@@ -167,6 +167,7 @@ class EditorLearner(Learner):
             loc_positions=config.loc_positions if self.editor.training else 0,
             seed=f"{config.seed}:{draw}" if config.loc_positions else 0,
             cache=self.cache,
+            precision=config.precision,
         )
 
     @torch.no_grad()

@@ -28,6 +28,7 @@ from .data import Draw, Sampler, fingerprint, share
 from .learner import EditorLearner, Learner
 from .lock import occupied
 from .memory import peak_bytes, reset_peak
+from .precision import check_precision
 from .processes import Processes, launched
 from .record import Record
 from .report import read_metrics, write_report
@@ -65,7 +66,8 @@ class Trainer:
     Ctrl-C and SIGTERM let the step end and be saved, and then do what they did before (a second Ctrl-C at once).
 
     Raises:
-        ValueError: a step's edits can't be divided evenly by processes and ``accumulate``.
+        ValueError: a step's edits can't be divided evenly by processes and ``accumulate``, or a precision that the
+            device has no units for.
     """
 
     def __init__(
@@ -84,6 +86,7 @@ class Trainer:
         self.sampler, self.config = sampler, config
         self.editor = self.learner.subject
         self.device = self.editor.device
+        check_precision(config.precision, self.device)
         self.output = Path(output) if output is not None else None
         self.validation = validation
         self.processes = Processes(accelerator or launched())
