@@ -12,7 +12,7 @@ from mendfast.training.cache import PrefixCache
 from .bench_edit import _editor
 from .cases import cases
 from .contest import Contestant, relative_error
-from .shapes import LOCALITY_TOKENS, batch
+from .shapes import LOCALITY_TOKENS, TARGET_TOKENS, batch
 
 CASES = cases((4, 16), typical=4, cpu=(4,), cpu_others=False)
 POSITIONS = 12
@@ -25,8 +25,8 @@ def _ragged(shape, size: int, length: int, seed: int) -> dict[str, torch.Tensor]
     keep = torch.linspace(length // 2, length, size).round().long()
     real = torch.arange(length) < keep[:, None]
     labels = tokens["labels"]
-    if labels.shape == real.shape:  # the targets move to where the text now ends
-        target = real & (torch.arange(length) >= keep[:, None] - 5)
+    if shape.family not in ("t5", "bart", "bert"):  # the targets move to where the text now ends
+        target = real & (torch.arange(length) >= keep[:, None] - TARGET_TOKENS)
         labels = torch.where(target, tokens["input_ids"], -100)
     return {
         "input_ids": tokens["input_ids"] * real,
