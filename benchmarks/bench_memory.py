@@ -20,7 +20,7 @@ from .contest import Contestant
 from .shapes import batch, edited_model
 
 ROWS = 15  # of an edit
-ADDING = cases((10, 100, 1000), typical=10, cpu=(10, 1000), cpu_others=False)
+ADDING = cases((1, 10, 100, 1000), typical=10, cpu=(1, 10, 1000), cpu_others=False)
 SOLVING = cases((25, 125, 1000), typical=125, cpu=(25, 125), cpu_others=False)
 
 
@@ -59,7 +59,7 @@ def _prepared(contest, case, kept: int) -> EditMemory:
 
 @pytest.mark.parametrize("case", ADDING, ids=str)
 def test_adding(contest, case):
-    """The last one of so many: 1,000 should cost what 10 do."""
+    """The last one of so many: 1,000 should cost what 10 do, and keep 100 times their bytes."""
     count = contest.amount(case.size)
     memory = _prepared(contest, case, count - 1)
 
@@ -69,7 +69,8 @@ def test_adding(contest, case):
     contestants = {"mendfast": Contestant(add, finish=lambda request: memory.remove(request.prompt))}
     row = {"shape": contest.size(case.shape).name, "edits": count}
     answer = "label_1" if memory.editor.kind == "classifier" else "12345"
-    contest(row, lambda seed: EditRequest(f"Who is number {seed}?", answer), contestants, reference=None, memory=False)
+    contest(row, lambda seed: EditRequest(f"Who is number {seed}?", answer), contestants, reference=None, memory=False,
+            kept_bytes=memory.num_bytes())  # fmt: skip
     assert len(memory) == count - 1
 
 

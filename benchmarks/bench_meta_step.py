@@ -35,9 +35,9 @@ def ours(editor, batches: tuple) -> torch.Tensor:
     return total.detach()
 
 
-def naive(editor, batches: tuple) -> torch.Tensor:
+def naive(editor, batches: tuple, freeze_below: bool = False) -> torch.Tensor:
     editor.zero_grad()
-    return meta_step(editor, *batches)[0]
+    return meta_step(editor, *batches, freeze_below=freeze_below)[0]
 
 
 def check(editor, batches: tuple, tolerance: float = 1e-2) -> None:
@@ -77,6 +77,7 @@ def test_meta_step(contest, case):
     }
     if size <= NAIVE_EDITS:
         contestants["naive"] = lambda batches: naive(editor, batches)
+        contestants["naive, frozen below"] = lambda batches: naive(editor, batches, freeze_below=True)
     row = {"shape": case.shape.name, "edits": case.size, "dtype": str(dtype)[6:]}
     work = step_work(editor, *data(0))
     contest(row, data, contestants, work=work, reference=None, units=size)

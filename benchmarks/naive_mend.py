@@ -6,7 +6,9 @@ with the package but the reference.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import itertools
+from collections.abc import Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -61,6 +63,22 @@ def kl(base: torch.Tensor, edited: torch.Tensor, batch: Batch, model: nn.Module)
     return (per_token * mask).sum() / mask.sum()
 
 
+@contextlib.contextmanager
+def frozen_below(editor: MendEditor) -> Iterator[None]:
+    """As EasyEdit has its model: no parameter that is registered before the first edited weight asks for a gradient,
+    so that no backward pass goes below it. Its results are the same."""
+    edited = {id(layer.weight) for layer in editor.layers}
+    below = list(itertools.takewhile(lambda p: id(p) not in edited, editor.model.parameters()))
+    asked = [parameter for parameter in below if parameter.requires_grad]
+    try:
+        for parameter in asked:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in asked:
+            parameter.requires_grad_(True)
+
+
 def inner_rows(editor: MendEditor, batch: Batch) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """u [N, m] and delta [N, n] of every layer, by a backward pass through the whole model."""
     model, seen = editor.model, {}
@@ -101,13 +119,23 @@ def edited_weights(editor: MendEditor, batch: Batch) -> dict[str, torch.Tensor]:
 
 
 def meta_step(
-    editor: MendEditor, inner: Batch, outer: Batch, loc: Batch, c_edit: float = C_EDIT, c_loc: float = 1.0
+    editor: MendEditor,
+    inner: Batch,
+    outer: Batch,
+    loc: Batch,
+    c_edit: float = C_EDIT,
+    c_loc: float = 1.0,
+    *,
+    freeze_below: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Algorithm 1 on a batch, one edit after the other; adds to the editor's gradients.
 
     ``outer`` and ``loc`` hold the same number of samples for each edit, in order. Returns total, edit and
-    locality loss, each the mean over edits.
+    locality loss, each the mean over edits. ``freeze_below``: within :func:`frozen_below`.
     """
+    if freeze_below:
+        with frozen_below(editor):
+            return meta_step(editor, inner, outer, loc, c_edit, c_loc)
     model, size = editor.model, len(inner["labels"])
     per_outer, per_loc = len(outer["input_ids"]) // size, len(loc["input_ids"]) // size
     sums = torch.zeros(3, dtype=torch.promote_types(model.dtype, torch.float32), device=editor.device)

@@ -69,6 +69,21 @@ def last_block(model: nn.Module, names: Iterable[str]) -> nn.Module | None:
     return None if shared else blocks[last]
 
 
+def frozen_ends(model: nn.Module, layers: Sequence[Layer]) -> list[list[nn.Module]]:
+    """Of each stack the blocks whose outputs no edit of ``layers`` changes; where an encoder is edited, the decoder
+    sees edited states and none of it is among them."""
+    ends: list[list[nn.Module]] = []
+    for name, blocks in stacks(model):
+        edited = [
+            int(layer.name[len(name) + 1 :].split(".")[0]) for layer in layers if layer.name.startswith(f"{name}.")
+        ]
+        if below := list(blocks)[: min(edited, default=len(blocks))]:
+            ends.append(below)
+        if edited:
+            break
+    return ends
+
+
 def _alike(blocks: nn.ModuleList) -> bool:
     """One kind of block; or several (attention here, state space there), each of which is called one."""
     kinds = {type(block) for block in blocks}

@@ -414,16 +414,23 @@ with editor.edit("Who is the prime minister of the UK?", "Boris Johnson").attach
             rows |= {layer.name: Transformed(*sides, sample.to(u.device)) for layer, *sides, sample in parts}
         return {layer.name: rows[layer.name] for layer in self.layers}
 
-    def group_factors(self, batch: Batch, group_size: int = 1) -> dict[str, Factors]:
+    def group_factors(
+        self,
+        batch: Batch,
+        group_size: int = 1,
+        captured: Mapping[str, tuple[torch.Tensor, torch.Tensor]] | None = None,
+    ) -> dict[str, Factors]:
         """Differentiable factors of B independent edits, for :func:`mendfast.capture.lowrank_updates`.
 
         Each group of ``group_size`` consecutive samples is one edit, of its samples' updates together:
         u [B / group_size, T, m], delta [B / group_size, T, n] (rows of zeros fill up), alpha a scalar.
+        ``captured``: what :meth:`gradients` gives for the batch, where that is known.
         """
         size = batch["labels"].shape[0]
         if size % group_size:
             raise ValueError(f"{size} edits can't be put into groups of {group_size}; pass a multiple.")
-        return self._aggregated(self.transform(self.gradients(batch)), group_size, size // group_size)
+        captured = self.gradients(batch) if captured is None else captured
+        return self._aggregated(self.transform(captured), group_size, size // group_size)
 
     def _aggregated(self, rows: Mapping[str, Transformed], group_size: int, groups: int) -> dict[str, Factors]:
         if self.config.aggregation == "least_squares":

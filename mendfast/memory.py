@@ -39,12 +39,13 @@ from .memory_file import (
 from .ops.least_squares import metric_matrix, solve_normal, sums_serve
 from .requests import EditRequest, as_requests
 from .schema import shown, some
+from .shared_prefix import SharedPrefix
 from .updates import checksum
 
 __all__ = ["EditMemory", "read_requests", "update_file"]
 
-EDITS_PER_PASS = 16
-_WINDOW = 16  # passes whose edits are sorted by length together
+TOKENS_PER_PASS = 1024
+_WINDOW = 256  # edits that are sorted by length together
 _LONG = 32  # edits; a bar is shown for more
 _LEAST_PREFIX = 4
 # Of the configuration, what an edit's rows depend on.
@@ -139,7 +140,7 @@ class EditMemory(OnHub):
         target: str | None = None,
         *,
         save_to: str | Path | None = None,
-        batch_size: int = EDITS_PER_PASS,
+        batch_size: int | None = None,
         progress: bool | None = None,
     ) -> list[str]:
         """Keep edits, one or many; all of them, or none where one is wrong.
@@ -153,7 +154,7 @@ class EditMemory(OnHub):
             save_to: keep the memory in this file. What is made is on the disk after each pass, in a journal beside the
                 file, and the same call after a crash or an interrupt goes on from there (a new process begins with
                 :meth:`open`).
-            batch_size: edits that go through the model at a time.
+            batch_size: edits that go through the model at a time; None: as many as have :data:`TOKENS_PER_PASS` tokens.
             progress: True shows a bar, None where there are many edits and a terminal.
 
         Returns:
@@ -224,28 +225,45 @@ class EditMemory(OnHub):
         made: dict[str, Record],
         places: Mapping[str, int],
         lengths: Mapping[str, int],
-        batch_size: int,
+        batch_size: int | None,
         progress: bool | None,
         journal: Journal | None,
     ) -> None:
-        if not isinstance(batch_size, int) or batch_size < 1:
+        if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
             raise ValueError(f"batch_size is {shown(batch_size)}; it must be a whole number from 1.")
-        # by tokens of the whole batch, an edit's weight depends on the others
-        size = 1 if self.editor.config.loss_reduction == "batch" else batch_size
         left = [key for key in todo if key not in made]
         if not left:
             return
         hidden = not progress if progress is not None else True if len(left) <= _LONG else None
         with without_edits(self.model), tqdm(total=len(left), desc="adding", unit="edit", disable=hidden) as bar:
-            for start in range(0, len(left), size * _WINDOW):
-                window = sorted(left[start : start + size * _WINDOW], key=lengths.__getitem__)
-                for first in range(0, len(window), size):
-                    keys = window[first : first + size]
-                    records = self._records_of([todo[key] for key in keys], [places[key] for key in keys])
+            shared = self._shared([todo[key] for key in left])
+            for start in range(0, len(left), _WINDOW):
+                window = sorted(left[start : start + _WINDOW], key=lengths.__getitem__)
+                while window:
+                    keys = self._first(window, lengths, batch_size)
+                    records = self._records_of([todo[key] for key in keys], [places[key] for key in keys], shared)
                     made.update(zip(keys, records, strict=True))
                     if journal is not None:
                         journal.write(records)
                     bar.update(len(keys))
+                    del window[: len(keys)]
+
+    def _first(self, window: Sequence[str], lengths: Mapping[str, int], batch_size: int | None) -> Sequence[str]:
+        """Those of ``window``, which is sorted by length, that go through the model next."""
+        if self.editor.config.loss_reduction == "batch":  # by tokens of the whole batch, an edit's weight depends on
+            return window[:1]  # the others
+        if batch_size is not None:
+            return window[:batch_size]
+        count = 1
+        while count < len(window) and (count + 1) * lengths[window[count]] <= TOKENS_PER_PASS:
+            count += 1
+        return window[:count]
+
+    def _shared(self, requests: Sequence[EditRequest]) -> SharedPrefix | None:
+        if self.editor.kind != "causal":
+            return None
+        texts = [self.editor.encode(*request)["input_ids"] for request in requests]
+        return SharedPrefix.of(self.model, self.editor.layers, texts)
 
     def _length(self, request: EditRequest, place: int) -> int:
         """In tokens; a ValueError where the model can't learn it."""
@@ -256,9 +274,13 @@ class EditMemory(OnHub):
             raise ValueError(f"{_named(request, place)}: {error}") from error
         return batch["input_ids"].shape[1]
 
-    def _records_of(self, requests: Sequence[EditRequest], places: Sequence[int]) -> list[Record]:
+    def _records_of(
+        self, requests: Sequence[EditRequest], places: Sequence[int], shared: SharedPrefix | None
+    ) -> list[Record]:
+        batch = self.editor.tokenize(requests)
         try:
-            wanted = self.editor.wanted(self.editor.tokenize(requests))
+            with contextlib.nullcontext() if shared is None else shared.replayed(batch):
+                wanted = self.editor.wanted(batch)
             for name, rows in wanted.items():
                 if not (ops.all_finite(rows.u) and ops.all_finite(rows.d)):
                     raise ValueError(
@@ -268,7 +290,7 @@ class EditMemory(OnHub):
         except ValueError as error:
             if len(requests) > 1:  # which one is it?
                 for request, place in zip(requests, places, strict=True):
-                    self._records_of([request], [place])
+                    self._records_of([request], [place], shared)
                 raise
             raise ValueError(f"{_named(requests[0], places[0])}: {error}") from error
         rows: list[dict[str, tuple[torch.Tensor, torch.Tensor]]] = [{} for _ in requests]

@@ -16,6 +16,7 @@ from .capture import replaced_forwards, undone
 from .locks import exclusive
 from .ops import frozen_linear
 from .ops.linear_nll import Logits, serves
+from .packing import packed_batch
 from .types import IGNORE
 
 Batch = Mapping[str, torch.Tensor]
@@ -153,7 +154,8 @@ def _forward(
 ) -> torch.Tensor:
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     if kind == "classifier":
-        return model(**inputs).logits
+        with packed_batch(model, _real(inputs.get("attention_mask"))):
+            return model(**inputs).logits
     if kind == "encoder-decoder" and "decoder_input_ids" not in inputs:
         inputs["decoder_input_ids"] = _shifted(model, batch["labels"])
     if kind == "causal" and "attention_mask" in inputs and "position_ids" not in inputs:
@@ -161,11 +163,28 @@ def _forward(
         if taken and not bool(inputs["attention_mask"][:, 0].all()) and not _counts_positions(model):
             # Left padding must not move the positions, as generate() knows but a plain forward does not.
             inputs["position_ids"] = (inputs["attention_mask"].long().cumsum(-1) - 1).clamp(min=0)
-    with _head_rows(model, keep, for_nll) as selected:
+    masks = [_real(inputs.get("attention_mask"), keep if kind == "causal" else None)]
+    if kind == "encoder-decoder":
+        masks.append(_real(inputs.get("decoder_attention_mask"), keep, causal=True))
+    with _head_rows(model, keep, for_nll) as selected, packed_batch(model, *masks):
         logits = model(**inputs, use_cache=False).logits
     if isinstance(logits, Logits):
         return logits.first()
     return logits[0] if all(selected) else logits[keep.to(logits.device)]
+
+
+def _real(
+    mask: torch.Tensor | None, keep: torch.Tensor | None = None, *, causal: bool = False
+) -> torch.Tensor | None:
+    """Which tokens matter, [B, S]: those of the mask, and those whose rows are kept; None: all of them.
+
+    ``causal``: without a mask, all up to the last kept one.
+    """
+    if mask is None:
+        return keep.flip(1).cummax(1).values.flip(1) if causal else None
+    if mask.dim() != 2:
+        return None
+    return mask != 0 if keep is None else (mask != 0) | keep.to(mask.device)
 
 
 def _shifted(model: nn.Module, labels: torch.Tensor) -> torch.Tensor:

@@ -212,6 +212,40 @@ def test_a_resumed_run_ends_in_the_same_bits(base, tmp_path):  # noqa: F811
     assert left.keys() == right.keys() and all(left[name].equal(right[name]) for name in left)
 
 
+@pytest.mark.parametrize(("draws", "band"), [(2000, 1.05), (10, 2.0)])
+def test_the_bytes_are_predicted(base, monkeypatch, draws, band):  # noqa: F811
+    """Not less than there are, and hardly more: where the run's draws are all looked at, and where some are."""
+    monkeypatch.setattr("mendfast.training.memory.DRAWS", draws)
+    layers = ["transformer.h.2.mlp.c_fc.weight"]  # of three blocks
+
+    def trainer(**config) -> Trainer:
+        editor = MendEditor.from_model(*base, MendConfig(rank=8, layers=layers, append_eos=True))
+        settings = make(base, steps=40, batch_size=4, **config)[1]
+        return Trainer(editor, FactSampler(facts(), targets=2), settings, progress=False)
+
+    whole = trainer()
+    planned = whole.plan_cache()
+    whole.run()
+    held = whole.learner.cache.held
+    assert 0 < held <= planned["bytes"] <= band * held
+    assert planned["in memory"] == planned["bytes"] and planned["on disk"] == 0
+    assert trainer(cache_bytes=5000).plan_cache()["in memory"] == 5000
+    assert trainer(cache_bytes=0).plan_cache() == {}
+
+
+def test_the_summary_counts_runs_of_blocks():
+    """Of four blocks the first is frozen: a warm step saves it for 16 texts, and all four for the base's pass."""
+    model = make_model("gpt2")
+    editor = trained(model, "gpt2")
+    cache = PrefixCache(model, editor.layers, 1 << 30)
+    editor_loss(editor, *batches("gpt2"), cache=cache)
+    # 8 locality texts are asked for twice, of which the first time computes both
+    assert (cache.runs, cache.saved_runs) == (8 * 4 + 8 + 4 + 4, 8)
+    editor_loss(editor, *batches("gpt2"), cache=cache)
+    assert (cache.runs, cache.saved_runs) == (96, 8 + 48)
+    assert "56 of 96 runs of a block on a text were not needed" in cache.summary()
+
+
 def test_without_a_cache(base):  # noqa: F811
     editor, config = make(base, steps=2, cache_bytes=0)
     trainer = Trainer(editor, FactSampler(facts()), config, progress=False)

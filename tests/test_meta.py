@@ -39,6 +39,10 @@ def test_side_by_side_equals_one_at_a_time(name, left):
     editor.zero_grad()
     naive = meta_step(editor, *data, c_edit=0.3, c_loc=0.7)
     theirs = gradients(editor)
+    editor.zero_grad()
+    frozen = meta_step(editor, *data, c_edit=0.3, c_loc=0.7, freeze_below=True)  # as EasyEdit: the same
+    assert torch.allclose(torch.stack(frozen), torch.stack(naive), rtol=1e-12)
+    assert all(p.requires_grad for p in model.parameters())
     torch.testing.assert_close(torch.stack([total.detach(), parts["l_edit"], parts["l_loc"]]), torch.stack(naive),
                                rtol=1e-10, atol=1e-12)  # fmt: skip
     assert set(ours) == set(theirs)

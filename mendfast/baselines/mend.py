@@ -14,13 +14,15 @@ from torch import nn
 from ..config import MendConfig
 from ..editor import MendEditor
 from ..layers import Layer
-from ..memory import EDITS_PER_PASS, EditMemory
+from ..memory import EditMemory
 from ..metric import Metric
 from ..moments import SecondMoment
 from ..requests import EditRequest
 from ..training import Sampler, TrainConfig, Trainer
 from .system import System
 from .ultraedit import isotropic
+
+AT_A_TIME = 16  # edits between two looks at whether to keep what is done
 
 
 class Mend(System):
@@ -80,9 +82,9 @@ class Mend(System):
         if turns is not None:
             done, _ = turns.resume(requests)
             memory = EditMemory.load(turns.memory, self.subject) if done else memory
-        for start in range(done, len(requests), EDITS_PER_PASS):
-            memory.add(requests[start : start + EDITS_PER_PASS], progress=False)
-            done = min(start + EDITS_PER_PASS, len(requests))
+        for start in range(done, len(requests), AT_A_TIME):
+            memory.add(requests[start : start + AT_A_TIME], progress=False)
+            done = min(start + AT_A_TIME, len(requests))
             if turns is not None and turns.due(done, len(requests)):
                 memory.save(turns.memory)
                 turns.keep(done, {"done": torch.tensor(done)})

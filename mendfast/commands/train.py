@@ -214,10 +214,18 @@ def _train(settings: TrainSettings, accelerator: Accelerator | None, main: bool)
     planned = trainer.plan()
     show_plan(editor, planned, console)
     if settings.dry_run:
+        cache = trainer.plan_cache()
+        if cache:
+            console.print(
+                f"The cache of the frozen part: at most {cache['texts']:,} texts, {cache['bytes'] / 2**20:,.1f} MiB; "
+                f"{cache['in memory'] / 2**20:,.1f} MiB in memory (--cache-bytes), beside the above, and "
+                f"{cache['on disk'] / 2**20:,.1f} MiB on disk (--cache-disk-bytes)"
+            )
         return {
             "layers": editor.config.layers,
             "parameters": sum(p.numel() for p in editor.parameters()),
             "bytes": planned,
+            "cache": cache,
         }
     figures: dict[str, Any] = {}
     if isinstance(task, FactTask):
@@ -230,6 +238,8 @@ def _train(settings: TrainSettings, accelerator: Accelerator | None, main: bool)
         console.print(f"Going on from step {trainer.step}.")
     started = time.perf_counter()
     metrics = trainer.run()
+    if said := trainer.summary():
+        console.print(plain(said))
     where = "the GPU" if editor.device.type == "cuda" else "the process"
     console.print(f"Peak memory of {where}: {metrics['peak_bytes'] / 2**20:,.0f} MiB")
     return {**metrics, **figures, "seconds": time.perf_counter() - started}

@@ -56,7 +56,8 @@ def untouched(layer: nn.Module) -> bool:
 
 
 @functools.cache
-def _is_linear(kind: type) -> bool:
+def is_linear(kind: type) -> bool:
+    """Whether a layer of that class is PyTorch's nn.Linear or Hugging Face's Conv1D, and nothing made of them."""
     return kind is nn.Linear or is_conv1d(kind)
 
 
@@ -67,5 +68,5 @@ def frozen_forwards(model: nn.Module) -> dict[nn.Module, Callable[..., torch.Ten
     """
     if backends.preferred("frozen_linear", next(model.parameters()).device) != "cpu":
         return {}
-    layers = [layer for layer in model.modules() if _is_linear(type(layer)) and "forward" not in vars(layer)]
+    layers = [layer for layer in model.modules() if is_linear(type(layer)) and "forward" not in vars(layer)]
     return {layer: functools.partial(forward, layer) for layer in layers}

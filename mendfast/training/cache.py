@@ -7,6 +7,7 @@ import hashlib
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from ..capture import frozen, replaced_forwards
 from ..choice import stacks
 from ..layers import Layer, execution_device
 from ..objective import IGNORE, Batch, kept_rows, model_kind, to_device
+from ..packing import packing
 from .kept_states import KeptStates, bytes_of, fingerprint
 from .prefix import FrozenPrefix
 
@@ -64,6 +66,7 @@ class PrefixCache:
 
     Attributes:
         asked, computed, read: texts that were asked for, and of them those that had to be computed, or came from disk.
+        runs, saved_runs: of a block on a text, that there would be without the cache, and of them those that weren't.
         held: bytes in memory.
         why_not: why a model can't be served (then :meth:`replayed` changes nothing), or None.
     """
@@ -80,7 +83,7 @@ class PrefixCache:
         if limit < 0:
             raise ValueError(f"limit is {limit}; it must be the bytes to keep in memory, or 0 to keep none.")
         self.model, self.limit = model, limit
-        self.asked = self.computed = self.read = self.held = 0
+        self.asked = self.computed = self.read = self.held = self.runs = self.saved_runs = 0
         self._states: OrderedDict[bytes, list[torch.Tensor]] = OrderedDict()
         kind, found = model_kind(model), stacks(model)
         self._ends = FrozenPrefix(model, layers).ends
@@ -124,7 +127,7 @@ class PrefixCache:
     def clear(self) -> None:
         """Forget all states in memory, and count anew."""
         self._states.clear()
-        self.asked = self.computed = self.read = self.held = 0
+        self.asked = self.computed = self.read = self.held = self.runs = self.saved_runs = 0
 
     def flush(self) -> None:
         """Write what is in memory to disk too, where there is a directory: the next run starts with it."""
@@ -138,9 +141,26 @@ class PrefixCache:
         saved = self.asked - self.computed
         return (
             f"The frozen part of {saved:,} of {self.asked:,} texts came from the cache "
-            f"({saved / max(1, self.asked):.0%}), which holds {self.held / 2**20:,.1f} MiB"
+            f"({saved / max(1, self.asked):.0%}), and {self.saved_runs:,} of {self.runs:,} runs of a block on a text "
+            f"were not needed ({self.saved_runs / max(1, self.runs):.0%}). It holds {self.held / 2**20:,.1f} MiB"
             + (f" in memory and {self._kept.held / 2**20:,.1f} MiB on disk." if self._kept is not None else ".")
         )
+
+    def sizes(self, batch: Batch, *, final: bool = False) -> dict[bytes, int]:
+        """The bytes that the states of a batch's texts take, by key: what :meth:`replayed` would keep for them."""
+        if not self.serves(batch):
+            return {}
+        kept = next(iter(self._states.values()), None)
+        if kept is None:  # dropped
+            self._compute(self._texts(batch)[:1], False)
+            kept = next(iter(self._states.values()))
+        widths = [state.shape[1] * state.element_size() for state in kept]
+        found: dict[bytes, int] = {}
+        for text in self._texts(batch):
+            for kind in {False, final and bool(self._final)}:
+                lengths = self._lengths(text.inputs)
+                found[self._key(text, kind)] = sum(n * width for n, width in zip(lengths, widths, strict=False))
+        return found
 
     # -- states --------------------------------------------------------------------------------------------
 
@@ -161,6 +181,11 @@ class PrefixCache:
         for together in self._groups(missing.values()):
             if not self._compute(together, final):
                 return None
+        stacks_ = self._stacks(final)
+        blocks = sum(map(len, stacks_))
+        run = sum(self._forms[blocks_[0]] is RUN for blocks_ in stacks_)  # to give what they give beside the states
+        self.runs += len(texts) * blocks
+        self.saved_runs += len(texts) * (blocks - run)
         rows = [self._states[key] for key in keys]
         self._shrink()
         columns = zip(zip(*rows, strict=True), self._lengths(batch), strict=False)  # no decoder, where none is frozen
@@ -221,7 +246,8 @@ class PrefixCache:
 
         handles = [block.register_forward_hook(keep) for block in edges]
         try:
-            with torch.inference_mode(False), torch.no_grad(), frozen(self.model), contextlib.suppress(_Enough):
+            # not packed: rows of other counts have other bits
+            with torch.inference_mode(False), torch.no_grad(), packing(False), frozen(self.model), suppress(_Enough):
                 batch = _together([text.inputs for text in texts])
                 kept_rows(self.model, to_device(batch, execution_device(self.model.get_input_embeddings())))
         finally:
@@ -239,6 +265,7 @@ class PrefixCache:
                 ]
                 self._keep(self._key(text, kept), own)
         self.computed += len(texts)
+        self.saved_runs -= len(texts) * sum(map(len, wanted[-1]))
         return True
 
     def _read(self, blocks: list[nn.Module], seen: Mapping[nn.Module, Any], count: int) -> torch.Tensor | None:

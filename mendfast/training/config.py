@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from ..schema import check_fields
 from ..types import C_EDIT
+from .precision import PRECISIONS
 
 MOST_EDITS = 1 << 16
 """At once; no memory takes more."""
@@ -45,6 +46,13 @@ class TrainConfig:
     )
     loc_answers: bool = field(
         default=False, metadata={"help": "Compare locality texts only where their answers are predicted."}
+    )
+    precision: str = field(
+        default="float32",
+        metadata={
+            "help": "Of the edited blocks' products; the editor's are float32's.",
+            "choices": PRECISIONS,
+        },
     )
     joint: list[int] = field(
         default_factory=lambda: [1],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from ..labels import encode_prompt
 from .cache import PrefixCache
 from .config import TrainConfig
 from .data import Draw, digest
-from .memory import predict
+from .memory import predict, predict_cache
 from .meta import editor_loss
 
 STEP_SIZE = "config.step_size"
@@ -118,6 +118,10 @@ class Learner(ABC):
         """The bytes, by kind, that training on ``draw`` holds at most; see :func:`mendfast.training.memory.predict`."""
         raise TypeError(f"The memory of {self.name} is not predicted; that of MEND's editors is.")
 
+    def plan_cache(self, draws: Iterable[Draw], steps: int, config: TrainConfig) -> dict[str, int]:
+        """The bytes that a cache will hold, as :func:`mendfast.training.memory.predict_cache`; {} without one."""
+        return {}
+
     def parameters(self, config: TrainConfig) -> list[nn.Parameter]:
         return [parameter for group in self.parameter_groups(config) for parameter in group["params"]]
 
@@ -163,6 +167,7 @@ class EditorLearner(Learner):
             loc_positions=config.loc_positions if self.editor.training else 0,
             seed=f"{config.seed}:{draw}" if config.loc_positions else 0,
             cache=self.cache,
+            precision=config.precision,
         )
 
     @torch.no_grad()
@@ -218,3 +223,6 @@ class EditorLearner(Learner):
         batches = tuple(self.editor.tokenize(pairs) for pairs in draw)
         recompute = config.checkpoint_activations
         return predict(self.editor, batches, joint=joint, checkpoint_activations=recompute)
+
+    def plan_cache(self, draws: Iterable[Draw], steps: int, config: TrainConfig) -> dict[str, int]:
+        return predict_cache(self.editor, draws, steps, config) if config.cache_bytes else {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import logging
 import math
@@ -27,6 +28,7 @@ from .data import Draw, Sampler, fingerprint, share
 from .learner import EditorLearner, Learner
 from .lock import occupied
 from .memory import peak_bytes, reset_peak
+from .precision import check_precision
 from .processes import Processes, launched
 from .record import Record
 from .report import read_metrics, write_report
@@ -64,7 +66,8 @@ class Trainer:
     Ctrl-C and SIGTERM let the step end and be saved, and then do what they did before (a second Ctrl-C at once).
 
     Raises:
-        ValueError: a step's edits can't be divided evenly by processes and ``accumulate``.
+        ValueError: a step's edits can't be divided evenly by processes and ``accumulate``, or a precision that the
+            device has no units for.
     """
 
     def __init__(
@@ -83,6 +86,7 @@ class Trainer:
         self.sampler, self.config = sampler, config
         self.editor = self.learner.subject
         self.device = self.editor.device
+        check_precision(config.precision, self.device)
         self.output = Path(output) if output is not None else None
         self.validation = validation
         self.processes = Processes(accelerator or launched())
@@ -110,6 +114,17 @@ class Trainer:
         joint = max(self.config.joint)
         draw = share(self._draw(0, joint), 0, self.config.accumulate * self.processes.count)
         return self.learner.plan(draw, self.config, joint)
+
+    def plan_cache(self) -> dict[str, int]:
+        """What each process's cache of the frozen part will hold at the end, at most: its texts, their bytes, those in
+        memory and on disk; nothing where there is none."""
+        config, count, rank = self.config, self.processes.count, self.processes.rank
+        first = [self.sampler.draw(0, START_EDITS)] if config.calibrate else []
+        if self.validation is not None and config.validate_every:
+            size = min(32, config.validation_size)
+            first += [self.validation.draw(-1 - i, size) for i in range(-(-config.validation_size // size))]
+        own = (share(self._draw(step, config.joint_size(step)), rank, count) for step in range(config.steps))
+        return self.learner.plan_cache(itertools.chain(first, own), len(first) + config.steps, config)
 
     def summary(self) -> str:
         """What there is to say of the last run beside its metrics: what the cache of the frozen part saved."""

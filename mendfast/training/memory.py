@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import sys
 import weakref
 from collections.abc import Iterable, Mapping
@@ -15,7 +16,12 @@ from torch.utils._pytree import tree_leaves
 
 from ..editor import MendEditor
 from ..objective import Batch, model_kind
+from .cache import PrefixCache
+from .config import TrainConfig
+from .data import Draw
 from .meta import editor_loss
+
+DRAWS, TOKENISED = 2000, 2000
 
 
 def tensor_bytes(tensor: torch.Tensor) -> int:
@@ -77,7 +83,7 @@ def predict(
     model, parameters = editor.model, list(editor.parameters())
     groups = len(batches[0]["input_ids"]) // joint
     gradients = _bytes(parameters)
-    options = {"joint": joint, **options}
+    options = {"joint": joint, "pack": False, **options}  # at most: with all padding
     one = _step_peak(editor, batches, 1 / groups, options)
     two = _step_peak(editor, batches, 2 / groups, options) if groups > 1 else one
     logits = _logit_bytes(model, *batches[1:])
@@ -115,6 +121,42 @@ def _logit_bytes(model: torch.nn.Module, outer: Batch, loc: Batch) -> int:
     rows = 2 * int((outer["labels"] != -100).sum()) + 3 * int(kept.sum())
     head = model.get_output_embeddings().weight
     return rows * model.config.vocab_size * max(2, head.element_size())
+
+
+def predict_cache(editor: MendEditor, draws: Iterable[Draw], steps: int, config: TrainConfig) -> dict[str, int]:
+    """What the cache of the frozen part will have seen and hold at the end of a run, at most: its "texts", the "bytes"
+    of all of them, those "in memory" and those "on disk".
+
+    The draws are those that the run will ask for. Of more than :data:`DRAWS` of ``steps`` the rest is taken to have as
+    many new texts each as the later half, which it won't exceed, since texts come back more and more. More than
+    :data:`TOKENISED` texts are taken to be as long as so many of them, evenly chosen, are on average.
+    """
+    cache = PrefixCache(editor.model, editor.layers, config.cache_bytes)
+    seen: list[dict[tuple, None]] = [{}, {}]  # inner and outer, and locality, whose base's states are kept too
+    counts: list[tuple[int, ...]] = [(0, 0)]
+    for draw in itertools.islice(draws, DRAWS):
+        for texts, pairs in zip(seen, (draw.inner + draw.outer, draw.loc), strict=True):
+            texts.update(dict.fromkeys(pairs))
+        counts.append(tuple(map(len, seen)))
+    total, number = 0, 0
+    for side, texts in enumerate(map(list, seen)):
+        chosen = texts[:: -(-len(texts) // TOKENISED) or 1]
+        sizes: dict[bytes, int] = {}
+        for pair in chosen:
+            sizes |= cache.sizes(editor.tokenize([pair]), final=side == 1)
+        done, half = len(counts) - 1, (len(counts) - 1) // 2
+        more = max(0, steps - done) * (counts[-1][side] - counts[half][side]) / max(1, done - half)
+        all_texts = len(texts) + round(more)
+        total += round(sum(sizes.values()) / max(1, len(chosen)) * all_texts)
+        number += all_texts
+    if cache.why_not:
+        total = 0
+    return {
+        "texts": number,
+        "bytes": total,
+        "in memory": min(total, config.cache_bytes),
+        "on disk": min(total, config.cache_disk_bytes),
+    }
 
 
 def reset_peak(device: torch.device) -> None:

@@ -25,8 +25,10 @@ from ..objective import (
     target_rows,
     to_device,
 )
+from ..packing import packing
 from ..types import C_EDIT
 from .cache import PrefixCache
+from .precision import lowered
 from .prefix import FrozenPrefix
 from .recompute import recomputed_updates
 
@@ -44,6 +46,8 @@ def meta_loss(
     loc_answers: bool = False,
     seed: int | str = 0,
     cache: PrefixCache | None = None,
+    pack: bool = True,
+    precision: str = "float32",
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """c_edit * NLL(outer; edited) + c_loc * KL(base || edited on loc), differentiable in the factors.
 
@@ -62,6 +66,8 @@ def meta_loss(
         loc_answers: only where a locality sample's labels are predicted, and not within its prompt.
         cache: what the frozen blocks give for these texts, so that they are not run again; the results are the
             same to rounding.
+        pack: leave padding out of the matrix products (:mod:`mendfast.packing`), to rounding the same too.
+        precision: "bfloat16": of the edited blocks' products; all else stays in the model's dtype and float32.
 
     Returns:
         The scalar total, and its parts, detached: "l_edit", "l_loc", and "edit_success", the share of outer
@@ -75,8 +81,10 @@ def meta_loss(
         keep, weights = _drawn(keep, loc_positions, seed)
     prefix = FrozenPrefix(model, layers)
     cached = cache is not None and cache.serves(loc)
-    with frozen(model):
-        with torch.no_grad(), cache.replayed(loc, final=True) if cached else prefix.recorded():
+    low = precision == "bfloat16"
+    with frozen(model), packing(pack), lowered(model, prefix.blocks, low):
+        # the base's last blocks too, else rounding would be taken for what the edit does
+        with torch.no_grad(), cache.replayed(loc, final=not low) if cached else prefix.recorded():
             base = kept_rows(model, loc, keep)
         updates = lowrank_updates(layers, factors)
         if checkpoint_activations:
@@ -125,9 +133,12 @@ def editor_loss(
         samples = len(batch["input_ids"])
         if samples % groups:
             raise ValueError(f"{name} has {samples} samples for {groups} edits; pass the same number for each.")
-    cache = options.get("cache")
-    with contextlib.nullcontext() if cache is None else cache.replayed(edit_inner):
-        factors = editor.group_factors(edit_inner, group)
+    cache, low = options.get("cache"), options.get("precision") == "bfloat16"
+    below = FrozenPrefix(editor.model, editor.layers).blocks if low else ()
+    replayed = contextlib.nullcontext() if cache is None else cache.replayed(edit_inner)
+    with lowered(editor.model, below, low), replayed, packing(options.get("pack", True)):
+        captured = editor.gradients(edit_inner)
+    factors = editor.group_factors(edit_inner, group, captured)
     return meta_loss(editor, factors, edit_outer, loc, c_edit, c_loc, **options)
 
 

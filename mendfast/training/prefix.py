@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from torch import nn
 
 from ..capture import replaced_forwards
-from ..choice import stacks
+from ..choice import frozen_ends
 from ..layers import Layer
 
 log = logging.getLogger("mendfast")
@@ -22,25 +22,14 @@ class FrozenPrefix:
     >>> with prefix.recorded(): model(**batch)      # keeps the last frozen block's output
     >>> with prefix.replayed(): model(**batch)      # the frozen blocks are not run again
 
-    Of an encoder-decoder with edits in its encoder, the decoder sees edited states and none of it is frozen.
     ``ends`` are the frozen blocks of each stack, ``blocks`` all of them; both are empty, and the contexts do nothing,
     where the model has no stack of blocks to split.
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[Layer]):
-        self.blocks: list[nn.Module] = []
-        self.ends: list[list[nn.Module]] = []
+        self.ends = frozen_ends(model, layers)
+        self.blocks = [block for blocks in self.ends for block in blocks]
         self._kept: dict[nn.Module, object] = {}
-        for name, blocks in stacks(model):
-            edited = [
-                int(layer.name[len(name) + 1 :].split(".")[0]) for layer in layers if layer.name.startswith(f"{name}.")
-            ]
-            frozen = list(blocks)[: min(edited, default=len(blocks))]
-            if frozen:
-                self.ends.append(frozen)
-                self.blocks += frozen
-            if edited:
-                break
         if not self.blocks:
             log.info("%s has no blocks below its edited layers to reuse: it runs whole", type(model).__name__)
 

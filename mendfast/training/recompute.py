@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from ..capture import Factors, frozen, lowrank_updates, replaced_forwards
 from ..choice import stacks
 from ..layers import Layer
+from ..packing import Masks, current, packed
 
 
 @contextlib.contextmanager
@@ -35,12 +36,12 @@ def recomputed_updates(
 
 
 def _recomputing(block: nn.Module, forward: Callable, own: list[Layer], factors: Mapping[str, Factors]) -> Callable:
-    def run(*args: object, **kwargs: object) -> object:
-        with frozen(block), lowrank_updates(own, factors):
+    def run(masks: Masks | None, *args: object, **kwargs: object) -> object:
+        with frozen(block), packed(masks, [block]), lowrank_updates(own, factors):
             return forward(*args, **kwargs)
 
     def recomputing(*args: object, **kwargs: object) -> object:
         # Frozen blocks are in eval mode and draw no random numbers.
-        return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+        return checkpoint(run, current(), *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
     return recomputing

@@ -1,0 +1,150 @@
+"""Padding left out of a model's matrix products.
+
+A linear layer gives each token its row whatever stands beside it, so within a block of ``packing()`` the layers of a
+model's blocks are given the rows of real tokens alone, and zeros stand for what they would have made of padding.
+Attention, which sees which tokens are masked, and all else run on the batch as it is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Collection, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+from .capture import replaced_forwards
+from .choice import stacks
+from .ops.frozen_linear import is_linear
+
+COPIED = 16
+"""Multiply-adds that take as long as to copy an element out of the batch and one back, forward and backward."""
+
+
+class Masks(NamedTuple):
+    """Which tokens of a batch are real, for the blocks that see them."""
+
+    thread: int
+    of_blocks: list[tuple[list[nn.Module], torch.Tensor]]  # [B, S] bool
+
+
+class _Here(threading.local):
+    asked = False
+    masks: Masks | None = None
+
+
+_here = _Here()
+
+
+@contextlib.contextmanager
+def packing(on: bool = True) -> Iterator[None]:
+    """Within the block this thread's passes leave padding out of the products, where that takes less time by count.
+
+    The results are the same to rounding, as the library's products of other sizes add in another order.
+    """
+    before, _here.asked = _here.asked, on
+    try:
+        yield
+    finally:
+        _here.asked = before
+
+
+@contextlib.contextmanager
+def packed_batch(model: nn.Module, *masks: torch.Tensor | None) -> Iterator[None]:
+    """For the one pass within the block, where :func:`packing` was asked for.
+
+    ``masks`` [B, S] say which tokens are real, of the encoder and the decoder, or of the one stack; None: all of them.
+    """
+    found = stacks(model) if _here.asked and any(mask is not None for mask in masks) else []
+    if len(found) != len(masks) or len({mask.shape for mask in masks if mask is not None}) < len(masks):
+        # a vision tower beside the text; or cross-attention, whose layers see both, couldn't tell one from the other
+        yield
+        return
+    pairs = zip(found, masks, strict=True)
+    masks_of = [(list(blocks), mask) for (_, blocks), mask in pairs if mask is not None and not bool(mask.all())]
+    before, _here.masks = _here.masks, Masks(threading.get_ident(), masks_of)
+    try:
+        with packed(_here.masks):
+            yield
+    finally:
+        _here.masks = before
+
+
+def current() -> Masks | None:
+    """Of the pass that this thread is in."""
+    return _here.masks
+
+
+@contextlib.contextmanager
+def packed(masks: Masks | None, only: Collection[nn.Module] | None = None) -> Iterator[None]:
+    """The layers of the masks' blocks (of ``only`` these) see the rows of real tokens."""
+    forwards: dict[nn.Module, Callable] = {}
+    for blocks, mask in masks.of_blocks if masks is not None else ():
+        index = mask.flatten().nonzero().squeeze(1)
+        for block in blocks:
+            if only is not None and block not in only:
+                continue
+            for module in block.modules():
+                if is_linear(type(module)) and _fewer(module, len(index), mask.numel()):
+                    forwards[module] = _packed(module.forward, mask.shape, index, masks.thread)
+    with replaced_forwards(forwards):
+        yield
+
+
+def _fewer(layer: nn.Module, kept: int, rows: int) -> bool:
+    """Whether the products that are left out take longer than copying the others' rows."""
+    if layer.weight.dim() != 2:  # packed by a quantiser
+        return False
+    n, m = layer.weight.shape
+    return (rows - kept) * n * m > COPIED * kept * (n + m)
+
+
+def _packed(forward: Callable, shape: torch.Size, index: torch.Tensor, thread: int) -> Callable:
+    def run(*args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
+        x = args[0] if args else None
+        mine = len(args) == 1 and not kwargs and type(x) is torch.Tensor and threading.get_ident() == thread
+        if not mine or x.dim() != 3 or x.shape[:2] != shape:
+            return forward(*args, **kwargs)
+        at = index.to(x.device)
+        y = forward(_Taken.apply(x.reshape(-1, x.shape[2]), at))
+        return _Placed.apply(y, at, shape.numel()).view(*shape, y.shape[1])
+
+    return run
+
+
+class _Taken(torch.autograd.Function):
+    """Rows [N, k], each at most once -> [K, k]; PyTorch's own backward adds one row after the other."""
+
+    @staticmethod
+    def forward(ctx, rows, at):
+        ctx.save_for_backward(at)
+        ctx.count = len(rows)
+        return rows.index_select(0, at)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        (at,) = ctx.saved_tensors
+        return _place(grad, at, ctx.count), None
+
+
+class _Placed(torch.autograd.Function):
+    """Rows [K, k] -> [N, k], zeros elsewhere."""
+
+    @staticmethod
+    def forward(ctx, rows, at, count):
+        ctx.save_for_backward(at)
+        return _place(rows, at, count)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        (at,) = ctx.saved_tensors
+        return grad.index_select(0, at), None, None
+
+
+def _place(rows: torch.Tensor, at: torch.Tensor, count: int) -> torch.Tensor:
+    return rows.new_zeros(count, rows.shape[1]).index_copy_(0, at, rows)
