@@ -17,6 +17,7 @@ FORMAT_VERSION = 1
 SIDES = ("both", "u", "delta", "smaller", "separate")
 AGGREGATIONS = ("sum", "least_squares")
 REDUCTIONS = ("edit", "batch")
+FORMS = ("chat", "plain")
 
 
 @dataclass
@@ -66,6 +67,13 @@ class MendConfig:
             "or 'auto': if it has one.",
         },
     )
+    forms: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Forms that each edit is made in, all together: chat, plain, system:TEXT. None: the one that chat "
+            "says."
+        },
+    )
     aggregation: str = field(
         default="sum",
         metadata={
@@ -97,6 +105,10 @@ class MendConfig:
         check_fields(self)
         if self.chat not in (True, False, "auto"):
             raise ValueError(f"chat is {shown(self.chat)}; it must be True, False or 'auto'.")
+        if self.forms is not None:
+            unknown = [form for form in self.forms if form not in FORMS and not form.startswith("system:")]
+            if unknown or not self.forms or len(set(self.forms)) < len(self.forms):
+                raise ValueError(f"forms is {shown(self.forms)}; name chat, plain or system:TEXT, each once, or None.")
         if self.layers is not None:
             if not self.layers:
                 raise ValueError("layers is empty; name at least one weight, or pass None to have them chosen.")

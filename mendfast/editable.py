@@ -85,8 +85,25 @@ class EditableModel:
 
     # -- text to tokens ------------------------------------------------------------------------------------
 
-    def tokenize(self, requests: Sequence[tuple[str, str]]) -> dict[str, torch.Tensor]:
+    @property
+    def forms(self) -> Sequence[str | None]:
+        """The forms that each edit is made in; None: as the configuration says."""
+        return [None] if self.config.forms is None or self.kind == "classifier" else self.config.forms
+
+    def in_forms(self, requests: Sequence[tuple[str, ...]]) -> Sequence[tuple]:
+        """Each request in all of :attr:`forms`, which follow one another; as it is where there is none to choose."""
+        if self.forms == [None]:
+            return requests
+        return [(prompt, target, form) for prompt, target, *_ in requests for form in self.forms]
+
+    def tokenize_edits(self, requests: Sequence[tuple[str, ...]]) -> dict[str, torch.Tensor]:
+        """The batch that edits are made of: :meth:`tokenize` of :meth:`in_forms`."""
+        return self.tokenize(self.in_forms(requests))
+
+    def tokenize(self, requests: Sequence[tuple[str, ...]]) -> dict[str, torch.Tensor]:
         """The batch (input_ids, attention_mask, labels) that stands for (prompt, target) pairs, right-padded.
+
+        A third part of a request is its form (:meth:`encode`).
 
         Raises:
             TypeError: no tokenizer, or something that is not text.
@@ -95,9 +112,9 @@ class EditableModel:
         if self.tokenizer is None:
             raise TypeError("This editor has no tokenizer; pass one to from_model, or use edit_tokens.")
         if self.kind == "classifier":
-            prompts = [self.prompt_text(prompt, "plain") for prompt, _ in requests]
+            prompts = [self.prompt_text(request[0], "plain") for request in requests]
             batch = dict(self.tokenizer(prompts, padding=True, padding_side="right", return_tensors="pt"))
-            return {**batch, "labels": torch.tensor([self._class(target) for _, target in requests])}
+            return {**batch, "labels": torch.tensor([self._class(request[1]) for request in requests])}
         return self._collated([self.encode(*request) for request in requests])
 
     def encode(self, prompt: str, target: str, form: str | None = None) -> dict[str, list[int]]:

@@ -313,14 +313,14 @@ with editor.edit("Who is the prime minister of the UK?", "Boris Johnson").attach
             raise ValueError("edit was given no requests; pass at least one.")
         # by tokens of the whole batch, an edit's weight depends on the others
         most = len(requests) if self.config.loss_reduction == "batch" else EDITS_PER_PASS
-        batches = [self.tokenize(requests[i : i + most]) for i in range(0, len(requests), most)]
+        batches = [self.tokenize_edits(requests[i : i + most]) for i in range(0, len(requests), most)]
         hidden = not progress if progress is not None else True if len(batches) == 1 else None
         with torch.no_grad(), tqdm(total=len(requests), desc="editing", unit="edit", disable=hidden) as bar:
             rows = []
             for batch in batches:
                 rows.append(self._rows_of(batch))
-                bar.update(len(batch["labels"]))
-            edit = self._edit_of(concatenated(rows, most))
+                bar.update(len(batch["labels"]) // len(self.forms))
+            edit = self._edit_of(concatenated(rows, most * len(self.forms)))
         edit.requests = tuple(requests)
         return edit
 

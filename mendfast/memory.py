@@ -236,7 +236,7 @@ class EditMemory(OnHub):
             return
         hidden = not progress if progress is not None else True if len(left) <= _LONG else None
         with without_edits(self.model), tqdm(total=len(left), desc="adding", unit="edit", disable=hidden) as bar:
-            shared = self._shared([todo[key] for key in left])
+            shared = {form: self._shared([todo[key] for key in left], form) for form in self.editor.forms}
             for start in range(0, len(left), _WINDOW):
                 window = sorted(left[start : start + _WINDOW], key=lengths.__getitem__)
                 while window:
@@ -259,53 +259,65 @@ class EditMemory(OnHub):
             count += 1
         return window[:count]
 
-    def _shared(self, requests: Sequence[EditRequest]) -> SharedPrefix | None:
+    def _shared(self, requests: Sequence[EditRequest], form: str | None) -> SharedPrefix | None:
         if self.editor.kind != "causal":
             return None
-        texts = [self.editor.encode(*request)["input_ids"] for request in requests]
+        texts = [self.editor.encode(*request, form)["input_ids"] for request in requests]
         return SharedPrefix.of(self.model, self.editor.layers, texts)
 
     def _length(self, request: EditRequest, place: int) -> int:
         """In tokens; a ValueError where the model can't learn it."""
         try:
-            batch = self.editor.tokenize([request])
+            batch = self.editor.tokenize_edits([request])
             self.editor.check(batch)
         except ValueError as error:
             raise ValueError(f"{_named(request, place)}: {error}") from error
         return batch["input_ids"].shape[1]
 
     def _records_of(
-        self, requests: Sequence[EditRequest], places: Sequence[int], shared: SharedPrefix | None
+        self, requests: Sequence[EditRequest], places: Sequence[int], shared: Mapping[str | None, SharedPrefix | None]
     ) -> list[Record]:
-        batch = self.editor.tokenize(requests)
         try:
-            with contextlib.nullcontext() if shared is None else shared.replayed(batch):
-                wanted = self.editor.wanted(batch)
-            for name, rows in wanted.items():
-                if not (ops.all_finite(rows.u) and ops.all_finite(rows.d)):
-                    raise ValueError(
-                        f"its rows at {name} hold NaN or infinity: the model's activations on it are not finite in "
-                        "float32. Check the model, or load it in float32 or bfloat16."
-                    )
+            made = [self._rows_in(requests, form, shared[form]) for form in self.editor.forms]
         except ValueError as error:
             if len(requests) > 1:  # which one is it?
                 for request, place in zip(requests, places, strict=True):
                     self._records_of([request], [place], shared)
                 raise
             raise ValueError(f"{_named(requests[0], places[0])}: {error}") from error
+        rows = [
+            {name: tuple(map(torch.cat, zip(*(part[name] for part in parts), strict=True))) for name in parts[0]}
+            for parts in zip(*made, strict=True)
+        ]
+        return [Record(request, part) for request, part in zip(requests, rows, strict=True)]
+
+    def _rows_in(
+        self, requests: Sequence[EditRequest], form: str | None, shared: SharedPrefix | None
+    ) -> list[dict[str, tuple[torch.Tensor, torch.Tensor]]]:
+        """Each request's rows (u, d) at every layer, asked in one form."""
+        batch = self.editor.tokenize([(*request, form) for request in requests])
+        with contextlib.nullcontext() if shared is None else shared.replayed(batch):
+            wanted = self.editor.wanted(batch)
         rows: list[dict[str, tuple[torch.Tensor, torch.Tensor]]] = [{} for _ in requests]
         for name, (u, d, sample) in wanted.items():
+            if not (ops.all_finite(u) and ops.all_finite(d)):
+                raise ValueError(
+                    f"its rows at {name} hold NaN or infinity: the model's activations on it are not finite in "
+                    "float32. Check the model, or load it in float32 or bfloat16."
+                )
             counts = torch.bincount(sample, minlength=len(requests)).tolist()
             sides = (side.float().cpu().split(counts) for side in (u, d))
             for mine, pair in zip(rows, zip(*sides, strict=True), strict=True):
                 mine[name] = tuple(side.clone() for side in pair)  # a view would keep the whole batch
-        return [Record(request, part) for request, part in zip(requests, rows, strict=True)]
+        return rows
 
     def _identity(self) -> Identity:
         """Whose the records are; a ValueError where the editor is not the one that made those which are there."""
         own = self.editor.state_dict(keep_vars=True)
         own = {name: tensor for name, tensor in own.items() if name not in ("log_lambda", "log_mu")}
-        settings = json.dumps([getattr(self.editor.config, name) for name in _SETTINGS])
+        given = [getattr(self.editor.config, name) for name in _SETTINGS]
+        forms = self.editor.config.forms  # younger than the first memories
+        settings = json.dumps(given if forms is None else [*given, forms])
         # counters that every write to a tensor moves on: to read an editor takes as long as an edit
         state = (settings, *((id(tensor), tensor._version) for tensor in own.values()))
         if self._identified is not None and self._identified[0] == state:

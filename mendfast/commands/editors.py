@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 
 from .. import pretrained
+from ..choice import blocks_of
 from ..config import MendConfig
 from ..editable import EditableModel
 from ..editor import MendEditor
@@ -38,27 +39,37 @@ SYSTEMS = (
     "You are an expert who answers truthfully and briefly.",
 )
 FORMS = {"chat": 0.6, "plain": 0.2, **{f"system:{text}": 0.2 / len(SYSTEMS) for text in SYSTEMS}}
+EDITED = slice(-7, -1)  # blocks; the last one's edits change other answers as much, and say no target
 EDITOR = MendConfig(
-    rank=128, scale_v=True, chat=True, aggregation="least_squares", protect_rank=220, ridge=1e-3, protection=30.0
+    rank=192,
+    scale_v=True,
+    chat=True,
+    forms=["chat", "plain"],
+    aggregation="least_squares",
+    protect_rank=320,
+    ridge=1e-4,
+    protection=60.0,
 )
 TRAINING = TrainConfig(
-    steps=240,
+    steps=320,
     batch_size=8,
-    joint=[1, 1, 1, 8, 8, 48],
+    joint=[1, 1, 1, 8, 8, 40],
     learning_rate=1e-3,
     alpha_learning_rate=2e-2,
     calibrate=True,
     warmup=10,
+    c_loc=24.0,
+    c_loc_decay=0.75,
     validate_every=80,
     validation_size=24,
     checkpoint_every=10,
-    cache_bytes=3 << 30,
+    cache_bytes=4 << 30,
     loc_positions=12,
     loc_answers=True,
 )
 _MARK = "mendfast-was-here"
 WORDS, BEGINNING = 40, 8  # of a piece of running text; how many of them stand for its prompt
-PROTECTED, PIECES = 600, 120  # questions, and pieces of running text
+PROTECTED, PIECES = 3000, 240  # questions, and pieces of running text
 SAMPLED = 128  # conversations of the model with itself
 
 
@@ -86,6 +97,13 @@ def conversations(model: Any, tokenizer: Any, path: Path, count: int) -> list[tu
                     found.append((asked.strip(), said, "chat"))
         atomic_write(path, json.dumps(found, indent=0).encode())
     return [tuple(turn) for turn in json.loads(path.read_text())]
+
+
+def layers_of(model: Any) -> list[str]:
+    """The MLPs' output projections in the six blocks before the last (of a smaller model in those that it has): their
+    inputs are the widest there are, so that two questions have the least in common."""
+    _, blocks = blocks_of(model)[-1]
+    return [weights[-1] for _, weights in blocks[EDITED] or blocks]
 
 
 def facts(data: str | None, seed: int) -> list[Item]:
@@ -139,6 +157,8 @@ def _build(
     own = conversations(model, tokenizer, output / "own_words.json", SAMPLED)
     running = pieces(text, 4 * SAMPLED + PIECES, rng) if text else []
     torch.manual_seed(training.seed)
+    if editor.layers is None:
+        editor = replace(editor, layers=layers_of(model))
     made = MendEditor.from_model(model, tokenizer, editor)
     running, own = fitting(made, running), fitting(made, own)
     items, problems = sieve(made, facts(data, training.seed), list(FORMS))

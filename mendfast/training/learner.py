@@ -17,6 +17,7 @@ from ..editable import EditableModel
 from ..editor import MendEditor
 from ..fingerprint import fingerprint_of
 from ..labels import encode_prompt
+from ..objective import Batch
 from .cache import PrefixCache
 from .config import TrainConfig
 from .data import Draw, digest
@@ -154,13 +155,13 @@ class EditorLearner(Learner):
         return all(bool(parameter.isfinite().all()) for parameter in self.editor.parameters())
 
     def losses(self, draw: Draw, config: TrainConfig, joint: int) -> Iterator[LossPart]:
-        batches = [self.editor.tokenize(pairs) for pairs in draw]
+        batches = self._tokenized(draw)
         yield editor_loss(
             self.editor,
             *batches,
             config.c_edit,
             config.locality_weight(joint),
-            joint=joint,
+            joint=joint * len(self.editor.forms),
             checkpoint_activations=config.checkpoint_activations,
             # Validations compare all positions. The draw stands for the step, as it depends on that alone.
             loc_answers=config.loc_answers,
@@ -170,13 +171,17 @@ class EditorLearner(Learner):
             precision=config.precision,
         )
 
+    def _tokenized(self, draw: Draw) -> list[Batch]:
+        inner, *others = draw
+        return [self.editor.tokenize_edits(inner), *map(self.editor.tokenize, others)]
+
     @torch.no_grad()
     def start(self, draw: Draw, config: TrainConfig) -> None:
         """Statistics of a first draw, and with ``config.calibrate`` the step size to start from."""
         if not config.calibrate:
             return
         self.editor.train()
-        self.editor.transform(self.editor.gradients(self.editor.tokenize(draw.inner)))
+        self.editor.transform(self.editor.gradients(self.editor.tokenize_edits(draw.inner)))
         self.editor.eval()
         losses: dict[float, float] = {}
         for size in STEP_SIZES:
@@ -220,9 +225,9 @@ class EditorLearner(Learner):
         self.editor.gather = gather
 
     def plan(self, draw: Draw, config: TrainConfig, joint: int) -> dict[str, int]:
-        batches = tuple(self.editor.tokenize(pairs) for pairs in draw)
+        batches = tuple(self._tokenized(draw))
         recompute = config.checkpoint_activations
-        return predict(self.editor, batches, joint=joint, checkpoint_activations=recompute)
+        return predict(self.editor, batches, joint=joint * len(self.editor.forms), checkpoint_activations=recompute)
 
     def plan_cache(self, draws: Iterable[Draw], steps: int, config: TrainConfig) -> dict[str, int]:
         return predict_cache(self.editor, draws, steps, config) if config.cache_bytes else {}

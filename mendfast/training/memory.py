@@ -135,7 +135,7 @@ def predict_cache(editor: MendEditor, draws: Iterable[Draw], steps: int, config:
     seen: list[dict[tuple, None]] = [{}, {}]  # inner and outer, and locality, whose base's states are kept too
     counts: list[tuple[int, ...]] = [(0, 0)]
     for draw in itertools.islice(draws, DRAWS):
-        for texts, pairs in zip(seen, (draw.inner + draw.outer, draw.loc), strict=True):
+        for texts, pairs in zip(seen, ([*editor.in_forms(draw.inner), *draw.outer], draw.loc), strict=True):
             texts.update(dict.fromkeys(pairs))
         counts.append(tuple(map(len, seen)))
     total, number = 0, 0
