@@ -21,18 +21,31 @@ TEMPLATE = "Q: {prompt} A:"
 
 WIDTH, DEPTH, HEADS, VOCABULARY = 128, 4, 4, 2500
 BASE_STEPS = 1200
-LAYERS = [f"transformer.h.{i}.mlp.{name}.weight" for i in (2, 3) for name in ("c_fc", "c_proj")]
-EDITOR = MendConfig(layers=LAYERS, rank=256, step_size=1e-3, scale_v=True, prompt_template=TEMPLATE, append_eos=True)
+LAYERS = [f"transformer.h.{i}.mlp.{name}.weight" for i in (1, 2, 3) for name in ("c_fc", "c_proj")]
+EDITOR = MendConfig(
+    layers=LAYERS,
+    rank=256,
+    scale_v=True,
+    prompt_template=TEMPLATE,
+    append_eos=True,
+    aggregation="least_squares",
+    ridge=1e-3,
+    protection=20.0,
+)
+STRENGTH = 1.05
+"""Of the step sizes once training is over: 1, 1.05, 1.1 or 1.15, the largest at which 125 validation facts at once leave
+90 % of the others as they were (1.05: 95 % taken, 92 % in other words)."""
 TRAINING = TrainConfig(
-    steps=3000,
+    steps=2300,
     batch_size=16,
-    joint=[1, 1, 1, 8, 24],
-    learning_rate=2e-3,
+    joint=[1, 1, 8, 25, 125],
+    learning_rate=1e-3,
     alpha_learning_rate=2e-2,
-    c_edit=2.5,
-    validate_every=500,
+    calibrate=True,
+    c_edit=2.0,
+    validate_every=250,
     validation_size=64,
-    checkpoint_every=500,
+    checkpoint_every=100,
 )
 
 
@@ -72,18 +85,21 @@ def build_editor(
     editor = MendEditor.from_model(model, tokenizer, EDITOR)
     # One fact in ten validates; it is edited in no training step, and serves as a neighbour in all.
     facts = world.items(training)
+    editor.protect([(wording, fact.answer) for fact in facts for wording in fact.wordings], progress=None)
     sampler = FactSampler([f for i, f in enumerate(facts) if i % 10], neighbours=facts, seed=config.seed)
     validation = FactSampler(facts[::10], neighbours=facts, seed=config.seed + 1)
     trainer = Trainer(editor, sampler, config, output=output, validation=validation)
     trainer.resume()
     trainer.run()
+    with torch.no_grad():
+        editor.alpha_multiplier.mul_(STRENGTH)
     return editor
 
 
 def retrain(
     directory: str | Path = ASSETS, *, base_steps: int = BASE_STEPS, config: TrainConfig = TRAINING
 ) -> None:
-    """Train model and editor from nothing and put them into ``directory``; about an hour on two cores.
+    """Train model and editor from nothing and put them into ``directory``; about an hour on one core.
 
     What was there stays until both are done. An interrupted run goes on from its checkpoints in ``training/``,
     which is deleted at the end.
@@ -105,5 +121,5 @@ def retrain(
     print(f"The model answers {known:.1%} of {len(questions)} facts in their held-out wording.")
     model.save_pretrained(directory / "model")
     tokenizer.save_pretrained(directory / "model")
-    editor.save_pretrained(directory / "editor")
+    editor.save_pretrained(directory / "editor", dtype=torch.bfloat16)
     shutil.rmtree(work)
