@@ -77,9 +77,9 @@ def deciding(result: dict) -> list[str]:
     rows = sorted(result["rows"], key=lambda row: -_worth(row["figures"]))
     environment, count = result["environment"], max(row["measured"] for row in result["rows"])
     lines = [
-        f"{count} edits of zsRE's validation questions on SmolLM2-135M-Instruct, one at a time, the answers read as the",
-        "edited model gives them: greedy, ending by itself, at most 64 tokens, equal to the target but for case, articles",
-        "and punctuation. Systems by the harmonic mean of the first two columns and the fourth;",
+        f"{count} edits of zsRE's validation questions on SmolLM2-135M-Instruct, one at a time, the answers read as",
+        "the edited model gives them: greedy, ending by itself, at most 64 tokens, equal to the target but for case,",
+        "articles and punctuation. Systems by the harmonic mean of the first two columns and the fourth;",
         f"{environment['device']}.",
         "",
         f"| system | {' | '.join(COLUMNS.values())} |",

@@ -147,8 +147,8 @@ class MendEditor(EditableModel, OnHub, nn.Module):
         """Write the editor (not the model) as safetensors and JSON.
 
         Args:
-            dtype: of the networks' large matrices in the file: torch.bfloat16 halves it. They are float32 again when
-                read; statistics and step sizes always are.
+            dtype: of the networks' large matrices in the file: torch.bfloat16 halves it, and with it the vectors of
+                what is protected are float16. All are float32 again when read; statistics and step sizes always are.
         """
         directory = Path(directory)
         metadata = {
@@ -163,7 +163,7 @@ class MendEditor(EditableModel, OnHub, nn.Module):
         }
         write_tensors(directory / WEIGHTS_FILE, tensors, metadata)
         if self.metric is not None:
-            self.metric.save(directory / METRIC_FILE)
+            self.metric.save(directory / METRIC_FILE, dtype=None if dtype is None else torch.float16)
         self.config.save(directory / CONFIG_FILE)
 
     def _save_in(self, directory: Path) -> None:

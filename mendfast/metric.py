@@ -134,11 +134,15 @@ class Metric:
 
     # -- on disk -------------------------------------------------------------------------------------------
 
-    def save(self, path: str | Path) -> None:
-        """Write a safetensors file: every weight's spectrum, and in its metadata what it was made from. Atomic."""
+    def save(self, path: str | Path, *, dtype: torch.dtype | None = None) -> None:
+        """Write a safetensors file: every weight's spectrum, and in its metadata what it was made from. Atomic.
+
+        Args:
+            dtype: of the vectors in the file: torch.float16 halves it, and keeps three digits of each.
+        """
         tensors, numbers = {}, {}
         for name, moment in self.moments.items():
-            parts, numbers[name] = moment.state()
+            parts, numbers[name] = moment.state(dtype)
             tensors |= {f"{name}:{part}": value for part, value in parts.items()}
         metadata = {
             "format": "mendfast.metric",

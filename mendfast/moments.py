@@ -163,10 +163,11 @@ class SecondMoment:
 
     # -- on disk -------------------------------------------------------------------------------------------
 
-    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
-        """What a file keeps: tensors, and numbers."""
+    def state(self, dtype: torch.dtype | None = None) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+        """What a file keeps: tensors, the vectors in ``dtype`` (None: float32, all of their bits), and numbers."""
         spectrum = self.spectrum()
         tensors = {name: part.float() for name, part in spectrum._asdict().items()}
+        tensors["vectors"] = tensors["vectors"].to(dtype or torch.float32)
         numbers = {"m": self.m, "rank": self.rank, "count": self.count, "trace": self._trace, "error": self._error}
         return tensors, numbers
 

@@ -208,6 +208,22 @@ def test_save_and_load_keep_every_bit(rank, tmp_path):
     assert loaded.tokens == metric.tokens
 
 
+@pytest.mark.parametrize("rank", [None, 6])
+def test_half_the_bytes_keep_three_digits(rank, tmp_path):
+    _, layers, metric = observed(rank=rank)
+    sizes = []
+    for dtype in (None, torch.float16):
+        path = tmp_path / f"{dtype}.safetensors"
+        metric.save(path, dtype=dtype)
+        sizes.append(sum(tensor.numel() * tensor.element_size() for tensor in load_file(path).values()))
+    loaded = Metric.load(path)
+    assert sizes[1] < 0.55 * sizes[0]
+    for layer in layers:
+        assert loaded.spectrum(layer.name).vectors.dtype == torch.float64
+        kept, halved = (m.dense(layer.name).tril() for m in (metric, loaded))
+        assert (kept - halved).norm() < 2e-3 * kept.norm()  # float16 keeps 11 bits
+
+
 def test_merging_metrics_is_one_pass_over_both():
     model, layers, metric = observed()
     metric.merge(observe(model, layers, [make_batch("gpt2", seed=1)]))

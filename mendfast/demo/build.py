@@ -33,8 +33,8 @@ EDITOR = MendConfig(
     protection=20.0,
 )
 STRENGTH = 1.05
-"""Of the step sizes once training is over: 1, 1.05, 1.1 or 1.15, the largest at which 125 validation facts at once leave
-90 % of the others as they were (1.05: 95 % taken, 92 % in other words)."""
+"""Of the step sizes once training is over: of 1, 1.05, 1.1 and 1.15 the largest at which 125 validation facts at once
+leave 90 % of the others as they were (95 % of them taken, 92 % in other words)."""
 TRAINING = TrainConfig(
     steps=2300,
     batch_size=16,
