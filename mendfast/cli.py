@@ -284,7 +284,9 @@ def _add_option(command: argparse.ArgumentParser, field: Field, hint: Any) -> No
         command.add_argument(field.name, nargs="+", metavar=rules["metavar"], help=options["help"])
         return
     if hint is bool:
-        command.add_argument(name, action="store_true", **options)
+        # None is neither: --name says yes, --no-name no
+        action = argparse.BooleanOptionalAction if default is None else "store_true"
+        command.add_argument(name, action=action, **options)
         return
     if typing.get_origin(hint) is list:
         (hint,) = typing.get_args(hint)

@@ -7,6 +7,7 @@ import torch
 from test_chat import chatty, model  # noqa: F401
 
 from mendfast import EditMemory, MendConfig, MendEditor
+from mendfast.cli import read
 from mendfast.objective import nll, target_rows
 from mendfast.training import EditorLearner, FactSampler, Item, TrainConfig
 from mendfast.training.memory import predict
@@ -115,3 +116,12 @@ def test_forms_are_saved_with_the_editor(chatty, model, tmp_path):  # noqa: F811
 def test_forms_that_there_are_not(forms):
     with pytest.raises(ValueError, match="forms is .*name chat, plain or system:TEXT"):
         MendConfig(forms=forms)
+
+
+@pytest.mark.parametrize(("given", "chat"), [([], "auto"), (["--chat"], True), (["--no-chat"], False)])
+def test_the_command_asks_in_the_forms_that_it_is_given(given, chat, tmp_path):
+    settings = read(["train", "--output", str(tmp_path / "run"), "--forms", "chat", "plain", *given]).settings
+    config = settings.editor_config(append_eos=False)
+    assert config.chat == chat and config.forms == FORMS
+    with pytest.raises(ValueError, match="forms is"):
+        read(["train", "--output", str(tmp_path / "run"), "--forms", "spoken"])

@@ -19,7 +19,7 @@ from ..editor import MendEditor
 from ..metrics import correct
 from ..tasks.load import TASKS, load_task
 from ..tasks.task import FactTask
-from ..training import TrainConfig, Trainer
+from ..training import FormSampler, TrainConfig, Trainer
 from ..training.lock import occupied
 from ..training.processes import launched
 from .base import BaseSettings, base_model
@@ -82,6 +82,14 @@ class TrainSettings(BaseSettings, LoadSettings):
             "choices": AGGREGATIONS,
         },
     )
+    chat: bool | None = field(
+        default=None,
+        metadata={"help": "ask through the tokenizer's chat template, or not; default: if it has one"},
+    )
+    forms: list[str] | None = field(
+        default=None,
+        metadata={"help": "forms that each edit is made in and trained for, together: chat, plain, system:TEXT"},
+    )
     tensorboard: bool = field(default=False, metadata={"help": "write events to OUTPUT/tensorboard too"})
     restart: bool = field(
         default=False,
@@ -110,7 +118,7 @@ class TrainSettings(BaseSettings, LoadSettings):
         if self.from_editor:
             if not self.model:
                 raise ValueError("--from-editor is an editor of --model; pass both.")
-            new = ["layers", "layers_from", "rank", "step_size", "aggregation"]
+            new = ["layers", "layers_from", "rank", "step_size", "aggregation", "chat", "forms"]
             self._refuse(new, "is of a new editor, and --from-editor keeps its own")
         parameters = 12 * self.base_depth * self.base_width**2 + self.base_vocabulary * self.base_width
         if parameters > MOST_PARAMETERS:
@@ -149,6 +157,8 @@ class TrainSettings(BaseSettings, LoadSettings):
             scale_v=True,
             append_eos=append_eos,
             aggregation=self.aggregation,
+            chat="auto" if self.chat is None else self.chat,
+            forms=self.forms,
         )
 
     def _refuse(self, names: list[str], why: str) -> None:
@@ -202,12 +212,15 @@ def _train(settings: TrainSettings, accelerator: Accelerator | None, main: bool)
         editor.protect(task.base_pairs()[:PROTECTED], progress=None)
         if editor.kind == "causal":
             editor.protect(progress=None)  # and its own words
+    samplers = task.sampler(config.seed), task.sampler(config.seed + 1, held_out=True)
+    if editor.config.forms and isinstance(task, FactTask):
+        samplers = tuple(FormSampler(sampler, forms=dict.fromkeys(editor.forms, 1.0)) for sampler in samplers)
     trainer = Trainer(
         editor,
-        task.sampler(config.seed),
+        samplers[0],
         config,
         output=output,
-        validation=task.sampler(config.seed + 1, held_out=True),
+        validation=samplers[1],
         tensorboard=settings.tensorboard,
         accelerator=accelerator,
     )
