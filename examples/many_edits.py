@@ -6,7 +6,7 @@ Two ways to put edits together: the sum of the separate ones, which is the paper
 must stay, which is for many and what the demo's editor was trained for.
 """
 
-from mendfast import Edit, MendConfig, MendEditor, revert_all
+from mendfast import Edit, revert_all
 from mendfast.demo import build
 from mendfast.metrics import correct
 from mendfast.tasks import world
@@ -26,18 +26,10 @@ def requests(count: int) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
     return edits, [(world.question(fact, 0), fact.answer) for fact in rest[:: len(rest) // ASKED][:ASKED]]
 
 
-def summing(editor: MendEditor) -> MendEditor:
-    """The same networks and statistics; simultaneous edits are the sum of the separate ones."""
-    config = MendConfig.from_dict({**editor.config.to_dict(), "aggregation": "sum"})
-    other = MendEditor.from_model(editor.model, editor.tokenizer, config)
-    other.load_state_dict(editor.state_dict(), strict=False)
-    return other
-
-
 def main() -> None:
     editor = build.load()
     edits, unrelated = requests(MANY)
-    for name, edit in (("sum", summing(editor).edit(edits)), ("least squares", editor.edit(edits))):
+    for name, edit in (("sum", editor.aggregating("sum").edit(edits)), ("least squares", editor.edit(edits))):
         with edit.attached(editor.model):
             learned, kept = (correct(editor, pairs).float().mean().item() for pairs in (edits, unrelated))
         print(f"{name:14} {learned:4.0%} of {MANY} edits learned, {kept:4.0%} of {len(unrelated)} other facts right")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -207,6 +208,14 @@ with editor.edit("Who is the prime minister of the UK?", "Boris Johnson").attach
             fresh.get_buffer(name).copy_(buffer)
         fresh.metric = self.metric
         return fresh
+
+    def aggregating(self, aggregation: str) -> MendEditor:
+        """This editor, its simultaneous edits put together by ``aggregation``: networks, statistics and step sizes as
+        they are, lambda and mu where they start. One that sums can so be trained on for least squares."""
+        other = MendEditor(self.model, self.tokenizer, replace(self.config, aggregation=aggregation))
+        other.load_state_dict(self.state_dict(), strict=False)
+        other.fingerprint, other.metric = self.fingerprint, self.metric
+        return other.train(self.training)
 
     # -- what it is ----------------------------------------------------------------------------------------
 

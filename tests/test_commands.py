@@ -14,10 +14,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers as hf
 from safetensors import SafetensorError
 from test_cli import mendfast
 
-from mendfast import cli
+from mendfast import MendConfig, MendEditor, cli
 from mendfast.base_model import small_gpt2
 from mendfast.cli import main, read
 from mendfast.commands import base, failures, outputs, train
@@ -403,3 +404,21 @@ def test_a_directory_is_written_whole_or_not_at_all(tmp_path):
     with pytest.raises(OSError), atomic_directory(place) as work:
         (work / "other").write_text("x")
     assert [p.name for p in place.iterdir()] == ["whole"]
+
+
+def test_an_editor_that_sums_is_trained_on_for_least_squares(small, saved, tokenizer):
+    model = hf.AutoModelForCausalLM.from_pretrained(saved)
+    summing = MendEditor.from_model(model, tokenizer, MendConfig(rank=4, step_size=0.5))
+    with torch.no_grad():
+        summing.alpha_multiplier.uniform_(1, 2)
+    summing.save_pretrained("sums")
+    steps = ["--steps", "1", "--batch-size", "2", "--joint", "2", "--validate-every", "0"]
+    given = [*small[:5], "--model", str(saved), "--from-editor", "sums", "--aggregation", "least_squares", *steps]
+    assert main(given) == 0
+    trained = MendEditor.from_pretrained("out/last", model, tokenizer)
+    assert trained.config.aggregation == "least_squares" and trained.metric is not None
+    # one step of at most 1e-2 from where it was
+    assert (trained.alphas() - summing.alphas()).abs().max() <= 0.5 * 1.1e-2
+    again = trained.aggregating("sum")
+    assert again.config.aggregation == "sum" and torch.equal(again.alphas(), trained.alphas())
+    assert "log_mu" not in again.state_dict()

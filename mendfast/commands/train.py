@@ -58,7 +58,11 @@ class TrainSettings(BaseSettings, LoadSettings):
     )
     limit: int | None = field(default=None, metadata={"help": "use the first so many facts", "least": 1})
     from_editor: str | None = field(
-        default=None, metadata={"help": "go on from this editor of --model, its settings kept"}
+        default=None,
+        metadata={
+            "help": "go on from this editor of --model, its settings kept; with --aggregation least_squares one that "
+            "sums is converted"
+        },
     )
     layers: list[str] | None = field(
         default=None, metadata={"help": "weights to edit; default: the MLPs of the last blocks"}
@@ -118,7 +122,7 @@ class TrainSettings(BaseSettings, LoadSettings):
         if self.from_editor:
             if not self.model:
                 raise ValueError("--from-editor is an editor of --model; pass both.")
-            new = ["layers", "layers_from", "rank", "step_size", "aggregation", "chat", "forms"]
+            new = ["layers", "layers_from", "rank", "step_size", "chat", "forms"]
             self._refuse(new, "is of a new editor, and --from-editor keeps its own")
         parameters = 12 * self.base_depth * self.base_width**2 + self.base_vocabulary * self.base_width
         if parameters > MOST_PARAMETERS:
@@ -203,6 +207,8 @@ def _train(settings: TrainSettings, accelerator: Accelerator | None, main: bool)
     torch.manual_seed(config.seed)
     if settings.from_editor:
         editor = MendEditor.from_pretrained(settings.from_editor, model, tokenizer)
+        if settings.aggregation == "least_squares" != editor.config.aggregation:
+            editor = editor.aggregating("least_squares")
     else:
         append_eos = task.ends and not settings.model
         editor = MendEditor.from_model(model, tokenizer, settings.editor_config(append_eos))
