@@ -184,6 +184,8 @@ def _real(
         return keep.flip(1).cummax(1).values.flip(1) if causal else None
     if mask.dim() != 2:
         return None
+    if keep is not None:
+        mask = mask[:, -keep.shape[1] :]  # it is of all tokens; those whose keys and values are kept don't pass again
     return mask != 0 if keep is None else (mask != 0) | keep.to(mask.device)
 
 

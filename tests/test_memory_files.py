@@ -52,14 +52,14 @@ def test_a_killed_addition_goes_on_where_it_was(editor, path, monkeypatch):
         frames.append(journal.path.read_bytes())
 
     monkeypatch.setattr(memory_module.Journal, "write", recorded)
-    memory.add(REQUESTS[:60], save_to=path)
+    memory.add(REQUESTS[:60], save_to=path, batch_size=16)
     assert len(frames) == 4 and not journal_of(path).exists()
     whole, passes, rows_of = EditMemory.load(path, editor), [], EditMemory._records_of
     assert whole.keys() == memory.keys() and same_rows(whole, memory)
 
-    def counted(self, requests, places):
+    def counted(self, requests, *others):
         passes.append(len(requests))
-        return rows_of(self, requests, places)
+        return rows_of(self, requests, *others)
 
     monkeypatch.setattr(EditMemory, "_records_of", counted)
     ends = [0, *(len(frame) for frame in frames)]
@@ -91,11 +91,11 @@ def test_a_killed_first_addition_goes_on_too(editor, path, monkeypatch):
 
     monkeypatch.setattr(memory_module.Journal, "write", interrupted)
     with pytest.raises(Interrupt):
-        memory.add(REQUESTS[:50], save_to=path)
+        memory.add(REQUESTS[:50], save_to=path, batch_size=16)
     assert len(memory) == 0 and not path.exists() and len(EditMemory.load(path, editor)) == 32
     with pytest.raises(ValueError, match="holds a memory already.*EditMemory.open"):
         EditMemory(editor).add(REQUESTS[:50], save_to=path)
-    memory.add(REQUESTS[:50], save_to=path)  # in the same process, without loading
+    memory.add(REQUESTS[:50], save_to=path, batch_size=16)  # in the same process, without loading
     assert passes == [16, 16, 16, 2] and len(memory) == len(EditMemory.load(path, editor)) == 50
 
 

@@ -88,7 +88,10 @@ def test_each_fact_tells_what_it_alone_disturbs(playground):
 
 
 def test_what_nothing_is_protected_of_tells_nothing():
-    playground = Playground(build.load())
+    editor = build.load()
+    summing = editor.aggregating("sum")
+    summing.metric = None
+    playground = Playground(summing)
     playground.add(KENYA, "Oslo")
     assert playground.facts[0].disturbance == playground.disturbance() == ""
 
