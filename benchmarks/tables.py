@@ -76,11 +76,13 @@ def deciding(result: dict) -> list[str]:
     """The README's first table: every system on the real model, in the order of what counts, best first."""
     rows = sorted(result["rows"], key=lambda row: -_worth(row["figures"]))
     environment, count = result["environment"], max(row["measured"] for row in result["rows"])
+    shares = [row["figures"].get(name, {}) for row in rows for name in COLUMNS if name not in ("text_kl", "seconds")]
+    uncertain = max((share["high"] - share["low"]) / 2 for share in shares if share)
     lines = [
         f"{count} edits of zsRE's validation questions on SmolLM2-135M-Instruct, one at a time, the answers read as",
         "the edited model gives them: greedy, ending by itself, at most 64 tokens, equal to the target but for case,",
-        "articles and punctuation. Systems by the harmonic mean of the first two columns and the fourth;",
-        f"{environment['device']}.",
+        "articles and punctuation. Systems by the harmonic mean of the first two columns and the fourth, of which each",
+        f"share is uncertain by up to {uncertain:.2f} (95 %); {environment['device']}.",
         "",
         f"| system | {' | '.join(COLUMNS.values())} |",
         f"|---|{'---:|' * len(COLUMNS)}",

@@ -251,14 +251,15 @@ def test_the_table_of_the_real_model_decides_and_hides_no_loss():
     def row(system: str, *means: float) -> dict:
         names = ("exact_match", "rephrase_exact_match", "unchanged", "seconds")
         return {"system": system, "name": system.upper(), "k": 1, "measured": 3,
-                "figures": {name: {"mean": mean} for name, mean in zip(names, means, strict=True)}}  # fmt: skip
+                "figures": {name: {"mean": mean, "low": mean - 0.1, "high": mean + 0.1}
+                            for name, mean in zip(names, means, strict=True)}}  # fmt: skip
 
     rows = [row("ft", 1.0, 1.0, 0.1, 1.5), row("mend", 0.9, 0.9, 0.8, 0.25), row("identity", 0.0, 0.0, 1.0, 0.01)]
     real = evaluation(model="smollm2", rows=rows) | {"title": "zsRE"}
     lines = tables.deciding(real)
     assert [line.split(" |")[0] for line in lines[-3:]] == ["| MEND", "| FT", "| IDENTITY"]
     assert lines[-2] == "| FT | 1.00 | 1.00 | - | 0.10 | - | - | 1,500 |"
-    assert tables.summary([real]).startswith("3 edits of zsRE")
+    assert tables.summary([real]).startswith("3 edits of zsRE") and any("up to 0.10 (95 %)" in line for line in lines)
 
 
 def test_the_tables_pages_hold_what_the_files_say(capsys):
