@@ -13,16 +13,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from .capture import frozen, replaced_forwards
+from .capture import ended_after, frozen, replaced_forwards, undone
 from .choice import frozen_ends, stacks
 from .layers import Layer, execution_device
 from .objective import Batch, model_kind, to_device
 
 log = logging.getLogger("mendfast")
-
-
-class _Enough(Exception):
-    """The forward pass has given what was asked for."""
 
 
 class SharedPrefix:
@@ -99,16 +95,14 @@ class SharedPrefix:
 
         def keep(module: nn.Module, args: tuple, output: object) -> None:
             seen.append(output)
-            raise _Enough
 
-        handle = self._blocks[-1].register_forward_hook(keep)
-        try:
-            with torch.inference_mode(False), frozen(self._model), contextlib.suppress(_Enough):
-                placed = to_device(batch, execution_device(self._model.get_input_embeddings()))
-                name = "cache" if "cache" in inspect.signature(self._model.forward).parameters else "past_key_values"
+        last = self._blocks[-1]
+        with torch.inference_mode(False), frozen(self._model), undone() as changes:
+            changes.hook(last, keep)  # before the one that ends the pass
+            placed = to_device(batch, execution_device(self._model.get_input_embeddings()))
+            name = "cache" if "cache" in inspect.signature(self._model.forward).parameters else "past_key_values"
+            with ended_after(last):
                 self._model(**placed, **{name: past}, use_cache=past is not None)
-        finally:
-            handle.remove()
         (output,) = seen
         states, tail = (output, None) if isinstance(output, torch.Tensor) else (output[0], tuple(output[1:]))
         if any(part is not None for part in tail or ()):
