@@ -259,7 +259,7 @@ class EditableModel:
             samples = [{k: v[i : i + 1] if len(v) == size else v for k, v in batch.items()} for i in range(size)]
             return _stacked([self.gradients(sample) for sample in samples])
         with capture(self.model, self.layers, size) as captured:
-            rows = target_rows(self.model, batch, for_nll=True)
+            rows = target_rows(self.model, batch, for_nll=True, learned=self.config.rows == "answers")
             if self.config.loss_reduction == "batch":
                 rows, size = rows._replace(sample=torch.zeros_like(rows.sample)), 1
             # Samples do not interact, so the gradient of the sum is each edit's own gradient.
