@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
+from .choice import find_layers, frozen_ends
 from .schema import brief, shown
 
 MODELS = {
@@ -71,6 +73,7 @@ def load(
     *,
     device: torch.device | str = "cpu",
     device_map: str | None = None,
+    offload: bool | Sequence[str] = False,
     quantize: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
@@ -81,6 +84,8 @@ def load(
         name: a directory, a Hub name, a ``FILE.gguf``, or a short name of :data:`MODELS`.
         dtype: of the weights; "auto" as they were saved, of a GGUF file float32.
         device: where the model goes, unless ``device_map`` (of accelerate) splits it.
+        offload: leave on disk the blocks below the edited weights, those of this list or the ones chosen by default
+            (True), and read each when it runs: a training whose cache has their states needs the others alone.
         quantize: one of :data:`QUANTIZED`, by bitsandbytes.
         revision: of a Hub name: branch, tag or commit.
         trust_remote_code: run what the repository brings as code.
@@ -105,6 +110,9 @@ def load(
         where["gguf_file"] = source.gguf
         dtype = torch.float32 if dtype == "auto" else dtype
         options |= _unpacked()
+    if offload:
+        _check_offload(source, device_map, quantize)
+        options["offload"] = None if offload is True else list(offload)
     if quantize:
         options["quantization_config"] = _quantization(quantize)
         device_map = device_map or str(device)
@@ -118,7 +126,7 @@ def load(
     except Exception as error:
         raise _refusal(name, source, error) from error
     _check_tokenizer(tokenizer, name)
-    return (model if device_map else model.to(device)).eval(), tokenizer
+    return (model if device_map or offload else model.to(device)).eval(), tokenizer
 
 
 def _from_pretrained(source: Source, where: dict[str, Any], options: dict[str, Any]) -> tuple[Any, Any]:
@@ -130,6 +138,8 @@ def _from_pretrained(source: Source, where: dict[str, Any], options: dict[str, A
         kind = hf.AutoModelForSequenceClassification
     elif config.is_encoder_decoder:
         kind = hf.AutoModelForSeq2SeqLM
+    if "offload" in options:
+        options["device_map"] = _frozen_on_disk(kind.from_config, config, options.pop("offload"))
     # The tokenizer first: what is wrong with it shows before gigabytes are read.
     tokenizer = hf.AutoTokenizer.from_pretrained(source.place, **where)
     model = kind.from_pretrained(source.place, **where, **options)
@@ -140,6 +150,34 @@ def _from_pretrained(source: Source, where: dict[str, Any], options: dict[str, A
     if source.gguf:
         model.config.architectures = [type(model).__name__]
     return model, tokenizer
+
+
+def _frozen_on_disk(make: Callable, config: Any, names: Sequence[str] | None) -> dict[str, str]:
+    """A device map: the blocks below the weights of these names on disk, all else in memory."""
+    from accelerate import init_empty_weights
+
+    with init_empty_weights():
+        model = make(config)
+    frozen = {block for ends in frozen_ends(model, find_layers(model, names)) for block in ends}
+    places: dict[str, str] = {}
+
+    def place(module: Any, name: str) -> None:
+        inside = {id(part) for part in module.modules()}
+        if module in frozen or not any(id(block) in inside for block in frozen):
+            places[name] = "disk" if module in frozen else "cpu"
+            return
+        for child, part in module.named_children():
+            place(part, f"{name}.{child}" if name else child)
+
+    place(model, "")
+    return places
+
+
+def _check_offload(source: Source, device_map: str | None, quantize: str | None) -> None:
+    if given := "device_map" if device_map else "quantize" if quantize else "a GGUF file" if source.gguf else "":
+        raise ValueError(f"offload leaves safetensors on disk and does not go with {given}; leave one of the two out.")
+    if find_spec("accelerate") is None:
+        raise RuntimeError("offload needs accelerate: pip install accelerate")
 
 
 def _dtype_argument() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -128,15 +129,18 @@ def quiet() -> None:
     hf_logging.set_verbosity_error()
 
 
-def load_model(settings: LoadSettings, device: str | None = None) -> tuple[Any, Any]:
+def load_model(
+    settings: LoadSettings, device: str | None = None, *, offload: bool | Sequence[str] = False
+) -> tuple[Any, Any]:
     """The base model that ``settings`` name, and its tokenizer.
 
     Args:
         device: of this process, where the settings name none.
+        offload: see :func:`mendfast.pretrained.load`.
     """
     device = settings.device or device or ("cuda" if torch.cuda.is_available() else "cpu")
     how = {name: getattr(settings, name) for name in HOW}
-    return pretrained.load(settings.model, **{**how, "device": device})
+    return pretrained.load(settings.model, **{**how, "device": device}, offload=offload)
 
 
 def load_editor(settings: EditorSettings, device: str | None = None) -> MendEditor:

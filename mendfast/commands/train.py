@@ -103,6 +103,13 @@ class TrainSettings(BaseSettings, LoadSettings):
         },
     )
     tensorboard: bool = field(default=False, metadata={"help": "write events to OUTPUT/tensorboard too"})
+    offload: bool = field(
+        default=False,
+        metadata={
+            "help": "leave the blocks below the edited ones on disk: a model that does not fit into memory is trained "
+            "on with --prefill, which takes them one after the other"
+        },
+    )
     restart: bool = field(
         default=False,
         metadata={"help": "start anew where OUTPUT holds a run; a base model made of the same is kept"},
@@ -125,6 +132,8 @@ class TrainSettings(BaseSettings, LoadSettings):
         alone = ["base", "base_from", "base_width", "base_depth", "base_vocabulary", "base_steps"]
         if self.model:
             self._refuse(alone, "makes a base model, and --model is given")
+        elif self.offload:
+            raise ValueError("--offload leaves blocks of --model on disk, and no --model is given; pass one.")
         if self.base_from:
             self._refuse(["base_width", "base_depth", "base_vocabulary"], "is of a new model, and --base-from has one")
         if self.from_editor:
@@ -204,7 +213,8 @@ def _train(settings: TrainSettings, accelerator: Accelerator | None, main: bool)
         rephrased = sum(len(item.wordings) > 1 for item in task.items)
         console.print(f"{len(task.items):,} facts, {rephrased:,} of them in several wordings")
     if settings.model:
-        model, tokenizer = load_model(settings, str(accelerator.device) if accelerator else None)
+        device = str(accelerator.device) if accelerator else None
+        model, tokenizer = load_model(settings, device, offload=settings.offload and (settings.layers or True))
     else:
         with accelerator.main_process_first() if accelerator else contextlib.nullcontext():
             model, tokenizer = base_model(

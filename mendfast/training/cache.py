@@ -32,7 +32,7 @@ RUN = object()
 block is run for it."""
 
 
-class _Text(NamedTuple):
+class Text(NamedTuple):
     """One sample of a batch without its padding."""
 
     key: bytes
@@ -66,6 +66,7 @@ class PrefixCache:
 
     Attributes:
         asked, computed, read: texts that were asked for, and of them those that had to be computed, or came from disk.
+        forgot: of states, for want of place.
         runs, saved_runs: of a block on a text, that there would be without the cache, and of them those that weren't.
         held: bytes in memory.
         why_not: why a model can't be served (then :meth:`replayed` changes nothing), or None.
@@ -83,7 +84,7 @@ class PrefixCache:
         if limit < 0:
             raise ValueError(f"limit is {limit}; it must be the bytes to keep in memory, or 0 to keep none.")
         self.model, self.limit = model, limit
-        self.asked = self.computed = self.read = self.held = self.runs = self.saved_runs = 0
+        self.asked = self.computed = self.read = self.forgot = self.held = self.runs = self.saved_runs = 0
         self._states: OrderedDict[bytes, list[torch.Tensor]] = OrderedDict()
         kind, found = model_kind(model), stacks(model)
         self._ends = FrozenPrefix(model, layers).ends
@@ -114,20 +115,20 @@ class PrefixCache:
             return
         forwards: dict[nn.Module, Callable] = {}
         for blocks, kept in zip(self._stacks(final), states, strict=True):
-            forwards |= self._replaying(blocks, kept)
+            forwards |= self.replaying(blocks, kept)
         with replaced_forwards(forwards):
             yield True
 
     def serves(self, batch: Batch) -> bool:
         """Whether :meth:`replayed` replays anything; before anything is known, its first text is computed to see."""
         if not self.why_not and not self._forms:
-            self._compute(self._texts(batch)[:1], bool(self._final))
+            self.compute(self._texts(batch)[:1], bool(self._final))
         return self.why_not is None
 
     def clear(self) -> None:
         """Forget all states in memory, and count anew."""
         self._states.clear()
-        self.asked = self.computed = self.read = self.held = self.runs = self.saved_runs = 0
+        self.asked = self.computed = self.read = self.forgot = self.held = self.runs = self.saved_runs = 0
 
     def flush(self) -> None:
         """Write what is in memory to disk too, where there is a directory: the next run starts with it."""
@@ -152,7 +153,7 @@ class PrefixCache:
             return {}
         kept = next(iter(self._states.values()), None)
         if kept is None:  # dropped
-            self._compute(self._texts(batch)[:1], False)
+            self.compute(self._texts(batch)[:1], False)
             kept = next(iter(self._states.values()))
         widths = [state.shape[1] * state.element_size() for state in kept]
         found: dict[bytes, int] = {}
@@ -175,11 +176,11 @@ class PrefixCache:
         self.asked += 0 if final else len(texts)  # those are asked for again, without
         final = final and bool(self._final)
         if not self._forms:
-            self._compute(texts[:1], final)
+            self.compute(texts[:1], final)
         keys = [self._key(text, final) for text in texts]
         missing = {key: text for key, text in zip(keys, texts, strict=True) if self._found(key) is None}
-        for together in self._groups(missing.values()):
-            if not self._compute(together, final):
+        for together in self.groups(missing.values()):
+            if not self.compute(together, final):
                 return None
         stacks_ = self._stacks(final)
         blocks = sum(map(len, stacks_))
@@ -187,7 +188,7 @@ class PrefixCache:
         self.runs += len(texts) * blocks
         self.saved_runs += len(texts) * (blocks - run)
         rows = [self._states[key] for key in keys]
-        self._shrink()
+        self.shrink()
         columns = zip(zip(*rows, strict=True), self._lengths(batch), strict=False)  # no decoder, where none is frozen
         return [_stacked(parts, length) for parts, length in columns]
 
@@ -196,7 +197,7 @@ class PrefixCache:
         length = batch["input_ids"].shape[1]
         return [length, batch.get("decoder_input_ids", batch.get("labels")).shape[1]] if self.seq2seq else [length]
 
-    def _texts(self, batch: Batch) -> list[_Text]:
+    def _texts(self, batch: Batch) -> list[Text]:
         inputs = {name: value.cpu() for name, value in batch.items() if name != "labels" or self.seq2seq}
         whole = torch.full((len(inputs["input_ids"]),), inputs["input_ids"].shape[1])
         ends = _ends(inputs["attention_mask"] != 0) if "attention_mask" in inputs else whole
@@ -215,16 +216,16 @@ class PrefixCache:
                 own[name] = value[i : i + 1, :stop]
                 digest.update(f"{name}:{stop};".encode())
                 digest.update(own[name].long().contiguous().numpy())
-            texts.append(_Text(digest.digest(), own))
+            texts.append(Text(digest.digest(), own))
         return texts
 
     @staticmethod
-    def _key(text: _Text, final: bool) -> bytes:
+    def _key(text: Text, final: bool) -> bytes:
         return text.key + b"f" * final
 
-    def _groups(self, texts: Iterable[_Text]) -> Iterator[list[_Text]]:
+    def groups(self, texts: Iterable[Text]) -> Iterator[list[Text]]:
         """Texts to compute together: of one padded shape, at most :data:`TOGETHER` tokens."""
-        alike: dict[tuple, list[_Text]] = {}
+        alike: dict[tuple, list[Text]] = {}
         for text in texts:
             alike.setdefault(tuple(_padded(text.inputs).items()), []).append(text)
         for shape, group in alike.items():
@@ -232,7 +233,7 @@ class PrefixCache:
             yield from (group[i : i + count] for i in range(0, len(group), count))
 
     @torch.no_grad()
-    def _compute(self, texts: list[_Text], final: bool) -> bool:
+    def compute(self, texts: list[Text], final: bool) -> bool:
         """Keep the states of texts of one padded shape; with ``final`` both kinds of them. Whether it could."""
         wanted = [self._ends, self._final] if final else [self._ends]
         edges = {block for stacks_ in wanted for blocks in stacks_ for block in (blocks[0], blocks[-1])}
@@ -248,7 +249,7 @@ class PrefixCache:
         try:
             # not packed: rows of other counts have other bits
             with torch.inference_mode(False), torch.no_grad(), packing(False), frozen(self.model), suppress(_Enough):
-                batch = _together([text.inputs for text in texts])
+                batch = together([text.inputs for text in texts])
                 kept_rows(self.model, to_device(batch, execution_device(self.model.get_input_embeddings())))
         finally:
             for handle in handles:
@@ -267,6 +268,30 @@ class PrefixCache:
         self.computed += len(texts)
         self.saved_runs -= len(texts) * sum(map(len, wanted[-1]))
         return True
+
+    # -- for :mod:`mendfast.training.prefill` ---------------------------------------------------------------
+
+    @property
+    def one_stack(self) -> bool:
+        """Whether states can be computed block by block."""
+        return len(self._ends) == 1 and not self.seq2seq
+
+    def blocks(self, final: bool) -> list[nn.Module]:
+        """Of the one stack: the frozen blocks, or ``final`` all of them."""
+        return self._stacks(final)[0]
+
+    def missing(self, batch: Batch, final: bool) -> list[Text]:
+        """The texts of a batch that would be computed."""
+        final = final and bool(self._final)
+        return [text for text in self._texts(batch) if self._found(self._key(text, final)) is None]
+
+    def keep(self, texts: Sequence[Text], states: torch.Tensor, *, final: bool) -> None:
+        """Keep the states [B, length, width] of texts of one padded shape."""
+        for text, own in zip(texts, states, strict=True):
+            self._keep(self._key(text, final), [own[: text.inputs["input_ids"].shape[1]].cpu().clone()])
+        below = len(self._ends[0])
+        self.computed += 0 if final else len(texts)
+        self.saved_runs -= len(texts) * (len(self.blocks(True)) - below if final else below)
 
     def _read(self, blocks: list[nn.Module], seen: Mapping[nn.Module, Any], count: int) -> torch.Tensor | None:
         """The states [B, length, width] that a stack's last frozen block gave, its form noted."""
@@ -301,7 +326,8 @@ class PrefixCache:
     def _drop(self, key: bytes) -> None:
         self.held -= bytes_of(self._states.pop(key, ()))
 
-    def _shrink(self) -> None:
+    def shrink(self) -> None:
+        """Forget, or write to disk, what is beyond the limit."""
         if self.held <= self.limit:
             return
         # Where they are written, many in one file.
@@ -313,8 +339,10 @@ class PrefixCache:
             self._drop(key)
         if self._kept is not None:
             self._kept.put(dropped)
+        else:
+            self.forgot += len(dropped)
 
-    def _replaying(self, blocks: list[nn.Module], states: torch.Tensor) -> dict[nn.Module, Callable]:
+    def replaying(self, blocks: list[nn.Module], states: torch.Tensor) -> dict[nn.Module, Callable]:
         """Forwards that give ``states`` in the form that the blocks give theirs."""
         first = blocks[0]
         given: list[Any] = []
@@ -344,7 +372,7 @@ def _padded(inputs: Batch) -> dict[str, int]:
     return {name: -(-value.shape[1] // multiple) * multiple for name, value in inputs.items()}
 
 
-def _together(texts: Sequence[Batch]) -> Batch:
+def together(texts: Sequence[Batch]) -> Batch:
     """Texts [1, length_i] of one padded shape as one batch [B, length]."""
     batch: Batch = {}
     for name, length in _padded(texts[0]).items():

@@ -41,6 +41,10 @@ class TrainConfig:
         default=0,
         metadata={"help": "Bytes of those to keep on disk, where memory is full; 0 = none.", "least": 0, "free": True},
     )
+    prefill: bool = field(
+        default=False,
+        metadata={"help": "Compute those of all steps before the first one, with a progress bar.", "free": True},
+    )
     loc_positions: int = field(
         default=0, metadata={"help": "Positions of a locality text to compare, drawn each step; 0 = all.", "least": 0}
     )

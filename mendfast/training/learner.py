@@ -23,6 +23,7 @@ from .config import TrainConfig
 from .data import Draw, digest
 from .memory import predict, predict_cache
 from .meta import editor_loss
+from .prefill import prefill
 
 STEP_SIZE = "config.step_size"
 HOW_READ = ("layers", "loss_reduction", "chat", "prompt_template", "separator", "append_eos")
@@ -104,6 +105,9 @@ class Learner(ABC):
 
         ``directory``: where a cache may write; None without ``config.cache_disk_bytes``.
         """
+
+    def prefill(self, draws: Iterable[Draw], config: TrainConfig, progress: bool | None) -> None:  # noqa: B027
+        """Called with ``config.prefill`` before the first step of each run, with the draws that it will ask for."""
 
     def flush_cache(self) -> None:  # noqa: B027
         """Called when a run has ended: what the next one can use goes to disk."""
@@ -196,6 +200,13 @@ class EditorLearner(Learner):
         if config.cache_bytes:
             disk = {"directory": directory, "disk_limit": config.cache_disk_bytes}
             self.cache = PrefixCache(self.editor.model, self.editor.layers, config.cache_bytes, **disk)
+
+    def prefill(self, draws: Iterable[Draw], config: TrainConfig, progress: bool | None) -> None:
+        if self.cache is None:
+            return
+        final = config.precision != "bfloat16"
+        batches = (pair for draw in draws for pair in zip(self._tokenized(draw), (False, False, final), strict=True))
+        prefill(self.cache, batches, progress=progress)
 
     def flush_cache(self) -> None:
         if self.cache is not None:

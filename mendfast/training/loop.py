@@ -11,7 +11,7 @@ import shutil
 import signal
 import time
 from collections import Counter, deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -118,13 +118,18 @@ class Trainer:
     def plan_cache(self) -> dict[str, int]:
         """What each process's cache of the frozen part will hold at the end, at most: its texts, their bytes, those in
         memory and on disk; nothing where there is none."""
+        first, own = self._draws(0)
+        return self.learner.plan_cache(itertools.chain(first, own), len(first) + self.config.steps, self.config)
+
+    def _draws(self, start: int) -> tuple[list[Draw], Iterator[Draw]]:
+        """What this process asks for in a run from step ``start``: beside the steps, and in them."""
         config, count, rank = self.config, self.processes.count, self.processes.rank
-        first = [self.sampler.draw(0, START_EDITS)] if config.calibrate else []
+        first = [self.sampler.draw(0, START_EDITS)] if config.calibrate and not start else []
         if self.validation is not None and config.validate_every:
             size = min(32, config.validation_size)
             first += [self.validation.draw(-1 - i, size) for i in range(-(-config.validation_size // size))]
-        own = (share(self._draw(step, config.joint_size(step)), rank, count) for step in range(config.steps))
-        return self.learner.plan_cache(itertools.chain(first, own), len(first) + config.steps, config)
+        steps = range(start, config.steps)
+        return first, (share(self._draw(step, config.joint_size(step)), rank, count) for step in steps)
 
     def summary(self) -> str:
         """What there is to say of the last run beside its metrics: what the cache of the frozen part saved."""
@@ -143,6 +148,8 @@ class Trainer:
     def _whole_run(self) -> dict[str, float]:
         on_disk = self.output is not None and self.config.cache_disk_bytes
         self.learner.open_cache(self.config, self.output / "cache" if on_disk else None)
+        if self.config.prefill:
+            self.learner.prefill(itertools.chain(*self._draws(self.step)), self.config, self.progress)
         self.learner.gather_with(self.processes.gather)
         self.processes.agree(self.learner.state(), self.step)
         if self.step == 0:
