@@ -1,4 +1,5 @@
-"""The linear layers of a frozen model on the CPU: their forwards by the kernel for few rows, while it serves them."""
+"""The linear layers of a frozen model on the CPU: by the kernel for few rows, or with 16-bit weights widened part by
+part, where either is faster than PyTorch."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from .. import backends
 from ..types import is_conv1d
-from . import few_rows
+from . import few_rows, widened
 
 
 class _FrozenProduct(torch.autograd.Function):
@@ -27,6 +28,19 @@ class _FrozenProduct(torch.autograd.Function):
         return few_rows.mm(grad, w.T), None, None
 
 
+class _WidenedProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, w, bias):
+        ctx.save_for_backward(w)
+        return widened.mm(x, w, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        (w,) = ctx.saved_tensors
+        return widened.mm_transposed(grad, w), None, None
+
+
 def forward(layer: nn.Module, *args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
     """The forward of a frozen nn.Linear or Conv1D; what the kernel doesn't serve is left to the layer's own."""
     if len(args) == 1 and not kwargs and not torch.compiler.is_compiling() and not torch.is_autocast_enabled("cpu"):
@@ -39,6 +53,8 @@ def forward(layer: nn.Module, *args: torch.Tensor, **kwargs: torch.Tensor) -> to
                 differentiable = x.requires_grad and torch.is_grad_enabled()
                 y = _FrozenProduct.apply(rows, w, bias) if differentiable else few_rows.kernel_mm(rows, w, bias)
                 return y.view(*x.shape[:-1], -1)
+            if widened.served(rows, w, bias):
+                return _WidenedProduct.apply(rows, w, bias).view(*x.shape[:-1], -1)
     return type(layer).forward(layer, *args, **kwargs)
 
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from ..capture import replaced_forwards
 from ..choice import stacks
+from ..ops import widened
 
 PRECISIONS = ("float32", "bfloat16")
 
@@ -21,8 +22,7 @@ def has_units(device: torch.device) -> bool:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type != "cpu":
         return False
-    found = getattr(torch.cpu, "get_capabilities", dict)()
-    return any(found.get(name) for name in ("avx512_bf16", "amx_bf16"))
+    return widened.has_units(torch.bfloat16)
 
 
 def check_precision(precision: str, device: torch.device) -> None:
