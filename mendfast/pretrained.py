@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
+from collections.abc import Iterator
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -111,7 +115,8 @@ def load(
     if device_map:
         options["device_map"] = device_map
     try:
-        model, tokenizer = _from_pretrained(source, where, {_dtype_argument(): dtype, **options})
+        with _parsed_once() if source.gguf else contextlib.nullcontext():
+            model, tokenizer = _from_pretrained(source, where, {_dtype_argument(): dtype, **options})
     except MemoryError:
         raise
     # Other libraries on files of unknown origin: whatever they raise says that these can't be loaded.
@@ -131,6 +136,8 @@ def _from_pretrained(source: Source, where: dict[str, Any], options: dict[str, A
     elif config.is_encoder_decoder:
         kind = hf.AutoModelForSeq2SeqLM
     # The tokenizer first: what is wrong with it shows before gigabytes are read.
+    if source.gguf:  # which is read for it again otherwise
+        where = {**where, "config": config}
     tokenizer = hf.AutoTokenizer.from_pretrained(source.place, **where)
     model = kind.from_pretrained(source.place, **where, **options)
     if source.gguf and getattr(model, "hf_quantizer", None) is not None:
@@ -140,6 +147,24 @@ def _from_pretrained(source: Source, where: dict[str, Any], options: dict[str, A
     if source.gguf:
         model.config.architectures = [type(model).__name__]
     return model, tokenizer
+
+
+@contextlib.contextmanager
+def _parsed_once() -> Iterator[None]:
+    """transformers parses a GGUF file for the configuration, the tokenizer and the weights, and makes llama.cpp's table
+    of names for every module; each takes seconds, and within the block one serves all."""
+    import gguf
+
+    with _PARSING:
+        whole = gguf.GGUFReader, gguf.get_tensor_name_map
+        gguf.GGUFReader, gguf.get_tensor_name_map = map(cache, whole)
+        try:
+            yield
+        finally:
+            gguf.GGUFReader, gguf.get_tensor_name_map = whole
+
+
+_PARSING = threading.Lock()
 
 
 def _dtype_argument() -> str:

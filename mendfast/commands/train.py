@@ -94,6 +94,15 @@ class TrainSettings(BaseSettings, LoadSettings):
         default=None,
         metadata={"help": "forms that each edit is made in and trained for, together: chat, plain, system:TEXT"},
     )
+    implied: float = field(
+        default=0.0,
+        metadata={
+            "help": "share of edits that are trained for what follows from them too (the data's portability, or the "
+            "world's facts: a new capital of France is the capital of France), where something does",
+            "least": 0,
+            "most": 1,
+        },
+    )
     tensorboard: bool = field(default=False, metadata={"help": "write events to OUTPUT/tensorboard too"})
     restart: bool = field(
         default=False,
@@ -107,6 +116,8 @@ class TrainSettings(BaseSettings, LoadSettings):
             if self.task == "generation":
                 raise ValueError("--task generation needs --data: running text to train on.")
             self.data = "world:train"
+        if self.implied and self.task != "qa":
+            raise ValueError(f"--implied is of question answering, and --task is {self.task}; leave it out.")
         super().__post_init__()
         if self.layers_from is not None:
             self._refuse(["layers"], "says what --layers-from says too")
@@ -192,8 +203,13 @@ def _train(settings: TrainSettings, accelerator: Accelerator | None, main: bool)
     task = load_task(settings.task, settings.data, **read)
     tell(task.problems, console)
     if isinstance(task, FactTask):
+        task.implied = settings.implied
         rephrased = sum(len(item.wordings) > 1 for item in task.items)
-        console.print(f"{len(task.items):,} facts, {rephrased:,} of them in several wordings")
+        follows = sum(bool(item.implied) for item in task.items)
+        console.print(
+            f"{len(task.items):,} facts, {rephrased:,} of them in several wordings"
+            + (f", and from edits of {follows:,} something follows" if settings.implied else "")
+        )
     if settings.model:
         model, tokenizer = load_model(settings, str(accelerator.device) if accelerator else None)
     else:
