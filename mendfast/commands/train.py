@@ -19,7 +19,7 @@ from ..editor import MendEditor
 from ..metrics import correct
 from ..tasks.load import TASKS, load_task
 from ..tasks.task import FactTask
-from ..training import FormSampler, TrainConfig, Trainer
+from ..training import FormSampler, MixedSampler, Sampler, TrainConfig, Trainer
 from ..training.lock import occupied
 from ..training.processes import launched
 from .base import BaseSettings, base_model
@@ -103,6 +103,18 @@ class TrainSettings(BaseSettings, LoadSettings):
             "most": 1,
         },
     )
+    long: float = field(
+        default=0.0,
+        metadata={
+            "help": "share of edits whose targets are a sentence to a paragraph: of the world's facts written out, and "
+            "of --text (--task long has no others)",
+            "least": 0,
+            "most": 0.95,
+        },
+    )
+    text: str | None = field(
+        default=None, metadata={"help": "for --long: running text too, a file or Hub name, one passage to a line"}
+    )
     tensorboard: bool = field(default=False, metadata={"help": "write events to OUTPUT/tensorboard too"})
     restart: bool = field(
         default=False,
@@ -118,6 +130,10 @@ class TrainSettings(BaseSettings, LoadSettings):
             self.data = "world:train"
         if self.implied and self.task != "qa":
             raise ValueError(f"--implied is of question answering, and --task is {self.task}; leave it out.")
+        if self.long and self.task != "qa":
+            raise ValueError(f"--long is a share beside question answering, and --task is {self.task}; leave it out.")
+        if self.text is not None and not self.long:
+            raise ValueError("--text is of --long, the share of edits with long targets; pass both, or neither.")
         super().__post_init__()
         if self.layers_from is not None:
             self._refuse(["layers"], "says what --layers-from says too")
@@ -235,6 +251,8 @@ def _train(settings: TrainSettings, accelerator: Accelerator | None, main: bool)
         if editor.kind == "causal":
             editor.protect(progress=None)  # and its own words
     samplers = task.sampler(config.seed), task.sampler(config.seed + 1, held_out=True)
+    if settings.long:
+        samplers = _with_long(samplers, settings, editor, console)
     if editor.config.forms and isinstance(task, FactTask):
         samplers = tuple(FormSampler(sampler, forms=dict.fromkeys(editor.forms, 1.0)) for sampler in samplers)
     trainer = Trainer(
@@ -278,6 +296,22 @@ def _train(settings: TrainSettings, accelerator: Accelerator | None, main: bool)
     where = "the GPU" if editor.device.type == "cuda" else "the process"
     console.print(f"Peak memory of {where}: {metrics['peak_bytes'] / 2**20:,.0f} MiB")
     return {**metrics, **figures, "seconds": time.perf_counter() - started}
+
+
+def _with_long(
+    samplers: tuple[Sampler, Sampler], settings: TrainSettings, editor: MendEditor, console: Console
+) -> tuple[Sampler, Sampler]:
+    """The samplers of training and validation with ``settings.long`` of their edits from long answers."""
+    seed, share = settings.training.seed, settings.long
+    parts = [load_task("long", data, seed=seed) for data in ("world:train", settings.text) if data is not None]
+    for part in parts:
+        tell(part.sieve(editor), console)
+    found = []
+    for i, sampler in enumerate(samplers):
+        longer = [part.sampler(seed + i, held_out=bool(i)) for part in parts]
+        shares = [(sampler, 1 - share), *((one, share / len(longer)) for one in longer)]
+        found.append(MixedSampler(shares, seed=seed + i))
+    return found[0], found[1]
 
 
 def show_plan(editor: MendEditor, planned: Mapping[str, int], console: Console) -> None:

@@ -26,8 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from ..schema import some
-from ..training import Item
-from ..training.data import Implied
+from ..training import Implied, Item
 from . import world
 from .benchmarks import PARSERS, format_of
 from .records import (

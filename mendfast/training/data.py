@@ -248,7 +248,7 @@ class FormSampler:
 
     def __init__(
         self,
-        sampler: FactSampler,
+        sampler: FactSampler | MixedSampler,
         *,
         forms: Mapping[str | None, float],
         inner: Mapping[str | None, float] | None = None,
@@ -284,6 +284,37 @@ class FormSampler:
         if not self.texts or turn % 3 == 0:
             return Ask(*pair, _drawn(rng, self._forms))
         return Ask(*rng.choice(self.texts))
+
+
+class MixedSampler:
+    """Draws of several samplers, each edit of one of them, drawn by its share.
+
+    Raises:
+        ValueError: shares that are not above 0; samplers of other numbers of questions per edit.
+    """
+
+    def __init__(self, shares: Sequence[tuple[Sampler, float]], *, seed: int = 0):
+        self.samplers, self._shares = [sampler for sampler, _ in shares], [share for _, share in shares]
+        if not shares or min(self._shares) <= 0:
+            raise ValueError(f"The shares are {self._shares}; each sampler needs one above 0.")
+        counts = {(sampler.outer, sampler.loc) for sampler in self.samplers}
+        if len(counts) > 1:
+            raise ValueError(f"The samplers draw (outer, loc) = {sorted(counts)} questions per edit; make these alike.")
+        ((self.outer, self.loc),), self.seed = counts, seed
+
+    def fingerprint(self) -> str:
+        return digest([fingerprint(sampler) for sampler in self.samplers], self._shares, self.seed)
+
+    def draw(self, step: int, size: int) -> Draw:
+        rng = random.Random(f"{self.seed}:{step}:mixed")
+        turns = rng.choices(range(len(self.samplers)), self._shares, k=size)
+        draws = [sampler.draw(step, n) if (n := turns.count(i)) else None for i, sampler in enumerate(self.samplers)]
+        drawn, taken = Draw([], [], []), [0] * len(draws)
+        for i in turns:
+            for pairs, own, each in zip(drawn, draws[i], (1, self.outer, self.loc), strict=True):
+                pairs += own[taken[i] * each : (taken[i] + 1) * each]
+            taken[i] += 1
+        return drawn
 
 
 def _drawn(rng: random.Random, shares: Mapping[str | None, float]) -> str | None:
