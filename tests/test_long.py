@@ -7,6 +7,7 @@ from collections import Counter
 
 import pytest
 import torch
+from test_generation import tokenizer  # noqa: F401
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from mendfast import MendConfig, MendEditor
@@ -125,7 +126,7 @@ def test_lengths_by_hand():
 
 
 @pytest.fixture
-def editor(tokenizer) -> MendEditor:
+def editor(tokenizer) -> MendEditor:  # noqa: F811
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=len(tokenizer), n_positions=160, n_embd=32, n_layer=2, n_head=4)
     return MendEditor.from_model(GPT2LMHeadModel(config).eval(), tokenizer, MendConfig(rank=4, append_eos=True))
@@ -154,16 +155,15 @@ def test_train_and_eval(tmp_path):
     data.write_text("".join(f"Who leads town {i}?\tAda {i % 3}\n" for i in range(12)))
     small = ["--data", data, "--text", text, "--long", 0.5, "--base-width", 32, "--base-depth", 2, "--rank", 4,
              "--base-vocabulary", 300, "--base-steps", 2, "--steps", 2, "--batch-size", 4, "--validation-size", 2,
-             "--output", run]  # fmt: skip
+             "--limit", 8, "--output", run]  # fmt: skip
     assert main(["train", *map(str, small)]) == 0
     shown = ["--task", "long", "--data", "world:test", "--limit", 3, "--unrelated", 1, "--systems", "mend", "ft",
              "--option", "ft.max_steps=2", "--fine-tuning-rate", 1e-2, "--validation", 0, "--model", run / "model",
              "--editor", run / "last", "--json", tmp_path / "eval.json", "--output", tmp_path / "eval"]  # fmt: skip
-    main(["eval", *map(str, shown)])
+    assert main(["eval", *map(str, shown)]) == 0
     result = json.loads((tmp_path / "eval.json").read_text())
-    if result["read"] == result["edits"]:
-        assert all(sum(part["n"] for part in row["lengths"]) == 3 for row in result["rows"])
-        assert "By the target's length" in (tmp_path / "eval" / "table.md").read_text()
+    assert all(sum(part["n"] for part in row["lengths"]) == 3 for row in result["rows"])
+    assert "By the target's length" in (tmp_path / "eval" / "table.md").read_text()
 
 
 def test_refused(tmp_path):

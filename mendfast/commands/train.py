@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,7 +18,7 @@ from ..config import AGGREGATIONS, MendConfig
 from ..editor import MendEditor
 from ..metrics import correct
 from ..tasks.load import TASKS, load_task
-from ..tasks.task import FactTask
+from ..tasks.task import FactTask, Task
 from ..training import FormSampler, MixedSampler, Sampler, TrainConfig, Trainer
 from ..training.lock import occupied
 from ..training.processes import launched
@@ -218,8 +218,11 @@ def _train(settings: TrainSettings, accelerator: Accelerator | None, main: bool)
     read = {"limit": settings.limit, "seed": config.seed}
     task = load_task(settings.task, settings.data, **read)
     tell(task.problems, console)
+    texts = [name for name in ("world:train", settings.text) if settings.long and name is not None]
+    longer = [load_task("long", name, seed=config.seed) for name in texts]
     if isinstance(task, FactTask):
         task.implied = settings.implied
+        task.beside = [pair for part in longer for pair in part.base_pairs()]
         rephrased = sum(len(item.wordings) > 1 for item in task.items)
         follows = sum(bool(item.implied) for item in task.items)
         console.print(
@@ -251,8 +254,10 @@ def _train(settings: TrainSettings, accelerator: Accelerator | None, main: bool)
         if editor.kind == "causal":
             editor.protect(progress=None)  # and its own words
     samplers = task.sampler(config.seed), task.sampler(config.seed + 1, held_out=True)
-    if settings.long:
-        samplers = _with_long(samplers, settings, editor, console)
+    if longer:
+        for part in longer:
+            tell(part.sieve(editor), console)
+        samplers = _mixed(samplers, longer, settings.long, config.seed)
     if editor.config.forms and isinstance(task, FactTask):
         samplers = tuple(FormSampler(sampler, forms=dict.fromkeys(editor.forms, 1.0)) for sampler in samplers)
     trainer = Trainer(
@@ -298,20 +303,13 @@ def _train(settings: TrainSettings, accelerator: Accelerator | None, main: bool)
     return {**metrics, **figures, "seconds": time.perf_counter() - started}
 
 
-def _with_long(
-    samplers: tuple[Sampler, Sampler], settings: TrainSettings, editor: MendEditor, console: Console
-) -> tuple[Sampler, Sampler]:
-    """The samplers of training and validation with ``settings.long`` of their edits from long answers."""
-    seed, share = settings.training.seed, settings.long
-    parts = [load_task("long", data, seed=seed) for data in ("world:train", settings.text) if data is not None]
-    for part in parts:
-        tell(part.sieve(editor), console)
+def _mixed(samplers: Sequence[Sampler], longer: Sequence[Task], share: float, seed: int) -> tuple[Sampler, ...]:
+    """The samplers of training and validation with ``share`` of their edits from ``longer``."""
     found = []
     for i, sampler in enumerate(samplers):
-        longer = [part.sampler(seed + i, held_out=bool(i)) for part in parts]
-        shares = [(sampler, 1 - share), *((one, share / len(longer)) for one in longer)]
-        found.append(MixedSampler(shares, seed=seed + i))
-    return found[0], found[1]
+        parts = [(part.sampler(seed + i, held_out=bool(i)), share / len(longer)) for part in longer]
+        found.append(MixedSampler([(sampler, 1 - share), *parts], seed=seed + i))
+    return tuple(found)
 
 
 def show_plan(editor: MendEditor, planned: Mapping[str, int], console: Console) -> None:

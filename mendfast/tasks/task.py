@@ -75,6 +75,8 @@ class FactTask(Task):
     items: Sequence[Item]
     implied: float = 0.0
     """The share of edits that are trained for what follows from them; see :class:`FactSampler`."""
+    beside: Sequence[Pair] = ()
+    """What a base model of one's own is taught besides the items."""
 
     def sieve(self, subject: EditableModel) -> list[Problem]:
         self.items, problems = sieve(subject, self.items)
@@ -87,7 +89,7 @@ class FactTask(Task):
 
     def base_pairs(self) -> list[Pair]:
         pairs = [(wording, item.answer) for item in self.items for wording in item.wordings]
-        return pairs + [pair for item in self.items if self.implied for pair in item.follows()]
+        return [*pairs, *(pair for item in self.items if self.implied for pair in item.follows()), *self.beside]
 
 
 def usable(editor: EditableModel, examples: Sequence[Example]) -> tuple[list[Example], list[Problem]]:
