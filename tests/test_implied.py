@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 from test_sieve import subject
 
-from mendfast.cli import read
+from mendfast.cli import main, read
 from mendfast.tasks import world
 from mendfast.tasks.load import load_task
 from mendfast.tasks.sieve import sieve
@@ -118,6 +118,14 @@ def test_refused(share, tmp_path):
         read(["train", "--implied", str(share), "--output", str(tmp_path / "run")])
     with pytest.raises(ValueError, match="--implied is of question answering"):
         read(["train", "--task", "fact_checking", "--implied", "0.5", "--output", str(tmp_path / "run")])
+
+
+def test_data_from_which_nothing_follows_is_refused_at_once(tmp_path, capsys):
+    data = tmp_path / "qa.tsv"
+    data.write_text("".join(f"Who leads town {i}?\tAda {i % 3}\n" for i in range(6)))
+    assert main(["train", "--data", str(data), "--implied", "0.5", "--output", str(tmp_path / "run")]) == 2
+    assert "none of 6 facts has a question whose answer follows" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "model").exists()
 
 
 def test_portability_of_a_file_is_trained_with_its_own_target(tmp_path):

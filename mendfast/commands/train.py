@@ -222,6 +222,8 @@ def _train(settings: TrainSettings, accelerator: Accelerator | None, main: bool)
     longer = [load_task("long", name, seed=config.seed) for name in texts]
     if isinstance(task, FactTask):
         task.implied = settings.implied
+        if settings.implied:
+            task.sampler(config.seed)  # refuses data from which nothing follows, before anything is made
         task.beside = [pair for part in longer for pair in part.base_pairs()]
         rephrased = sum(len(item.wordings) > 1 for item in task.items)
         follows = sum(bool(item.implied) for item in task.items)
