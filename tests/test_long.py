@@ -157,12 +157,12 @@ def test_train_and_eval(tmp_path):
              "--base-vocabulary", 300, "--base-steps", 2, "--steps", 2, "--batch-size", 4, "--validation-size", 2,
              "--limit", 8, "--output", run]  # fmt: skip
     assert main(["train", *map(str, small)]) == 0
-    shown = ["--task", "long", "--data", "world:test", "--limit", 3, "--unrelated", 1, "--systems", "mend", "ft",
+    shown = ["--task", "long", "--data", "world:test", "--limit", 2, "--unrelated", 0, "--systems", "mend", "ft",
              "--option", "ft.max_steps=2", "--fine-tuning-rate", 1e-2, "--validation", 0, "--model", run / "model",
              "--editor", run / "last", "--json", tmp_path / "eval.json", "--output", tmp_path / "eval"]  # fmt: skip
     assert main(["eval", *map(str, shown)]) == 0
     result = json.loads((tmp_path / "eval.json").read_text())
-    assert all(sum(part["n"] for part in row["lengths"]) == 3 for row in result["rows"])
+    assert all(sum(part["n"] for part in row["lengths"]) == 2 for row in result["rows"])
     assert "By the target's length" in (tmp_path / "eval" / "table.md").read_text()
 
 
