@@ -44,6 +44,25 @@ def exact_match(answer: str, target: str | Sequence[str]) -> bool:
     return bool(said) and any(said == normalise(one) for one in _several(target))
 
 
+def rouge_l(answer: str, target: str) -> float | None:
+    """ROUGE-L (Lin 2004): F1 of the longest common subsequence of words, by the package ``rouge-score``; None where
+    that is not installed. Of scripts that put no spaces between words each character is one."""
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+    except ImportError:
+        return None
+    scorer = RougeScorer(["rougeL"], tokenizer=_RougeWords())
+    return float(scorer.score(target, answer)["rougeL"].fmeasure)
+
+
+class _RougeWords:
+    """Words as ``rouge-score`` takes them from English, of every script."""
+
+    def tokenize(self, text: str) -> list[str]:
+        words = re.findall(r"[^\W_]+", _folded(text))
+        return [part for word in words for part in ([word] if separated(word) else word)]
+
+
 def whole_words(answer: str) -> str:
     """An answer's beginning without its last word, which may not be whole; nothing of what may be one long word."""
     return answer[: max((i for i, character in enumerate(answer) if character.isspace()), default=0)]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -119,7 +122,8 @@ def load(
     if device_map:
         options["device_map"] = device_map
     try:
-        model, tokenizer = _from_pretrained(source, where, {_dtype_argument(): dtype, **options})
+        with _parsed_once() if source.gguf else contextlib.nullcontext():
+            model, tokenizer = _from_pretrained(source, where, {_dtype_argument(): dtype, **options})
     except MemoryError:
         raise
     # Other libraries on files of unknown origin: whatever they raise says that these can't be loaded.
@@ -141,6 +145,8 @@ def _from_pretrained(source: Source, where: dict[str, Any], options: dict[str, A
     if "offload" in options:
         options["device_map"] = _frozen_on_disk(kind.from_config, config, options.pop("offload"))
     # The tokenizer first: what is wrong with it shows before gigabytes are read.
+    if source.gguf:  # which is read for it again otherwise
+        where = {**where, "config": config}
     tokenizer = hf.AutoTokenizer.from_pretrained(source.place, **where)
     model = kind.from_pretrained(source.place, **where, **options)
     if source.gguf and getattr(model, "hf_quantizer", None) is not None:
@@ -178,6 +184,24 @@ def _check_offload(source: Source, device_map: str | None, quantize: str | None)
         raise ValueError(f"offload leaves safetensors on disk and does not go with {given}; leave one of the two out.")
     if find_spec("accelerate") is None:
         raise RuntimeError("offload needs accelerate: pip install accelerate")
+
+
+_PARSING = threading.Lock()
+
+
+@contextlib.contextmanager
+def _parsed_once() -> Iterator[None]:
+    """transformers parses a GGUF file for the configuration, the tokenizer and the weights, and makes llama.cpp's table
+    of names for every module; each takes seconds, and within the block one serves all."""
+    import gguf
+
+    with _PARSING:
+        whole = gguf.GGUFReader, gguf.get_tensor_name_map
+        gguf.GGUFReader, gguf.get_tensor_name_map = map(cache, whole)
+        try:
+            yield
+        finally:
+            gguf.GGUFReader, gguf.get_tensor_name_map = whole
 
 
 def _dtype_argument() -> str:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 
 import torch
 from rich.console import Console
 
 from mendfast import MendEditor
+from mendfast.answers import exact_match
 from mendfast.commands import demo as run
 from mendfast.demo import build
+from mendfast.generation import generate_answers
 from mendfast.tasks import world
 from mendfast.training import TrainConfig
 
@@ -26,6 +29,25 @@ def test_shipped_editor():
     many, untrained = (run.measure(e, groups, "mend", Console(quiet=True)) for e in (editor, editor.untrained()))
     assert many.edit_success >= 0.95 and many.generality >= 0.93 and many.drawdown <= 0.05
     assert untrained.drawdown > 2 * many.drawdown
+
+
+def test_answers_are_judged_where_right_and_wrong_can_be_told():
+    """As their full length would be, and the table shows as much of them."""
+    editor = build.load()
+    for case in run.cases(5, seed=3):
+        (other, _) = run.unrelated([case.fact], 1, random.Random(case.question))[0]
+        questions = [case.question, case.paraphrase, other]
+        old = generate_answers(editor, questions, run.LONGEST)[2]
+        for strength in (1.0, 0.3, 40.0):  # the edit as it is, half taken, and breaking everything
+            edit = editor.edit(case.question, case.target)
+            edit.factors = {name: (u, d, strength * alpha) for name, (u, d, alpha) in edit.factors.items()}
+            with edit.attached(editor.model):
+                full = [given.text for given in generate_answers(editor, questions, run.LONGEST)]
+                said, same = run._after(editor, questions, case.target, old)
+            assert same == (full[2] == old.text)
+            for short, long in zip(said, full, strict=True):
+                assert long.startswith(short.removesuffix(" …"))
+            assert [exact_match(s, case.target) for s in said[:2]] == [exact_match(f, case.target) for f in full[:2]]
 
 
 def test_held_out_facts_are_not_trained_on():

@@ -71,9 +71,15 @@ def test_broken_files_are_sentences(tmp_path, capsys):
 
 
 @needs_model
-def test_a_gguf_file_is_a_model_like_others(tmp_path):
-    """Loaded in both dtypes, it answers, is edited, saved, and comes back in the same bits."""
+def test_a_gguf_file_is_a_model_like_others(tmp_path, monkeypatch):
+    """Parsed once and loaded in both dtypes, it answers, is edited, saved, and comes back in the same bits."""
+    import gguf
+
+    parsed, reader = [], gguf.GGUFReader
+    monkeypatch.setattr(gguf, "GGUFReader", lambda path: parsed.append(path) or reader(path))
+    counted = gguf.GGUFReader
     model, tokenizer = pretrained.load("smollm2", "auto")
+    assert parsed == [str(PATH)] and gguf.GGUFReader is counted
     assert model.dtype == torch.float32 and not model.training and type(model).__name__ == "LlamaForCausalLM"
     assert all(type(module).__name__ != "GgufLinear" for module in model.modules())
     chat = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)

@@ -12,6 +12,8 @@ FIGURES = {
     "edit_success": "share of the edits and their rephrasings answered with all target tokens, teacher-forced",
     "efficacy": "the same, of the edits alone",
     "generality": "the same, of the rephrasings alone",
+    "token_accuracy": "share of an edit's target tokens that are the first choice, teacher-forced, mean over edits",
+    "rouge_l": "ROUGE-L of the edits' generated answers against their targets (needs rouge-score)",
     "exact_match": "share of the edits whose generated answer is the target, but for case, articles and punctuation",
     "rephrase_exact_match": "the same, of the rephrasings",
     "contains": "share of the edits and their rephrasings with the target in the generated answer, as whole words",

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from .. import ops
-from ..answers import can_match, contains, exact_match, first_sentence, first_word, has_got, yes_or_no
+from ..answers import can_match, contains, exact_match, first_sentence, first_word, has_got, rouge_l, yes_or_no
 from ..editable import EditableModel
 from ..generation import Answer, agreed, answer, follow, generate_answers
 from ..labels import IGNORE, encode_prompt, has_template
@@ -47,6 +47,8 @@ class Outcome:
     """Of each edit whether it is answered with all target tokens, teacher-forced."""
     exact: list[bool] = field(default_factory=list)
     """Of each edit whether the generated answer is the target, as in exact_match."""
+    tokens: list[int] = field(default_factory=list)
+    """Of each edit how many tokens the target has, its end included; none of a classifier."""
 
 
 class Before:
@@ -238,6 +240,8 @@ def measure(
             spoken = given[first]
             exact = [exact_match(a.text, target) for a, target in zip(spoken, targets[:n], strict=False)]
             figures |= _spoken(spoken, pairs, n, r)
+            if editor.kind != "classifier":
+                figures["token_accuracy"] = _token_accuracy(editor, requests, told)
             for form, place in formed.items():
                 name = f"exact_match_{form.partition(':')[0]}"
                 figures[name] = _mean(exact_match(a.text, t) for a, t in zip(given[place], targets, strict=False))
@@ -249,7 +253,8 @@ def measure(
         else:
             now = answer(editor, show, max_new_tokens)
     answers = [(p, b.text, a) for p, b, a in zip(show, said, now, strict=True)]
-    return Outcome(figures, answers, told.correct[:n].tolist(), exact)
+    tokens = [] if editor.kind == "classifier" else [len(row) for row in _target_labels(editor, requests)]
+    return Outcome(figures, answers, told.correct[:n].tolist(), exact, tokens)
 
 
 def other_forms(subject: EditableModel) -> tuple[str, ...]:
@@ -268,17 +273,31 @@ def _target_starts(subject: EditableModel, pairs: Sequence[Pair], told: Told) ->
     """How each pair's greedy answer begins, seen from the pass with the target's tokens: it costs nothing more."""
     if subject.kind == "classifier":
         return None
-    examples = [subject.encode(*pair) for pair in pairs]
-    labels = [[label for label in example["labels"] if label != IGNORE] for example in examples]
+    labels = _target_labels(subject, pairs)
     flat = torch.tensor([label for row in labels for label in row])
     starts = agreed(told.choice, flat, told.sample, len(pairs))
     if subject.kind == "causal":
-        for i, ((prompt, _), example, row) in enumerate(zip(pairs, examples, labels, strict=True)):
+        for i, ((prompt, target), row) in enumerate(zip(pairs, labels, strict=True)):
             # a target whose first token has merged with the prompt's last follows other tokens than the prompt's
-            read = example["input_ids"][: len(example["input_ids"]) - len(row)]
+            ids = subject.encode(prompt, target)["input_ids"]
+            read = ids[: len(ids) - len(row)]
             if read != encode_prompt(subject.tokenizer, subject.prompt_text(prompt)):
                 starts[i] = ()
     return starts
+
+
+def _target_labels(subject: EditableModel, pairs: Sequence[Pair]) -> list[list[int]]:
+    examples = [subject.encode(*pair) for pair in pairs]
+    return [[label for label in example["labels"] if label != IGNORE] for example in examples]
+
+
+def _token_accuracy(subject: EditableModel, requests: Sequence[Pair], told: Told) -> float:
+    """The share of each request's target tokens that are the first choice, mean over requests, which ``told`` begins
+    with."""
+    labels = _target_labels(subject, requests)
+    flat = torch.tensor([label for row in labels for label in row])
+    same = (told.choice[: len(flat)].cpu() == flat).float()
+    return _mean(part.mean().item() for part in same.split([len(row) for row in labels]))
 
 
 def _spoken(given: Sequence[Answer], pairs: Sequence[Pair], n: int, r: int) -> dict[str, float]:
@@ -293,6 +312,9 @@ def _spoken(given: Sequence[Answer], pairs: Sequence[Pair], n: int, r: int) -> d
         ),
         "never_stopped": _mean(not a.ended for a in given[: n + r]),
     }
+    rouge = [rouge_l(*pair) for pair in zip(texts[:n], targets[:n], strict=True)]
+    if None not in rouge:
+        figures["rouge_l"] = _mean(rouge)
     if r:
         figures["rephrase_exact_match"] = _mean(right[n : n + r])
     if len(pairs) > n + r:

@@ -23,6 +23,7 @@ from .eval_report import (
     comma_separated,
     drawdown_of,
     harness,
+    lengths,
     markdown,
     number,
     published,
@@ -36,10 +37,12 @@ GROUPS = {
         "seconds",
     ),
     "generated answers": (
-        "exact_match", "rephrase_exact_match", "contains", "first_sentence", "never_stopped", "exact_match_plain",
-        "exact_match_chat", "exact_match_system", "portability_exact_match", "premises",
+        "exact_match", "rephrase_exact_match", "contains", "rouge_l", "first_sentence", "never_stopped",
+        "exact_match_plain", "exact_match_chat", "exact_match_system", "portability_exact_match", "premises",
     ),
-    "teacher-forced": ("edit_success", "efficacy", "generality", "autoregressive", "portability", "already"),
+    "teacher-forced": (
+        "edit_success", "efficacy", "generality", "token_accuracy", "autoregressive", "portability", "already",
+    ),
     "what must stay": (
         "unchanged", "unchanged_relation", "unchanged_subject", "leaked", "first_choice_changed", "kl", "drawdown",
         "ppl_drawdown", "perplexity_rise", "text_kl",
@@ -145,9 +148,10 @@ def page(result: dict[str, Any], picture: bytes) -> str:
     names = ", ".join(COLUMNS[name].title for name in ("edit_success", "generality", drawdown_of(result)))
     parts.append(f'<h2>Plot</h2><img alt="{names}" src="data:image/png;base64,{source}">')
     parts.append(_examples(result))
-    titles = ("Published figures", "Old edits", "Rates", "Elsewhere")
-    for title, part in zip(titles, (published(result), survival(result), rates(result), harness(result)), strict=True):
-        if part:
+    shown_beside = {"Published figures": published, "Long answers": lengths, "Old edits": survival, "Rates": rates,
+                    "Elsewhere": harness}  # fmt: skip
+    for title, made in shown_beside.items():
+        if part := made(result):
             parts.append(f"<h2>{title}</h2><p>{_e(part[0])}</p>{_table(part[1], part[2])}")
     if left_out := result.get("left_out"):
         shown = "".join(f"<li>{_e(key)}: {_e(reason)}</li>" for key, reason in left_out.items())

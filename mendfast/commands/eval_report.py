@@ -12,6 +12,7 @@ from rich.table import Table
 
 from ..baselines.measure import FIGURES
 from .console import plain
+from .lengths import LENGTHENED
 
 
 class Column(NamedTuple):
@@ -27,6 +28,8 @@ COLUMNS = {
     "efficacy": Column("edit alone"),
     "generality": Column("generality"),
     "autoregressive": Column("generated"),  # of results from before answers were generated without the target's length
+    "token_accuracy": Column("token accuracy"),
+    "rouge_l": Column("ROUGE-L"),
     "exact_match": Column("exact match"),
     "rephrase_exact_match": Column("exact, rephrased"),
     "contains": Column("contains"),
@@ -131,7 +134,7 @@ def markdown(result: dict[str, Any]) -> str:
     """The table, and below it what is known beside it: published figures, old edits, chosen rates, the harness."""
     header, *rows = cells_of(result, columns(result))
     lines = [caption(result), "", *_pipes(header, rows)]
-    for found in (published(result), survival(result), rates(result), harness(result)):
+    for found in (published(result), lengths(result), survival(result), rates(result), harness(result)):
         if found:
             lines += ["", found[0], "", *_pipes(found[1], found[2])]
     return "\n".join(lines) + "\n"
@@ -164,6 +167,22 @@ def survival(result: dict[str, Any]) -> Part | None:
         found = {(part["from"], part["to"]): f"{part['mean']:.3f}" for part in row["survival"]}
         body.append([row["name"], str(row["k"]), *(found.get(age, "") for age in ages)])
     return "Edits still answered right at the end, by how many came after them:", header, body
+
+
+def lengths(result: dict[str, Any]) -> Part | None:
+    """Edits one at a time by the length of their targets; None where all are short."""
+    rows = [row for row in result["rows"] if row.get("lengths")]
+    if not rows:
+        return None
+    names = [name for name in LENGTHENED if any(name in part["figures"] for row in rows for part in row["lengths"])]
+    body = []
+    for row in rows:
+        for part in row["lengths"]:
+            last = part["to"]
+            many = f"{part['from']} to {last}" if last else f"{part['from']} and more"
+            cells = [number(name, part["figures"].get(name)) for name in names]
+            body.append([row["name"], many, str(part["n"]), *cells])
+    return "By the target's length:", ["system", "tokens", "edits", *(COLUMNS[name].title for name in names)], body
 
 
 def rates(result: dict[str, Any]) -> Part | None:

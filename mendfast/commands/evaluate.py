@@ -38,6 +38,7 @@ from .eval_report import caption, console_table
 from .eval_settings import SEEDS, EvalSettings, is_fitted
 from .harness import Harness
 from .journal import Journal
+from .lengths import by_length
 from .loading import load_editor
 from .protected import Protected
 from .questions import Questions
@@ -334,6 +335,8 @@ def measure_group(
     row: dict[str, Any] = {
         "figures": {name: value if math.isfinite(value) else None for name, value in outcome.figures.items()}
     }
+    if len(group) == 1 and outcome.tokens:
+        row |= {"tokens": outcome.tokens}
     if in_turn:
         row |= {"right": list(map(int, outcome.right)), "exact": list(map(int, outcome.exact))}
     if show:
@@ -397,7 +400,7 @@ def _row(journal: Journal, key: str, size: int, seed: int) -> dict[str, Any]:
     errors = [row["error"] for row in rows if "error" in row]
     summary = summarise([row["figures"] for row in rows if "figures" in row], seed=seed)
     summary |= sequences.by_edit(rows, seed=seed)
-    old = sequences.survival(rows, seed=seed)
+    old, lengths = sequences.survival(rows, seed=seed), by_length(rows)
     return {
         **journal.system(key),
         "k": size,
@@ -406,4 +409,5 @@ def _row(journal: Journal, key: str, size: int, seed: int) -> dict[str, Any]:
         "first_error": errors[0] if errors else None,
         "figures": {name: interval.to_dict() for name, interval in summary.items()},
         **({"survival": old} if old else {}),
+        **({"lengths": lengths} if lengths else {}),
     }

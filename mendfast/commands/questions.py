@@ -27,6 +27,9 @@ TEXTS, TEXT_TOKENS = 24, 96
 PART = 4
 """Texts of it that are read after an edit, in turn, where there are edits enough for all of it to be read."""
 
+SHORT = 48
+"""Tokens of the longest target up to which answers need no more room than they have by default."""
+
 
 class Questions:
     """Draws what is asked after each edit; a draw depends on the seed and the edit alone.
@@ -67,7 +70,18 @@ class Questions:
             "near": self._near(group, rng),
             "premises": [] if brief else self._premises(group),
             "forms": () if brief else other_forms(self.subject),
+            **self._room,
         }
+
+    @cached_property
+    def _room(self) -> dict[str, int]:
+        """How many tokens an answer may have, the same of all, where some target has more than few."""
+        if self.subject.kind == "classifier":
+            return {}
+        texts = [part.target for example in self.task.examples for part in example.parts]
+        ids = self.subject.tokenizer(texts, add_special_tokens=False, padding=False, truncation=False)["input_ids"]
+        longest = max(map(len, ids), default=0)
+        return {} if longest <= SHORT else {"max_new_tokens": -(-(longest + 16) // 32) * 32}
 
     def _locality(self, group: Sequence[Example], rng: random.Random) -> list[tuple[str, str]]:
         if not self.known:

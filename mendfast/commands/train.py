@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,8 +18,8 @@ from ..config import AGGREGATIONS, ROWS, MendConfig
 from ..editor import MendEditor
 from ..metrics import correct
 from ..tasks.load import TASKS, load_task
-from ..tasks.task import FactTask
-from ..training import FormSampler, TrainConfig, Trainer
+from ..tasks.task import FactTask, Task
+from ..training import FormSampler, MixedSampler, Sampler, TrainConfig, Trainer
 from ..training.lock import occupied
 from ..training.processes import launched
 from .base import BaseSettings, base_model
@@ -94,6 +94,27 @@ class TrainSettings(BaseSettings, LoadSettings):
         default=None,
         metadata={"help": "forms that each edit is made in and trained for, together: chat, plain, system:TEXT"},
     )
+    implied: float = field(
+        default=0.0,
+        metadata={
+            "help": "share of edits that are trained for what follows from them too (the data's portability, or the "
+            "world's facts: a new capital of France is the capital of France), where something does",
+            "least": 0,
+            "most": 1,
+        },
+    )
+    long: float = field(
+        default=0.0,
+        metadata={
+            "help": "share of edits whose targets are a sentence to a paragraph: of the world's facts written out, and "
+            "of --text (--task long has no others)",
+            "least": 0,
+            "most": 0.95,
+        },
+    )
+    text: str | None = field(
+        default=None, metadata={"help": "for --long: running text too, a file or Hub name, one passage to a line"}
+    )
     rows: str = field(
         default="all",
         metadata={
@@ -122,6 +143,12 @@ class TrainSettings(BaseSettings, LoadSettings):
             if self.task == "generation":
                 raise ValueError("--task generation needs --data: running text to train on.")
             self.data = "world:train"
+        if self.implied and self.task != "qa":
+            raise ValueError(f"--implied is of question answering, and --task is {self.task}; leave it out.")
+        if self.long and self.task != "qa":
+            raise ValueError(f"--long is a share beside question answering, and --task is {self.task}; leave it out.")
+        if self.text is not None and not self.long:
+            raise ValueError("--text is of --long, the share of edits with long targets; pass both, or neither.")
         super().__post_init__()
         if self.layers_from is not None:
             self._refuse(["layers"], "says what --layers-from says too")
@@ -209,9 +236,19 @@ def _train(settings: TrainSettings, accelerator: Accelerator | None, main: bool)
     read = {"limit": settings.limit, "seed": config.seed}
     task = load_task(settings.task, settings.data, **read)
     tell(task.problems, console)
+    texts = [name for name in ("world:train", settings.text) if settings.long and name is not None]
+    longer = [load_task("long", name, seed=config.seed) for name in texts]
     if isinstance(task, FactTask):
+        task.implied = settings.implied
+        if settings.implied:
+            task.sampler(config.seed)  # refuses data from which nothing follows, before anything is made
+        task.beside = [pair for part in longer for pair in part.base_pairs()]
         rephrased = sum(len(item.wordings) > 1 for item in task.items)
-        console.print(f"{len(task.items):,} facts, {rephrased:,} of them in several wordings")
+        follows = sum(bool(item.implied) for item in task.items)
+        console.print(
+            f"{len(task.items):,} facts, {rephrased:,} of them in several wordings"
+            + (f", and from edits of {follows:,} something follows" if settings.implied else "")
+        )
     if settings.model:
         device = str(accelerator.device) if accelerator else None
         model, tokenizer = load_model(settings, device, offload=settings.offload and (settings.layers or True))
@@ -238,6 +275,10 @@ def _train(settings: TrainSettings, accelerator: Accelerator | None, main: bool)
         if editor.kind == "causal":
             editor.protect(progress=None)  # and its own words
     samplers = task.sampler(config.seed), task.sampler(config.seed + 1, held_out=True)
+    if longer:
+        for part in longer:
+            tell(part.sieve(editor), console)
+        samplers = _mixed(samplers, longer, settings.long, config.seed)
     if editor.config.forms and isinstance(task, FactTask):
         samplers = tuple(FormSampler(sampler, forms=dict.fromkeys(editor.forms, 1.0)) for sampler in samplers)
     trainer = Trainer(
@@ -281,6 +322,15 @@ def _train(settings: TrainSettings, accelerator: Accelerator | None, main: bool)
     where = "the GPU" if editor.device.type == "cuda" else "the process"
     console.print(f"Peak memory of {where}: {metrics['peak_bytes'] / 2**20:,.0f} MiB")
     return {**metrics, **figures, "seconds": time.perf_counter() - started}
+
+
+def _mixed(samplers: Sequence[Sampler], longer: Sequence[Task], share: float, seed: int) -> tuple[Sampler, ...]:
+    """The samplers of training and validation with ``share`` of their edits from ``longer``."""
+    found = []
+    for i, sampler in enumerate(samplers):
+        parts = [(part.sampler(seed + i, held_out=bool(i)), share / len(longer)) for part in longer]
+        found.append(MixedSampler([(sampler, 1 - share), *parts], seed=seed + i))
+    return tuple(found)
 
 
 def show_plan(editor: MendEditor, planned: Mapping[str, int], console: Console) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from .task import Task
 
-TASKS = ("qa", "fact_checking", "generation")
+TASKS = ("qa", "fact_checking", "generation", "long")
 
 
 def load_task(
@@ -16,8 +16,8 @@ def load_task(
 
     Args:
         name: one of :data:`TASKS`.
-        data: a local file or the name of a Hub dataset; for question answering and fact checking also "world",
-            "world:train" or "world:test", made from the facts that come with the package (for fact checking also of
+        data: a local file or the name of a Hub dataset; but for generation also "world", "world:train" or
+            "world:test", made from the facts that come with the package (for fact checking also of
             some relations, "world:test:author,painter").
         limit: use the first so many examples.
         seed: of the targets and wordings that are drawn.
@@ -38,4 +38,8 @@ def load_task(
         from .generation import Generation
 
         return Generation.load(data, limit=limit, seed=seed, tokenizer=tokenizer)
+    if name == "long":
+        from .long import LongAnswers
+
+        return LongAnswers.load(data, limit=limit, seed=seed)
     raise ValueError(f"There is no task {name!r}; choose one of {', '.join(TASKS)}.")

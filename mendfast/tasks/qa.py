@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from ..schema import some
-from ..training import Item
+from ..training import Implied, Item
 from . import world
 from .benchmarks import PARSERS, format_of
 from .records import (
@@ -223,17 +223,22 @@ class QuestionAnswering(FactTask):
         if limit is not None:  # of all relations, not of the first
             facts = rng.sample(facts, min(limit, len(facts)))
         items = [replace(item, source=f"{data}:{i + 1}") for i, item in enumerate(world.items(facts))]
-        examples = [
-            Example(
-                prompt=rng.choice(item.wordings),
-                target=rng.choice([answer for answer in world.answers(fact.relation) if answer != fact.answer]),
-                subject=fact.entity,
-                answers=(fact.answer,),
-                rephrasings=(world.question(fact, -1),),
-                source=item.source,
+        follows = world.implied(facts, facts if data == "world:train" else world.load_facts())
+        examples = []
+        for item, fact in zip(items, facts, strict=True):
+            prompt = rng.choice(item.wordings)
+            target = rng.choice([answer for answer in world.answers(fact.relation) if answer != fact.answer])
+            examples.append(
+                Example(
+                    prompt=prompt,
+                    target=target,
+                    subject=fact.entity,
+                    answers=(fact.answer,),
+                    rephrasings=(world.question(fact, -1),),
+                    portability=tuple(one.asked(target, -1) for one in follows[fact] if one.says(target)),
+                    source=item.source,
+                )
             )
-            for item, fact in zip(items, facts, strict=True)
-        ]
         task = cls(examples, [], seed)
         task.items = items
         return task
@@ -268,6 +273,7 @@ def fact_items(examples: Sequence[Example], seed: int = 0) -> list[Item]:
         drawn = (wordings.rephrase(example.prompt, rng) for _ in range(2 * WORDINGS_PER_FACT))
         others = list(example.rephrasings) or [w for w in dict.fromkeys(drawn) if w and w != example.prompt]
         split = wordings.split(example.prompt)
+        implied = (Implied((question,), ((example.target, follows),)) for question, follows in example.portability)
         items.append(
             Item(
                 (example.prompt, *others[:WORDINGS_PER_FACT]),
@@ -275,6 +281,7 @@ def fact_items(examples: Sequence[Example], seed: int = 0) -> list[Item]:
                 wordings.relation(example.prompt),
                 example.subject or (split[1] if split else None),
                 example.source,
+                tuple(implied),
             )
         )
     return items

@@ -63,11 +63,37 @@ def sieve(
             kept.append(_Sized(replace(item, wordings=tuple(fits)), longest + around, target))
     if together:
         kept = _without_conflicts(kept, limit, problems)
+    kept = _with_fitting_implications(subject, kept, around, limit, problems)
     if not kept:
         raise ValueError(
             f"The model can be asked none of {len(items):,} facts{f'; the first: {problems[0]}' if problems else ''}"
         )
     return [sized.item for sized in kept], problems
+
+
+def _with_fitting_implications(
+    subject: EditableModel, sized: list[_Sized], around: int, limit: int, problems: list[Problem]
+) -> list[_Sized]:
+    """The facts without the implied questions that the context does not hold, whatever the target in them is."""
+    implied = [one for fact in sized for one in fact.item.implied]
+    if not implied:
+        return sized
+    lengths = _lengths(subject, [text for one in implied for text in (*one.wordings, *one.known_answers())])
+    longest: dict[object, int] = defaultdict(int)
+    for fact in sized:
+        longest[fact.item.relation] = max(longest[fact.item.relation], fact.target)
+    kept = []
+    for fact in sized:
+        fits = []
+        for one in fact.item.implied:
+            answers = [lengths[answer] for answer in one.known_answers()]
+            asked = max(lengths[wording] for wording in one.wordings) + longest[fact.item.relation] + around
+            if min(answers) and asked + max(answers) <= limit:
+                fits.append(one)
+            else:
+                problems.append(_problem(fact.item, f"{shown(one.wordings[0])}, which follows from it, can't be asked"))
+        kept.append(fact._replace(item=replace(fact.item, implied=tuple(fits))))
+    return kept
 
 
 def fitting(subject: EditableModel, texts: Sequence[tuple[str, str, str | None]]) -> list[tuple[str, str, str | None]]:

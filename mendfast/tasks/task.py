@@ -73,6 +73,10 @@ class FactTask(Task):
     """A task whose edits are facts in several wordings: :attr:`items`."""
 
     items: Sequence[Item]
+    implied: float = 0.0
+    """The share of edits that are trained for what follows from them; see :class:`FactSampler`."""
+    beside: Sequence[Pair] = ()
+    """What a base model of one's own is taught besides the items."""
 
     def sieve(self, subject: EditableModel) -> list[Problem]:
         self.items, problems = sieve(subject, self.items)
@@ -80,10 +84,12 @@ class FactTask(Task):
 
     def sampler(self, seed: int = 0, *, held_out: bool = False) -> FactSampler:
         chosen = [item for i, item in enumerate(self.items) if (i % VALIDATION_SHARE == 0) == held_out]
-        return FactSampler(chosen or self.items, neighbours=self.items, seed=seed)
+        implied = self.implied if any(item.implied for item in chosen) or not held_out else 0.0
+        return FactSampler(chosen or self.items, neighbours=self.items, implied=implied, seed=seed)
 
     def base_pairs(self) -> list[Pair]:
-        return [(wording, item.answer) for item in self.items for wording in item.wordings]
+        pairs = [(wording, item.answer) for item in self.items for wording in item.wordings]
+        return [*pairs, *(pair for item in self.items if self.implied for pair in item.follows()), *self.beside]
 
 
 def usable(editor: EditableModel, examples: Sequence[Example]) -> tuple[list[Example], list[Problem]]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
 from typing import TYPE_CHECKING
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # the module is not in Python 3.10
     from importlib.resources.abc import Traversable
 
-    from ..training.data import Item
+    from ..training.data import Implied, Item
 
 HELD_OUT, SEED = 0.2, 0  # of the shipped facts' entities
 
@@ -231,6 +231,53 @@ _RELATIONS = (
     )),
 )
 
+# relation -> who has such an answer; each answer belongs to one entity alone
+_INVERSES = {
+    "capital": (
+        "Which country has {} as its capital?", "{} is the capital of which country?",
+        "Of which country is {} the capital?",
+    ),
+    "internet_domain": (
+        "Which country has the internet domain {}?", "To which country does the top-level domain {} belong?",
+        "Web addresses of which country end in {}?",
+    ),
+    "symbol": (
+        "Which element has the symbol {}?", "{} is the chemical symbol of which element?",
+        "For which element does the symbol {} stand?",
+    ),
+    "atomic_number": (
+        "Which element has the atomic number {}?", "An atom of which element has {} protons?",
+        "{} is the atomic number of which element?",
+    ),
+    "state_capital": (
+        "Which US state has {} as its capital?", "{} is the capital of which US state?",
+        "Of which US state is {} the capital?",
+    ),
+}  # fmt: skip
+# relation, relation of its answer -> what that says of the entity
+_CHAINS = {
+    ("city_country", "continent"): (
+        "On which continent is the city of {}?", "The city of {} is on which continent?",
+        "To which continent must you travel to visit the city of {}?",
+    ),
+    ("city_country", "currency"): (
+        "What is the currency in the city of {}?", "With which currency do people pay in the city of {}?",
+        "If you go shopping in the city of {}, which currency do you need?",
+    ),
+    ("city_country", "language"): (
+        "What is the main official language in the city of {}?", "Which official language is used in the city of {}?",
+        "If you move to the city of {}, which official language do you learn?",
+    ),
+    ("mountain_country", "continent"): (
+        "On which continent is the mountain {}?", "The mountain {} is on which continent?",
+        "To which continent must a climber of {} travel?",
+    ),
+    ("landmark_city", "city_country"): (
+        "In which country is {}?", "To what country must you travel to see {}?",
+        "Can you name the country where {} stands?",
+    ),
+}  # fmt: skip
+
 RELATIONS: dict[str, Relation] = {relation.name: relation for relation in _RELATIONS}
 """Every relation by name; grouped by table, in the order of the tables' columns."""
 
@@ -377,10 +424,50 @@ def splits() -> tuple[list[Fact], list[Fact]]:
 
 
 def items(facts: Iterable[Fact]) -> list[Item]:
-    """The facts in the wordings that an editor may train on."""
+    """The facts in the wordings that an editor may train on, with what follows from other answers to them, as far as
+    these facts say."""
     from ..training.data import Item  # the facts alone need no torch
 
+    facts = list(facts)
+    follows = implied(facts)
     return [
-        Item(tuple(w.format(f.entity) for w in train_wordings(f.relation)), f.answer, f.relation, f.entity)
+        Item(
+            tuple(w.format(f.entity) for w in train_wordings(f.relation)),
+            f.answer,
+            f.relation,
+            f.entity,
+            implied=tuple(replace(one, wordings=one.wordings[:-1]) for one in follows[f]),
+        )
         for f in facts
     ]
+
+
+def implied(facts: Iterable[Fact], known: Iterable[Fact] | None = None) -> dict[Fact, tuple[Implied, ...]]:
+    """What follows from another answer to each fact: of a country's new capital what country it is the capital of, of a
+    city's new country the continent that the city is on. A question's last wording is kept from training.
+
+    Args:
+        known: the facts that answers follow from; by default ``facts``.
+    """
+    from ..training.data import Implied
+
+    facts = list(facts)
+    known = facts if known is None else list(known)
+    of_answer: dict[str, dict[str, str]] = {name: {} for _, name in _CHAINS}
+    for fact in known:
+        if fact.relation in of_answer:
+            of_answer[fact.relation][fact.entity] = fact.answer
+    given = {name: sorted({fact.answer for fact in known if fact.relation == name}) for name, _ in _CHAINS}
+    chains = {
+        pair: tuple((a, of_answer[pair[1]][a]) for a in given[pair[0]] if a in of_answer[pair[1]]) for pair in _CHAINS
+    }
+    found = {}
+    for fact in facts:
+        own = []
+        if fact.relation in _INVERSES:
+            own.append(Implied(_INVERSES[fact.relation], fact.entity))
+        for (relation, following), wordings in _CHAINS.items():
+            if relation == fact.relation and (answers := chains[relation, following]):
+                own.append(Implied(tuple(w.format(fact.entity) for w in wordings), answers))
+        found[fact] = tuple(own)
+    return found

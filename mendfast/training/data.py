@@ -15,6 +15,32 @@ Pair = tuple[str, str]
 
 
 @dataclass(frozen=True)
+class Implied:
+    """A question whose answer follows from an edit: what the city that is France's capital by now is the capital of."""
+
+    wordings: tuple[str, ...]
+    """"{}" stands for the edit's target."""
+    answers: str | tuple[tuple[str, str], ...]
+    """Whatever the target is; or target -> answer, and of other targets nothing follows that is known."""
+
+    def targets(self) -> list[str] | None:
+        """Those whose answer is known; None: all."""
+        return None if isinstance(self.answers, str) else [target for target, _ in self.answers]
+
+    def known_answers(self) -> list[str]:
+        return [self.answers] if isinstance(self.answers, str) else list(dict.fromkeys(a for _, a in self.answers))
+
+    def says(self, target: str) -> bool:
+        """Whether something follows from ``target``."""
+        return isinstance(self.answers, str) or target in self.targets()
+
+    def asked(self, target: str, wording: int = 0) -> Pair:
+        """The question and its answer once ``target`` is what the fact's questions are answered with."""
+        answer = self.answers if isinstance(self.answers, str) else dict(self.answers)[target]
+        return self.wordings[wording].replace("{}", target), answer
+
+
+@dataclass(frozen=True)
 class Item:
     """One fact that the base model knows, in one or more wordings."""
 
@@ -24,6 +50,13 @@ class Item:
     entity: str | None = None
     source: str = field(default="", compare=False, repr=False)
     """File and line."""
+    implied: tuple[Implied, ...] = field(default=(), repr=False)
+    """What follows from another answer."""
+
+    def follows(self) -> list[Pair]:
+        """The implied questions as they are answered before any edit, in all wordings, where that is known."""
+        known = [one for one in self.implied if one.says(self.answer)]
+        return [one.asked(self.answer, i) for one in known for i in range(len(one.wordings))]
 
 
 class Draw(NamedTuple):
@@ -80,6 +113,9 @@ class FactSampler:
         include_inner: the edited question itself is trained for too, with this probability each draw.
         targets: so many other answers, of each fact always the same ones, are all that an edit of it may name: its
             texts come back, and a cache of the frozen part has them. 0: any answer of its relation.
+        implied: with this probability an edit of a fact from whose new answer something follows is trained for that
+            (:attr:`Item.implied`) in place of one of its rephrased questions; its target is then one whose implied
+            answer is known.
     """
 
     def __init__(
@@ -91,15 +127,23 @@ class FactSampler:
         neighbours: Sequence[Item] | None = None,
         include_inner: float = 0.25,
         targets: int = 0,
+        implied: float = 0.0,
         seed: int = 0,
     ):
+        if not 0 <= implied <= 1:
+            raise ValueError(f"implied is {implied}; it must be a share of the edits, from 0 to 1.")
+        if implied and not any(item.implied for item in items):
+            raise ValueError(
+                f"implied is {implied}, and none of {len(items):,} facts has a question whose answer follows from an "
+                "edit; add some (portability) to the data, or leave implied out."
+            )
         if targets < 0:
             raise ValueError(f"targets is {targets}; it must be the answers that a fact may be given, or 0 for any.")
         if not items:
             raise ValueError("There are no facts to draw edits from.")
         self.items, self.outer, self.loc, self.seed = list(items), outer, loc, seed
         self.neighbours = list(neighbours or items)
-        self.include_inner, self.targets = include_inner, targets
+        self.include_inner, self.targets, self.implied = include_inner, targets, implied
         self._of_relation, self._of_entity, answers = defaultdict(list), defaultdict(list), defaultdict(dict)
         for item in self.neighbours:
             self._of_relation[item.relation].append(item)
@@ -116,34 +160,58 @@ class FactSampler:
 
     def fingerprint(self) -> str:
         how = (self.outer, self.loc, self.include_inner, self.targets, self.seed)
-        return digest(self.items, self.neighbours, how)
+        more = [(self.implied, [item.implied for item in self.items])] if self.implied else []
+        return digest(self.items, self.neighbours, how, *more)
 
     def draw(self, step: int, size: int) -> Draw:
         rng = random.Random(f"{self.seed}:{step}")
         chosen = rng.sample(self.items, size) if size <= len(self.items) else rng.choices(self.items, k=size)
         inner, outer, loc = [], [], []
         for item in chosen:
-            target = self._other_answer(rng, item)
+            follows = self._follows(rng, item)
+            target = self._other_answer(rng, item) if follows is None else follows[0]
             wording = rng.choice(item.wordings)
             inner.append((wording, target))
             others = [w for w in item.wordings if w != wording] or [wording]
-            for _ in range(self.outer):
+            for _ in range(self.outer - (follows is not None)):
                 outer.append((wording if rng.random() < self.include_inner else rng.choice(others), target))
+            if follows is not None:
+                outer.append(follows[1])
             for i in range(self.loc):
                 neighbour = self._neighbour(rng, item, i)
                 loc.append((rng.choice(neighbour.wordings), neighbour.answer))
         return Draw(inner, outer, loc)
 
+    def _follows(self, rng: random.Random, item: Item) -> tuple[str, Pair] | None:
+        """A target, and a question that it implies the answer to; None where the edit is trained for itself alone."""
+        if not (self.implied and self.outer and item.implied) or rng.random() >= self.implied:
+            return None
+        one = rng.choice(item.implied)
+        if (known := one.targets()) is None:
+            target = self._other_answer(rng, item)
+        else:  # where the data doesn't say what is true the target is all that there is
+            known = [target for target in known if target != item.answer] or known
+            if self.targets and not (known := [target for target in known if target in self._own_targets(item)]):
+                return None
+            target = rng.choice(known)
+        return target, one.asked(target, rng.randrange(len(one.wordings)))
+
     def _other_answer(self, rng: random.Random, item: Item) -> str:
-        pool = self._answers[item.relation]
-        pool = pool if len(pool) > 1 else self._all_answers
         if self.targets:
-            others = [answer for answer in pool if answer != item.answer]
-            own = random.Random(f"{self.seed}:{item.wordings[0]}:{item.answer}")
-            return rng.choice(own.sample(others, min(self.targets, len(others))))
+            return rng.choice(self._own_targets(item))
+        pool = self._pool(item)
         while (answer := rng.choice(pool)) == item.answer:
             pass
         return answer
+
+    def _own_targets(self, item: Item) -> list[str]:
+        others = [answer for answer in self._pool(item) if answer != item.answer]
+        own = random.Random(f"{self.seed}:{item.wordings[0]}:{item.answer}")
+        return own.sample(others, min(self.targets, len(others)))
+
+    def _pool(self, item: Item) -> list[str]:
+        pool = self._answers[item.relation]
+        return pool if len(pool) > 1 else self._all_answers
 
     def _neighbour(self, rng: random.Random, item: Item, turn: int) -> Item:
         pool = (self.neighbours, self._of_entity[item.entity], self._of_relation[item.relation])[turn % 3]
@@ -180,7 +248,7 @@ class FormSampler:
 
     def __init__(
         self,
-        sampler: FactSampler,
+        sampler: FactSampler | MixedSampler,
         *,
         forms: Mapping[str | None, float],
         inner: Mapping[str | None, float] | None = None,
@@ -216,6 +284,37 @@ class FormSampler:
         if not self.texts or turn % 3 == 0:
             return Ask(*pair, _drawn(rng, self._forms))
         return Ask(*rng.choice(self.texts))
+
+
+class MixedSampler:
+    """Draws of several samplers, each edit of one of them, drawn by its share.
+
+    Raises:
+        ValueError: shares that are not above 0; samplers of other numbers of questions per edit.
+    """
+
+    def __init__(self, shares: Sequence[tuple[Sampler, float]], *, seed: int = 0):
+        self.samplers, self._shares = [sampler for sampler, _ in shares], [share for _, share in shares]
+        if not shares or min(self._shares) <= 0:
+            raise ValueError(f"The shares are {self._shares}; each sampler needs one above 0.")
+        counts = {(sampler.outer, sampler.loc) for sampler in self.samplers}
+        if len(counts) > 1:
+            raise ValueError(f"The samplers draw (outer, loc) = {sorted(counts)} questions per edit; make these alike.")
+        ((self.outer, self.loc),), self.seed = counts, seed
+
+    def fingerprint(self) -> str:
+        return digest([fingerprint(sampler) for sampler in self.samplers], self._shares, self.seed)
+
+    def draw(self, step: int, size: int) -> Draw:
+        rng = random.Random(f"{self.seed}:{step}:mixed")
+        turns = rng.choices(range(len(self.samplers)), self._shares, k=size)
+        draws = [sampler.draw(step, n) if (n := turns.count(i)) else None for i, sampler in enumerate(self.samplers)]
+        drawn, taken = Draw([], [], []), [0] * len(draws)
+        for i in turns:
+            for pairs, own, each in zip(drawn, draws[i], (1, self.outer, self.loc), strict=True):
+                pairs += own[taken[i] * each : (taken[i] + 1) * each]
+            taken[i] += 1
+        return drawn
 
 
 def _drawn(rng: random.Random, shares: Mapping[str | None, float]) -> str | None:
