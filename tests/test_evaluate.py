@@ -278,13 +278,13 @@ def test_a_bad_row_is_kept_and_counted(editor, data, tmp_path, monkeypatch, caps
 def test_what_must_stay_is_never_what_is_edited(editor, data, monkeypatch):
     from mendfast.commands import evaluate as module
 
-    seen, measure = [], module.measure
+    seen, measuring = [], module.measuring
 
     def spied(system, requests, rephrasings, locality, portability, **options):
         seen.append((requests[0], locality))
-        return measure(system, requests, rephrasings, locality, portability, generate=False)
+        return measuring(system, requests, rephrasings, locality, portability, generate=False)
 
-    monkeypatch.setattr(module, "measure", spied)
+    monkeypatch.setattr(module, "measuring", spied)
     run(editor, data, "--systems", "ft", "--known", data)
     assert len(seen) == 7
     for (prompt, _), locality in seen:

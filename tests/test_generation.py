@@ -83,7 +83,7 @@ def test_a_batch_is_what_each_is_alone(name, edited, tokenizer, monkeypatch):
 def test_what_all_begin_with_is_read_once(name, tokenizer, monkeypatch):
     """Each answer is what plain code gives alone, whatever its length and its room."""
     monkeypatch.setattr("mendfast.generation.ROUND", 3)
-    monkeypatch.setattr("mendfast.generation.SHARED", 4)
+    monkeypatch.setattr("mendfast.shared_prefix.SHARED", 4)
     editor = editor_of(name, tokenizer, append_eos=True)
     prompts = [f"What is the capital of {rest}" for rest in ("France?", "Rome", "Paris Rome Berlin?", "Madrid? Paris")]
     rooms, widths = [12, 5, 9, 12], []

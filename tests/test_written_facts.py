@@ -15,7 +15,7 @@ from mendfast.generation import answer
 from mendfast.layers import named_layers
 from mendfast.metric import observe
 
-PLAIN = dict(prefixes=0, words=8)
+PLAIN = dict(prefixes=0, words=8, learning_rate=0.5)
 
 
 def inputs_and_outputs(layer, model, **batch) -> tuple[torch.Tensor, torch.Tensor]:

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from .. import ops
 from ..answers import can_match, contains, exact_match, first_sentence, first_word, has_got, yes_or_no
 from ..editable import EditableModel
-from ..generation import Answer, agreed, answer, follow, generate_answers
+from ..generation import Answer, agreed, answer, follow, generate_answers, tokens_of
 from ..labels import IGNORE, encode_prompt, has_template
+from ..layers import Layer
 from ..metrics import Pair, Told, perplexity, tell
 from ..objective import Batch, Below, Rows, per_sample_mean, target_rows, to_device
 from ..training.cache import PrefixCache
 from ..training.memory import PeakMemory
+from ..variants import Variants, Weights
 from .figures import FIGURES, Interval, bootstrap, summarise
 from .system import System
 
@@ -29,8 +31,8 @@ __all__ = [
 KL_TOKENS = 16
 PREMISE_TOKENS = 8
 """Of an answer of yes or no, which is judged by its first word."""
-LEAK_TOKENS = 24
-"""After an answer that must stay has parted from what it was."""
+LEAK_TOKENS = 12
+"""After an answer that must stay has parted from what it was: where a target leaks, it is what comes instead."""
 CACHED = 1 << 29
 """Bytes of states below the edited layers that are kept: what is asked again of other edits and systems."""
 SYSTEM_PROMPT = "system:You answer questions."
@@ -135,7 +137,37 @@ class Before:
             return target_rows(self.subject.model, self._batches[part])
 
 
-def measure(
+def measure(system: System, requests: Sequence[Pair], *asked: Sequence[Pair], **options: Any) -> Outcome:
+    """:func:`measuring`, all of it at once."""
+    return at_once(measuring(system, requests, *asked, **options))
+
+
+Result = TypeVar("Result")
+
+
+def at_once(measuring: Generator[Asking, list[Answer], Result]) -> Result:
+    """What a measurement gives whose answers are generated whenever it asks for them."""
+    try:
+        asking = next(measuring)
+        while True:
+            asking = measuring.send(asking.answers())
+    except StopIteration as end:
+        return end.value
+
+
+def answer_together(askings: Sequence[Asking], layers: Sequence[Layer]) -> list[list[Answer]]:
+    """The answers that several edits of one model wait for, as one batch: a step costs little more for many rows.
+
+    ``layers``: those that the edits write into.
+    """
+    whole = Asking(askings[0].subject, askings[0].limit)
+    places = [whole.take(asking) for asking in askings]
+    of = [i for i, asking in enumerate(askings) for _ in asking.prompts]
+    given = whole.answers(Variants(layers, [asking.weights or {} for asking in askings], of))
+    return [given[place] for place in places]
+
+
+def measuring(
     system: System,
     requests: Sequence[Pair],
     rephrasings: Sequence[Pair] = (),
@@ -151,7 +183,8 @@ def measure(
     max_new_tokens: int = 64,
     in_turn: bool = False,
     part: int | None = None,
-) -> Outcome:
+    later: bool = False,
+) -> Generator[Asking, list[Answer], Outcome]:
     """Make one edit, or several simultaneous ones, ask, and take it back; :data:`FIGURES` says what comes out.
 
     Edit success is that of Mitchell et al. (2022, section 2), over an edit and its equivalents; perplexity
@@ -174,6 +207,8 @@ def measure(
         max_new_tokens: of each answer; the same for all, whatever the target.
         in_turn: make the edits one after the other, and ask after the last.
         part: read that batch of ``before``'s running text alone.
+        later: where the edit can be had again as weights, take it back, yield what is to be answered under those, and
+            go on when the answers are sent; without it nothing is ever yielded.
 
     Raises:
         ValueError: no requests; a ``before`` of another model; whatever the system's edit raises.
@@ -220,7 +255,7 @@ def measure(
             figures |= _text_figures(before, texts, below)
         if generate:
             # one batch of all that is asked: a step costs little more for many answers than for one
-            asking = _Asking(editor, max_new_tokens)
+            asking = Asking(editor, max_new_tokens)
             starts, targets = _target_starts(editor, pairs, told), [target for _, target in pairs]
             matched = [_no_match(target) for target in targets]
             first = asking.add([prompt for prompt, _ in pairs], starts, enough=[None] * (n + r) + matched[n + r :])
@@ -234,20 +269,24 @@ def measure(
             again = {prompt: i for i, (prompt, _) in enumerate(pairs[: n + r])}
             known = dict(zip(others.prompts, others.starts, strict=False))
             again |= {p: asking.add([p], [known.get(p, ())]).start for p in show if p not in again}
-            given = asking.answers()
-            spoken = given[first]
-            exact = [exact_match(a.text, target) for a, target in zip(spoken, targets[:n], strict=False)]
-            figures |= _spoken(spoken, pairs, n, r)
-            for form, place in formed.items():
-                name = f"exact_match_{form.partition(':')[0]}"
-                figures[name] = _mean(exact_match(a.text, t) for a, t in zip(given[place], targets, strict=False))
-            if premises:
-                truths = [truth for _, truth in premises]
-                figures["premises"] = _mean(yes_or_no(a.text) is t for a, t in zip(given[judged], truths, strict=True))
-            figures |= others.figures(targets[:n], given[parted])
-            now = [given[again[prompt]].text for prompt in show]
+            asking.weights = system.written() if later and editor.kind == "causal" else None
+            given = asking.answers() if asking.weights is None else []
         else:
             now = answer(editor, show, max_new_tokens)
+    if generate:
+        if asking.weights is not None:
+            given = yield asking
+        spoken = given[first]
+        exact = [exact_match(a.text, target) for a, target in zip(spoken, targets[:n], strict=False)]
+        figures |= _spoken(spoken, pairs, n, r)
+        for form, place in formed.items():
+            name = f"exact_match_{form.partition(':')[0]}"
+            figures[name] = _mean(exact_match(a.text, t) for a, t in zip(given[place], targets, strict=False))
+        if premises:
+            truths = [truth for _, truth in premises]
+            figures["premises"] = _mean(yes_or_no(a.text) is t for a, t in zip(given[judged], truths, strict=True))
+        figures |= others.figures(targets[:n], given[parted])
+        now = [given[again[prompt]].text for prompt in show]
     answers = [(p, b.text, a) for p, b, a in zip(show, said, now, strict=True)]
     return Outcome(figures, answers, told.correct[:n].tolist(), exact)
 
@@ -319,16 +358,20 @@ def _no_match(target: str) -> Callable[[str], bool]:
     return lambda said: not can_match(said, target)
 
 
-class _Asking:
-    """Questions of several kinds, to be answered in one batch."""
+class Asking:
+    """Questions of several kinds, to be answered in one batch.
+
+    Attributes:
+        weights: of the edit under which they are asked, where that has been taken back.
+    """
 
     def __init__(self, subject: EditableModel, max_new_tokens: int):
         self.subject, self.limit = subject, max_new_tokens
-        self.prompts: list[str] = []
+        self.prompts: list[str | list[int]] = []
         self.starts: list[tuple[int, ...]] = []
-        self.forms: list[str | None] = []
         self.tokens: list[int] = []
         self.enough: list[Callable[[str], bool] | None] = []
+        self.weights: Weights | None = None
 
     def add(
         self,
@@ -345,18 +388,25 @@ class _Asking:
         first words are.
         """
         place = slice(len(self.prompts), len(self.prompts) + len(prompts))
-        self.prompts += prompts
+        causal = self.subject.kind == "causal"  # which may be asked when the edit, and facts in front, are gone
+        self.prompts += [tokens_of(self.subject, prompt, form) if causal else prompt for prompt in prompts]
         self.starts += starts or [()] * len(prompts)
-        self.forms += [form] * len(prompts)
         self.tokens += [min(self.limit, most) for most in tokens or [self.limit] * len(prompts)]
         self.enough += enough or [None] * len(prompts)
         return place
 
-    def answers(self) -> list[Answer]:
+    def take(self, other: Asking) -> slice:
+        """Where another's answers will be, asked along with these."""
+        place = slice(len(self.prompts), len(self.prompts) + len(other.prompts))
+        for name in ("prompts", "starts", "tokens", "enough"):
+            getattr(self, name).extend(getattr(other, name))
+        return place
+
+    def answers(self, variants: Variants | None = None) -> list[Answer]:
         if not self.prompts:
             return []
         return generate_answers(
-            self.subject, self.prompts, self.tokens, self.forms, starts=self.starts, enough=self.enough
+            self.subject, self.prompts, self.tokens, starts=self.starts, enough=self.enough, variants=variants
         )
 
 

@@ -1,0 +1,57 @@
+"""Edits whose answers are generated together: a model's step costs little more for many rows than for one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from typing import Any
+
+from ..baselines import System
+from ..baselines.measure import Answer, Asking, answer_together, at_once
+
+Measuring = Generator[Asking, list[Answer], dict[str, Any]]
+TOGETHER = 8
+"""Edits that wait for each other, at most."""
+HELD = 1 << 30
+"""Bytes of edited weights that may wait."""
+
+
+class Pending:
+    """Measured edits of one system that have been taken back and wait for their answers.
+
+    Args:
+        take: is given each edit's place and line, when it is whole.
+    """
+
+    def __init__(self, system: System, take: Callable[[dict[str, Any], dict[str, Any]], None]):
+        self.system, self.take = system, take
+        self._waiting: list[tuple[dict[str, Any], Callable[[], Measuring], Measuring, Asking]] = []
+
+    def add(self, place: dict[str, Any], make: Callable[[], Measuring]) -> None:
+        """Begin the measurement that ``make`` makes."""
+        measuring = make()
+        try:
+            asking = next(measuring)
+        except StopIteration as whole:
+            self.take(place, whole.value)
+            return
+        self._waiting.append((place, make, measuring, asking))
+        held = sum(w.nbytes for *_, asking in self._waiting for w in (asking.weights or {}).values())
+        if len(self._waiting) >= TOGETHER or held >= HELD:
+            self.flush()
+
+    def flush(self) -> None:
+        """Answer what waits."""
+        waiting, self._waiting = self._waiting, []
+        if not waiting:
+            return
+        try:
+            given = answer_together([asking for *_, asking in waiting], self.system.changed_layers() or ())
+        except (ValueError, RuntimeError, ArithmeticError):  # of one of them, or of memory: each by itself says it
+            for place, make, _, _ in waiting:
+                self.take(place, at_once(make()))
+            return
+        for (place, _, measuring, _), answers in zip(waiting, given, strict=True):
+            try:
+                measuring.send(answers)
+            except StopIteration as whole:
+                self.take(place, whole.value)
