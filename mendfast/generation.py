@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +13,7 @@ from .editable import EditableModel
 from .labels import collate, encode_prompt, pad_token_id
 from .layers import execution_device
 from .objective import IGNORE, Below, Rows, context_length, kept_rows, target_rows, to_device
+from .prompt_keys import PromptKeys
 from .shared_prefix import cache_of, padded, read_once, shared_start
 from .variants import Variants
 
@@ -64,6 +65,7 @@ def generate_answers(
     starts: Sequence[Sequence[int]] | None = None,
     enough: Sequence[Callable[[str], bool] | None] | None = None,
     variants: Variants | None = None,
+    keys: PromptKeys | None = None,
 ) -> list[Answer]:
     """:func:`answer`, with whether each answer ended by itself, and its tokens.
 
@@ -77,6 +79,7 @@ def generate_answers(
         starts: tokens that each answer is known to begin with (:func:`agreed`), and which need not be found again.
         enough: of each answer a judge of whether what it begins with will do, and it may be cut there.
         variants: the edit under which each prompt is answered (by a causal model).
+        keys: what is known of the prompts in the blocks below the edit.
 
     Raises:
         ValueError: as :func:`answer`; other than one start for each prompt.
@@ -93,6 +96,7 @@ def generate_answers(
     ends, limit = _Ends(subject, enough), context_length(subject.model)
     causal = subject.kind == "causal"
     found: dict[int, Answer] = {}
+    stems: dict[int, int] = {}  # how long the prompt is
     waiting: list[tuple[list[int], int, int]] = []  # what is read, how many tokens may follow, the place
     for i, (prompt, start, room) in enumerate(zip(prompts, starts, rooms, strict=True)):
         ids = tokens_of(subject, prompt, forms[i])
@@ -100,7 +104,7 @@ def generate_answers(
             room = min(room, limit - len(ids) if causal else limit)
         if room < 1 or (limit is not None and len(ids) > limit):
             raise ValueError(f"The prompt has {len(ids)} tokens and the model takes {limit}; shorten it.")
-        known = ends.cut(start[:room])
+        stems[i], known = len(ids), ends.cut(start[:room])
         if len(known.ids) == room or ends.reached(known, i):
             found[i] = known
         elif causal:
@@ -115,7 +119,7 @@ def generate_answers(
             steps = max(room for _, room, _ in batch)
             if causal and limit is not None:  # no row may go beyond it: what the longest cuts off goes on next round
                 steps = min(steps, limit - max(len(ids) for ids, _, _ in batch))
-            said = _generate(subject, batch, starts, steps, ends, variants)
+            said = _generate(subject, batch, starts, steps, ends, variants, keys, stems)
             for (ids, room, i), new in zip(batch, said, strict=True):
                 starts[i] = (*starts[i], *new[:room])
                 found[i] = ends.cut(starts[i])
@@ -225,6 +229,8 @@ def _generate(
     steps: int,
     ends: _Ends,
     variants: Variants | None,
+    keys: PromptKeys | None,
+    stems: Mapping[int, int],
 ) -> list[list[int]]:
     """What follows each row, whose answer has begun with its own of ``starts``; what is beyond its end means nothing.
 
@@ -233,9 +239,18 @@ def _generate(
     """
     model, pad, causal = subject.model, pad_token_id(subject.tokenizer), subject.kind == "causal"
     rows = [ids for ids, _, _ in batch]
-    width = max(map(len, rows))
     shared = shared_start(model, rows) if causal else 0
-    ids, mask = padded(rows, pad, behind=shared if causal else None)
+    # where the prompts' keys are known, they stand before all that is to be read, which is a token at least
+    stem = [row[: min(stems[place], len(row) - 1)] for row, (_, _, place) in zip(rows, batch, strict=True)]
+    known = keys is not None and bool(keys.blocks) and 0 < shared < min(map(len, stem))
+    if known:
+        parts = padded(stem, pad, behind=shared), padded(
+            [row[len(start) :] for row, start in zip(rows, stem, strict=True)], pad, behind=0
+        )
+        ids, mask = (torch.cat(part, 1) for part in zip(*parts, strict=True))
+    else:
+        ids, mask = padded(rows, pad, behind=shared if causal else None)
+    width = ids.shape[1]
     first = width if causal else 1
     device = execution_device(model.get_input_embeddings())
     ids, mask = ids.to(device), mask.to(device)
@@ -250,6 +265,10 @@ def _generate(
             kinds = sorted(set(edits))
             with edited(kinds):
                 cache = read_once(model, ids[0, :shared], [kinds.index(edit) for edit in edits])
+            if known and cache:
+                end = max(map(len, stem))
+                with edited(edits):
+                    keys.read(cache, stem, ids[:, :end], mask[:, :end], shared)
         while live and made < steps:
             rounds = causal and (made == 0 or bool(cache))
             count = min(next(lengths, ROUND), steps - made) if rounds else steps - made

@@ -6,21 +6,21 @@ import contextlib
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
 from .. import ops
 from ..answers import can_match, contains, exact_match, first_sentence, first_word, has_got, yes_or_no
 from ..editable import EditableModel
-from ..generation import Answer, agreed, answer, follow, generate_answers, tokens_of
+from ..generation import Answer, agreed, answer, follow, generate_answers
 from ..labels import IGNORE, encode_prompt, has_template
-from ..layers import Layer
 from ..metrics import Pair, Told, perplexity, tell
 from ..objective import Batch, Below, Rows, per_sample_mean, target_rows, to_device
+from ..prompt_keys import PromptKeys
 from ..training.cache import PrefixCache
 from ..training.memory import PeakMemory
-from ..variants import Variants, Weights
+from .asking import Asking, at_once
 from .figures import FIGURES, Interval, bootstrap, summarise
 from .system import System
 
@@ -35,6 +35,8 @@ LEAK_TOKENS = 12
 """After an answer that must stay has parted from what it was: where a target leaks, it is what comes instead."""
 CACHED = 1 << 29
 """Bytes of states below the edited layers that are kept: what is asked again of other edits and systems."""
+KEYS = 1 << 30
+"""Bytes of prompts' keys and values below the edited layers."""
 SYSTEM_PROMPT = "system:You answer questions."
 
 
@@ -73,6 +75,7 @@ class Before:
         self.parts = len(self._batches)
         self._texts: dict[int, tuple[Rows, torch.Tensor]] = {}
         self._caches: dict[tuple[str, ...], PrefixCache] = {}
+        self._keys: dict[int, PromptKeys] = {}
         self._expected: dict[str, None] = {}
         self.unedited: Below = contextlib.nullcontext
         if subject.kind != "classifier":
@@ -90,6 +93,13 @@ class Before:
         if names not in self._caches:
             self._caches[names] = PrefixCache(self.subject.model, layers, CACHED)
         return self._caches[names].replayed
+
+    def keys(self, system: System) -> PromptKeys | None:
+        """What is known of prompts in the blocks below the system's layers, which other systems may have too."""
+        if not (layers := system.changed_layers()):
+            return None
+        found = PromptKeys(self.subject.model, layers, KEYS)
+        return self._keys.setdefault(len(found.blocks), found) if found.blocks else None
 
     def serves(self, subject: EditableModel) -> bool:
         """Whether ``subject`` is the same model, asked in the same way."""
@@ -140,31 +150,6 @@ class Before:
 def measure(system: System, requests: Sequence[Pair], *asked: Sequence[Pair], **options: Any) -> Outcome:
     """:func:`measuring`, all of it at once."""
     return at_once(measuring(system, requests, *asked, **options))
-
-
-Result = TypeVar("Result")
-
-
-def at_once(measuring: Generator[Asking, list[Answer], Result]) -> Result:
-    """What a measurement gives whose answers are generated whenever it asks for them."""
-    try:
-        asking = next(measuring)
-        while True:
-            asking = measuring.send(asking.answers())
-    except StopIteration as end:
-        return end.value
-
-
-def answer_together(askings: Sequence[Asking], layers: Sequence[Layer]) -> list[list[Answer]]:
-    """The answers that several edits of one model wait for, as one batch: a step costs little more for many rows.
-
-    ``layers``: those that the edits write into.
-    """
-    whole = Asking(askings[0].subject, askings[0].limit)
-    places = [whole.take(asking) for asking in askings]
-    of = [i for i, asking in enumerate(askings) for _ in asking.prompts]
-    given = whole.answers(Variants(layers, [asking.weights or {} for asking in askings], of))
-    return [given[place] for place in places]
 
 
 def measuring(
@@ -255,7 +240,7 @@ def measuring(
             figures |= _text_figures(before, texts, below)
         if generate:
             # one batch of all that is asked: a step costs little more for many answers than for one
-            asking = Asking(editor, max_new_tokens)
+            asking = Asking(editor, max_new_tokens, before.keys(system))
             starts, targets = _target_starts(editor, pairs, told), [target for _, target in pairs]
             matched = [_no_match(target) for target in targets]
             first = asking.add([prompt for prompt, _ in pairs], starts, enough=[None] * (n + r) + matched[n + r :])
@@ -356,58 +341,6 @@ def _text_figures(before: Before, parts: Iterable[int], below: Below) -> dict[st
 def _no_match(target: str) -> Callable[[str], bool]:
     """Whether an answer that begins so can't be the target."""
     return lambda said: not can_match(said, target)
-
-
-class Asking:
-    """Questions of several kinds, to be answered in one batch.
-
-    Attributes:
-        weights: of the edit under which they are asked, where that has been taken back.
-    """
-
-    def __init__(self, subject: EditableModel, max_new_tokens: int):
-        self.subject, self.limit = subject, max_new_tokens
-        self.prompts: list[str | list[int]] = []
-        self.starts: list[tuple[int, ...]] = []
-        self.tokens: list[int] = []
-        self.enough: list[Callable[[str], bool] | None] = []
-        self.weights: Weights | None = None
-
-    def add(
-        self,
-        prompts: Sequence[str],
-        starts: Sequence[tuple[int, ...]] | None = None,
-        tokens: Sequence[int] | None = None,
-        enough: Sequence[Callable[[str], bool] | None] | None = None,
-        *,
-        form: str | None = None,
-    ) -> slice:
-        """Where these prompts' answers will be.
-
-        ``tokens``: how many of each are enough to judge it, of the most that there may be; ``enough``: whether its
-        first words are.
-        """
-        place = slice(len(self.prompts), len(self.prompts) + len(prompts))
-        causal = self.subject.kind == "causal"  # which may be asked when the edit, and facts in front, are gone
-        self.prompts += [tokens_of(self.subject, prompt, form) if causal else prompt for prompt in prompts]
-        self.starts += starts or [()] * len(prompts)
-        self.tokens += [min(self.limit, most) for most in tokens or [self.limit] * len(prompts)]
-        self.enough += enough or [None] * len(prompts)
-        return place
-
-    def take(self, other: Asking) -> slice:
-        """Where another's answers will be, asked along with these."""
-        place = slice(len(self.prompts), len(self.prompts) + len(other.prompts))
-        for name in ("prompts", "starts", "tokens", "enough"):
-            getattr(self, name).extend(getattr(other, name))
-        return place
-
-    def answers(self, variants: Variants | None = None) -> list[Answer]:
-        if not self.prompts:
-            return []
-        return generate_answers(
-            self.subject, self.prompts, self.tokens, starts=self.starts, enough=self.enough, variants=variants
-        )
 
 
 class _Others:

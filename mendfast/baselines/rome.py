@@ -115,7 +115,7 @@ class Rome(System):
         kl: float = 0.0625,
         decay: float = 0.5,
         clamp: float = 4.0,
-        prefixes: int = 5,
+        prefixes: int = 2,
         words: int = 200,
     ):
         super().__init__(subject)
@@ -340,7 +340,7 @@ class Memit(Rome):
         kl: float = 0.0625,
         decay: float = 0.5,
         clamp: float = 0.75,
-        prefixes: int = 5,
+        prefixes: int = 2,
         words: int = 200,
         weight: float | None = None,
     ):

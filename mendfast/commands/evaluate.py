@@ -19,7 +19,8 @@ from rich.console import Console
 from tqdm import tqdm
 
 from ..baselines import SYSTEMS, System, make_system
-from ..baselines.measure import Before, at_once, measuring, summarise
+from ..baselines.asking import at_once
+from ..baselines.measure import Before, measuring, summarise
 from ..baselines.mend import Mend
 from ..baselines.rome import Rome
 from ..editor import MendEditor

@@ -6,7 +6,8 @@ from collections.abc import Callable, Generator
 from typing import Any
 
 from ..baselines import System
-from ..baselines.measure import Answer, Asking, answer_together, at_once
+from ..baselines.asking import Asking, answer_together, at_once
+from ..generation import Answer
 
 Measuring = Generator[Asking, list[Answer], dict[str, Any]]
 TOGETHER = 8
