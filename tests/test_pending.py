@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import pytest
 import torch
 from test_baselines import edits, make
 
+from mendfast.baselines import asking
 from mendfast.baselines.measure import Before, measure, measuring
 from mendfast.commands import pending
 from mendfast.commands.pending import Pending
@@ -35,7 +34,7 @@ def test_answers_made_together_are_those_of_each_edit(key, name, tokenizer, monk
     weights = {layer.name: layer.weight.detach().clone() for layer in system.subject.layers}
     waiting = Pending(system, lambda place, outcome: together.append((place, outcome)))
     for i, request in enumerate(requests):
-        waiting.add({"group": i}, partial(measuring, system, request, later=True, **asked))
+        waiting.add({"group": i}, measuring(system, request, later=True, **asked))
         assert len(together) == 2 * (i >= 1)
     waiting.flush()
     assert all(torch.equal(layer.weight, weights[layer.name]) for layer in system.subject.layers)
@@ -46,19 +45,28 @@ def test_answers_made_together_are_those_of_each_edit(key, name, tokenizer, monk
         assert got == one
 
 
-def test_an_edit_that_fails_is_told_and_spoils_no_other(tokenizer):
-    system, found = make("ft", "gpt2", tokenizer, learning_rate=1e-2), []
-    waiting = Pending(system, lambda place, line: found.append((place["group"], line)))
+def test_an_edit_that_fails_is_told_and_spoils_no_other(tokenizer, monkeypatch):
+    """One whose edit fails, and one whose answers do."""
+    system, found = make("ft", "gpt2", tokenizer, learning_rate=1e-2), {}
+    waiting = Pending(system, lambda place, line: found.update({place["group"]: line}))
 
-    def line(request, long=False):
+    def line(request, show):
         try:
-            outcome = yield from measuring(system, [request], later=True, max_new_tokens=4)
+            outcome = yield from measuring(system, [request], show=show, later=True, max_new_tokens=4)
         except ValueError as error:
             return str(error)
         return outcome.figures["exact_match"]
 
-    for i, request in enumerate([edits("gpt2")[0], ("What is 1?", "")]):
-        waiting.add({"group": i}, partial(line, request))
-    assert [group for group, _ in found] == [1] and isinstance(found[0][1], str)
+    first, generate = edits("gpt2")[0], asking.generate_answers
+
+    def failing(subject, prompts, *more, **options):
+        if any(len(prompt) > 9 for prompt in prompts):
+            raise ValueError("too long")
+        return generate(subject, prompts, *more, **options)
+
+    monkeypatch.setattr(asking, "generate_answers", failing)
+    for i, (request, show) in enumerate([(first, []), ((first[0], ""), []), (first, ["What is 1? " * 3])]):
+        waiting.add({"group": i}, line(request, show))
+    assert list(found) == [1] and "empty" in found[1]
     waiting.flush()
-    assert [group for group, _ in found] == [1, 0] and found[1][1] in (0.0, 1.0)
+    assert found[0] in (0.0, 1.0) and found[2] == "too long"

@@ -69,13 +69,12 @@ Result = TypeVar("Result")
 
 
 def at_once(measuring: Generator[Asking, list[Answer], Result]) -> Result:
-    """What a measurement gives whose answers are generated whenever it asks for them."""
+    """What a measurement gives that waits for no answers."""
     try:
-        asking = next(measuring)
-        while True:
-            asking = measuring.send(asking.answers())
+        next(measuring)
     except StopIteration as end:
         return end.value
+    raise ValueError("The measurement was told later=True, and waits for answers; send them.")
 
 
 def answer_together(askings: Sequence[Asking], layers: Sequence[Layer]) -> list[list[Answer]]:

@@ -381,7 +381,7 @@ class Memit(Rome):
             return torch.stack(keys), torch.stack(states)
 
         keys, states = seen(self.layers[0])
-        values = torch.stack([self.value(fact, self.last, origin) for fact, origin in zip(facts, states, strict=True)])
+        values = self._all_values(facts, states)
         for i, layer in enumerate(self.layers):
             if i:
                 keys, states = seen(layer)
@@ -390,6 +390,19 @@ class Memit(Rome):
                 spectrum = self.metric.spectrum(layer.name).to(keys.device)
                 u, delta = ops.least_squares(keys, lacking, spectrum, TINY * self.weight, self.weight)
                 self._add(layer, u, -delta)
+
+
+    def _all_values(self, facts: Sequence[Fact], origins: torch.Tensor) -> torch.Tensor:
+        """[N, n]: those of all facts; a sequence that was cut off has kept what it had found."""
+        turns, found = self.turns if len(facts) > 1 else None, []
+        if turns is not None:
+            _, state = turns.resume([fact.request for fact in facts])
+            found = list(state.get("values", ()))
+        for i in range(len(found), len(facts)):
+            found.append(self.value(facts[i], self.last, origins[i]))
+            if turns is not None and turns.due(i + 1, len(facts)):
+                turns.keep(i + 1, {"values": torch.stack(found)})
+        return torch.stack(found).to(origins.device)
 
 
 class _Rest(NamedTuple):

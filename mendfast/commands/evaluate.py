@@ -40,7 +40,7 @@ from .eval_settings import SEEDS, EvalSettings, is_fitted
 from .harness import Harness
 from .journal import Journal
 from .loading import load_editor
-from .pending import Measuring, Pending
+from .pending import FAILURES, Measuring, Pending
 from .protected import Protected
 from .questions import Questions
 from .rates import NAMES, Choice, chosen_by
@@ -268,7 +268,7 @@ class _Run:
             if self.in_turn and self.settings.output:
                 directory = Path(self.settings.output) / "unfinished"
                 stack.enter_context(sequences.kept(system, directory / f"{system.key}-{size}-{i}.safetensors"))
-            pending.add(place, lambda: _measuring(system, group, asked, later=not self.in_turn, **options))
+            pending.add(place, _measuring(system, group, asked, later=not self.in_turn, **options))
 
     def _after(self, size: int, i: int) -> dict[str, Any]:
         """What is asked after a group: the same of all systems."""
@@ -338,7 +338,7 @@ def _measuring(
             later=later,
             **asked,
         )
-    except (ValueError, RuntimeError, ArithmeticError) as error:  # of the data, of memory: not of the program
+    except FAILURES as error:
         return {"error": f"{type(error).__name__}: {error}"}
     # JSON has no NaN.
     row: dict[str, Any] = {
