@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -14,6 +15,8 @@ from .choice import frozen_ends, stacks
 from .labels import collate
 from .layers import Layer, execution_device
 from .objective import model_kind, to_device
+
+log = logging.getLogger("mendfast")
 
 
 class _Prompt(NamedTuple):
@@ -63,7 +66,13 @@ class PromptKeys:
 
         Row i is ``prompts[i]``, its padding behind the shared tokens. The other blocks run, as they are edited now.
         """
-        found = self._of(prompts)
+        try:
+            found = self._of(prompts)
+        except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError) as problem:
+            # whatever a model that keeps other things than keys and values makes of it; the caller's pass reads all
+            log.info("%s reads prompts whole for each edit: %s", type(self.model).__name__, problem)
+            self.blocks = []
+            return
         (past,) = cache.values()
         width, device = ids.shape[1], ids.device
         states, tail = found[0].states.new_zeros(len(ids), width - shared, found[0].states.shape[1]), self._tail
@@ -113,6 +122,8 @@ class PromptKeys:
                     self.model(**placed, **{name: past}, use_cache=True)
             (output,) = seen
             states, self._tail = (output, None) if isinstance(output, torch.Tensor) else (output[0], output[1:])
+            if any(part is not None for part in self._tail or ()):
+                raise ValueError("its blocks give more than hidden states")
             for i, prompt in enumerate(some):
                 sides = (
                     [getattr(past.layers[j], side)[i, :, : len(prompt)].cpu().clone() for j in range(len(self.blocks))]

@@ -268,9 +268,9 @@ SHARED = """
     sys.path[:0] = {paths!r}
     import torch
     torch.set_num_threads(1)
-    from mendfast.baselines.measure import measure
+    from mendfast.baselines.measure import measuring
     from mendfast.cli import main
-    measure.__kwdefaults__["max_new_tokens"] = {tokens}
+    measuring.__kwdefaults__["max_new_tokens"] = {tokens}
     sys.exit(main(sys.argv[1:]))
 """
 

@@ -30,7 +30,6 @@ def test_answers_made_together_are_those_of_each_edit(key, name, tokenizer, monk
     asked = {"rephrasings": [("What is it?", "Rome")], "locality": locality, "show": ["What is 7?"], "before": before,
              "max_new_tokens": 12}  # fmt: skip
     expected = [measure(system, request, **asked) for request in requests]
-    assert len({str(one.shown) for one in expected}) > 1 or key == "in_context"
     weights = {layer.name: layer.weight.detach().clone() for layer in system.subject.layers}
     waiting = Pending(system, lambda place, outcome: together.append((place, outcome)))
     for i, request in enumerate(requests):
@@ -43,6 +42,7 @@ def test_answers_made_together_are_those_of_each_edit(key, name, tokenizer, monk
         for figures in (got.figures, one.figures):
             figures.pop("seconds"), figures.pop("peak_bytes", None)
         assert got == one
+    assert expected[0] != expected[1]  # what is asked tells the edits apart
 
 
 def test_an_edit_that_fails_is_told_and_spoils_no_other(tokenizer, monkeypatch):
