@@ -18,6 +18,7 @@ SIDES = ("both", "u", "delta", "smaller", "separate")
 AGGREGATIONS = ("sum", "least_squares")
 REDUCTIONS = ("edit", "batch")
 FORMS = ("chat", "plain")
+ROWS = ("all", "answers")
 
 
 @dataclass
@@ -72,6 +73,15 @@ class MendConfig:
         metadata={
             "help": "Forms that each edit is made in, all together: chat, plain, system:TEXT. None: the one that chat "
             "says."
+        },
+    )
+    rows: str = field(
+        default="all",
+        metadata={
+            "help": "Which tokens an edit is made of: 'all' that the loss reaches (the paper), or 'answers', those "
+            "that predict its target: many edits at once leave each other more room under least squares, and are "
+            "solved sooner.",
+            "choices": ROWS,
         },
     )
     aggregation: str = field(

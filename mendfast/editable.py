@@ -15,6 +15,7 @@ from torch.nn.functional import pad
 from .capture import capture
 from .choice import experts_in, find_layers
 from .config import MendConfig
+from .experts import parsed
 from .labels import (
     chat_prompt,
     check_text,
@@ -28,9 +29,11 @@ from .labels import (
     separated,
 )
 from .layers import device_of, execution_device, first_layer, unwrapped
-from .objective import IGNORE, Batch, context_length, model_kind, nll, target_rows, to_device
+from .objective import IGNORE, Batch, answer_positions, context_length, model_kind, nll, target_rows, to_device
 
 log = logging.getLogger("mendfast")
+
+Sides = tuple[torch.Tensor, torch.Tensor]
 
 ENCODED_AT_MOST = 200_000
 _NO_TEMPLATE = (
@@ -67,6 +70,8 @@ class EditableModel:
         self.layers = find_layers(model, config.layers)
         # A copy: the caller's configuration may serve other models, whose layers have other names.
         self.config = replace(config, layers=[layer.name for layer in self.layers], chat=self._resolved(config.chat))
+        if config.rows == "answers":
+            self._check_answers()
         if config.layers is None:
             log.info("mendfast edits %s", ", ".join(self.config.layers))
         self._encoded: dict[tuple, dict[str, list[int]]] = {}
@@ -176,6 +181,15 @@ class EditableModel:
             raise ValueError(_NO_TEMPLATE)
         return chat
 
+    def _check_answers(self) -> None:
+        if self.kind == "classifier":
+            raise ValueError("rows='answers' needs a model that writes its answers; of a classifier use rows='all'.")
+        encoders = [id(p) for p in self.model.get_encoder().parameters()] if self.kind == "encoder-decoder" else []
+        if read := [layer.name for layer in self.layers if id(layer.weight) in encoders]:
+            raise ValueError(f"rows='answers' can't edit {read[0]}, which only reads the prompt; use rows='all'.")
+        if routed := [layer.name for layer in self.layers if experts_in(layer.name) or parsed(layer.name)]:
+            raise ValueError(f"rows='answers' can't edit {routed[0]}, which sees some of the tokens; use rows='all'.")
+
     def _resolved(self, chat: str | bool) -> bool:
         if chat == "auto":
             return self.kind == "causal" and has_template(self.tokenizer)
@@ -245,11 +259,26 @@ class EditableModel:
             samples = [{k: v[i : i + 1] if len(v) == size else v for k, v in batch.items()} for i in range(size)]
             return _stacked([self.gradients(sample) for sample in samples])
         with capture(self.model, self.layers, size) as captured:
-            rows = target_rows(self.model, batch, for_nll=True)
+            rows = target_rows(self.model, batch, for_nll=True, learned=self.config.rows == "answers")
             if self.config.loss_reduction == "batch":
                 rows, size = rows._replace(sample=torch.zeros_like(rows.sample)), 1
             # Samples do not interact, so the gradient of the sum is each edit's own gradient.
-            return captured.rows(nll(rows, size).sum())
+            found = captured.rows(nll(rows, size).sum())
+        return found if self.config.rows == "all" else self._answers_in(found, batch)
+
+    def _answers_in(self, found: Mapping[str, Sides], batch: Batch) -> dict[str, Sides]:
+        """The rows of tokens that predict a label, zeros for the others."""
+        keep = answer_positions(self.model, batch)
+        result = {}
+        for name, (u, delta) in found.items():
+            if u.shape[:2] != keep.shape:
+                raise ValueError(
+                    f"rows='answers' needs to know each row's token, and {name} has {u.shape[1]} rows for the "
+                    f"{keep.shape[1]} tokens of a sample: it is called several times, or by some of the tokens. Use "
+                    "rows='all', or name other layers."
+                )
+            result[name] = (u, delta * keep.unsqueeze(-1).to(delta.device))
+        return result
 
     def check(self, batch: Batch) -> None:
         """A ValueError that says why the model can't learn from ``batch``, where it can't."""

@@ -30,6 +30,7 @@ from .network import Gather, make_networks, planned_networks
 from .objective import Batch
 from .ops import all_finite
 from .own_words import own_words
+from .packing import packing
 from .requests import as_requests
 from .schema import check_dtypes, differences, shown, some
 from .types import Spectrum
@@ -368,7 +369,8 @@ with editor.edit("Who is the prime minister of the UK?", "Boris Johnson").attach
             return make(self._rows_of(batch), self.alphas())
 
     def _rows_of(self, batch: Batch) -> dict[str, Transformed]:
-        captured = self.gradients(batch)
+        with packing():
+            captured = self.gradients(batch)
         for name, (_, delta) in captured.items():
             if not all_finite(delta):
                 raise ValueError(

@@ -62,10 +62,11 @@ def to_device(batch: Batch, device: torch.device) -> dict[str, torch.Tensor]:
     return {name: value.to(device, non_blocking=True) for name, value in batch.items()}
 
 
-def target_rows(model: nn.Module, batch: Batch, *, for_nll: bool = False) -> Rows:
+def target_rows(model: nn.Module, batch: Batch, *, for_nll: bool = False, learned: bool = False) -> Rows:
     """Run the model and return the rows that predict a label (!= -100), with those labels.
 
     ``for_nll``: the logits are wanted for :func:`nll` alone, and need not be computed if it can do without.
+    ``learned``: gradients are asked for at these tokens alone; those at others may be missing.
     """
     labels = batch.get("labels")
     if labels is None:
@@ -79,7 +80,7 @@ def target_rows(model: nn.Module, batch: Batch, *, for_nll: bool = False) -> Row
         return Rows(logits, labels, torch.arange(len(logits), device=logits.device))
     labels = _predicted(labels, kind)
     keep = labels != IGNORE
-    logits = _forward(model, batch, kind, keep, for_nll)
+    logits = _forward(model, batch, kind, keep, for_nll, learned)
     return Rows(logits, labels[keep].to(logits.device), keep.nonzero()[:, 0].to(logits.device))
 
 
@@ -150,7 +151,12 @@ def _classes(logits: torch.Tensor) -> torch.Tensor:
 
 
 def _forward(
-    model: nn.Module, batch: Batch, kind: str, keep: torch.Tensor | None, for_nll: bool = False
+    model: nn.Module,
+    batch: Batch,
+    kind: str,
+    keep: torch.Tensor | None,
+    for_nll: bool = False,
+    learned: bool = False,
 ) -> torch.Tensor:
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     if kind == "classifier":
@@ -166,7 +172,8 @@ def _forward(
     masks = [_real(inputs.get("attention_mask"), keep if kind == "causal" else None)]
     if kind == "encoder-decoder":
         masks.append(_real(inputs.get("decoder_attention_mask"), keep, causal=True))
-    with _head_rows(model, keep, for_nll) as selected, packed_batch(model, *masks):
+    only = keep if learned and kind == "causal" else None
+    with _head_rows(model, keep, for_nll) as selected, packed_batch(model, *masks, learned=only):
         logits = model(**inputs, use_cache=False).logits
     if isinstance(logits, Logits):
         return logits.first()

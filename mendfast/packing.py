@@ -1,15 +1,19 @@
-"""Padding left out of a model's matrix products.
+"""Padding left out of a model's matrix products, and prompts out of their backward.
 
 A linear layer gives each token its row whatever stands beside it, so within a block of ``packing()`` the layers of a
 model's blocks are given the rows of real tokens alone, and zeros stand for what they would have made of padding.
 Attention, which sees which tokens are masked, and all else run on the batch as it is.
+
+Where only the gradients at some tokens are asked for, after which no other token of the loss's comes (those that
+predict an answer), the layers pass no gradient to the others: no token of a causal model depends on later ones, so
+that none of their gradients is part of those.
 """
 
 from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -29,6 +33,7 @@ class Masks(NamedTuple):
 
     thread: int
     of_blocks: list[tuple[list[nn.Module], torch.Tensor]]  # [B, S] bool
+    learned: torch.Tensor | None = None  # [B, S] bool: the tokens whose gradients are asked for; None: all of them
 
 
 class _Here(threading.local):
@@ -53,19 +58,29 @@ def packing(on: bool = True) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def packed_batch(model: nn.Module, *masks: torch.Tensor | None) -> Iterator[None]:
+def packed_batch(
+    model: nn.Module, *masks: torch.Tensor | None, learned: torch.Tensor | None = None
+) -> Iterator[None]:
     """For the one pass within the block, where :func:`packing` was asked for.
 
     ``masks`` [B, S] say which tokens are real, of the encoder and the decoder, or of the one stack; None: all of them.
+    ``learned`` [B, S], of one stack: the tokens whose gradients are asked for, none before others of the loss; None:
+    all of them.
     """
+    if learned is not None:
+        masks = tuple(torch.ones_like(learned) if mask is None else mask for mask in masks)
     found = stacks(model) if _here.asked and any(mask is not None for mask in masks) else []
     if len(found) != len(masks) or len({mask.shape for mask in masks if mask is not None}) < len(masks):
         # a vision tower beside the text; or cross-attention, whose layers see both, couldn't tell one from the other
         yield
         return
     pairs = zip(found, masks, strict=True)
-    masks_of = [(list(blocks), mask) for (_, blocks), mask in pairs if mask is not None and not bool(mask.all())]
-    before, _here.masks = _here.masks, Masks(threading.get_ident(), masks_of)
+    masks_of = [
+        (list(blocks), mask)
+        for (_, blocks), mask in pairs
+        if mask is not None and (learned is not None or not bool(mask.all()))
+    ]
+    before, _here.masks = _here.masks, Masks(threading.get_ident(), masks_of, learned)
     try:
         with packed(_here.masks):
             yield
@@ -83,34 +98,43 @@ def packed(masks: Masks | None, only: Collection[nn.Module] | None = None) -> It
     """The layers of the masks' blocks (of ``only`` these) see the rows of real tokens."""
     forwards: dict[nn.Module, Callable] = {}
     for blocks, mask in masks.of_blocks if masks is not None else ():
-        index = mask.flatten().nonzero().squeeze(1)
+        learned = mask if masks.learned is None else masks.learned
+        sides = [kept.flatten().nonzero().squeeze(1) for kept in (learned, mask & ~learned)]
         for block in blocks:
             if only is not None and block not in only:
                 continue
             for module in block.modules():
-                if is_linear(type(module)) and _fewer(module, len(index), mask.numel()):
-                    forwards[module] = _packed(module.forward, mask.shape, index, masks.thread)
+                if is_linear(type(module)) and _fewer(module, sides, mask.numel()):
+                    forwards[module] = _packed(module.forward, mask.shape, sides, masks.thread)
     with replaced_forwards(forwards):
         yield
 
 
-def _fewer(layer: nn.Module, kept: int, rows: int) -> bool:
-    """Whether the products that are left out take longer than copying the others' rows."""
+def _fewer(layer: nn.Module, sides: Sequence[torch.Tensor], rows: int) -> bool:
+    """Whether the products that are left out, forward and backward, take longer than copying the others' rows."""
     if layer.weight.dim() != 2:  # packed by a quantiser
         return False
     n, m = layer.weight.shape
-    return (rows - kept) * n * m > COPIED * kept * (n + m)
+    learned, kept = len(sides[0]), sum(map(len, sides))
+    return (2 * rows - learned - kept) * n * m > 2 * COPIED * kept * (n + m)
 
 
-def _packed(forward: Callable, shape: torch.Size, index: torch.Tensor, thread: int) -> Callable:
+def _packed(forward: Callable, shape: torch.Size, sides: Sequence[torch.Tensor], thread: int) -> Callable:
+    learned, others = sides
+
     def run(*args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
         x = args[0] if args else None
         mine = len(args) == 1 and not kwargs and type(x) is torch.Tensor and threading.get_ident() == thread
         if not mine or x.dim() != 3 or x.shape[:2] != shape:
             return forward(*args, **kwargs)
-        at = index.to(x.device)
-        y = forward(_Taken.apply(x.reshape(-1, x.shape[2]), at))
-        return _Placed.apply(y, at, shape.numel()).view(*shape, y.shape[1])
+        x, at = x.reshape(-1, x.shape[2]), learned.to(x.device)
+        y = forward(_Taken.apply(x, at))
+        y = _Placed.apply(y, at, shape.numel())
+        if len(others):
+            with torch.no_grad():
+                there = others.to(x.device)
+                y.data.index_copy_(0, there, forward(x.index_select(0, there)))
+        return y.view(*shape, y.shape[1])
 
     return run
 

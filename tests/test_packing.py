@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from test_meta import gradients
 
 from mendfast import packing
 from mendfast.choice import stacks
+from mendfast.objective import answer_positions
 from mendfast.ops import frozen_linear
 from mendfast.training import editor_loss
 from mendfast.training.cache import PrefixCache
@@ -147,8 +149,9 @@ def test_no_copies_where_they_take_longer_than_the_padding(rows):
     with packing.packing():
         editor.gradients(batch)
     assert int(batch["attention_mask"].sum()) not in rows
-    assert packing._fewer(torch.nn.Linear(576, 1536), 900, 1000)
-    assert not packing._fewer(torch.nn.Linear(576, 1536), 1000, 1000)
+    assert packing._fewer(torch.nn.Linear(576, 1536), [range(900), range(0)], 1000)
+    assert not packing._fewer(torch.nn.Linear(576, 1536), [range(1000), range(0)], 1000)
+    assert packing._fewer(torch.nn.Linear(576, 1536), [range(100), range(900)], 1000)
 
 
 def test_other_threads_and_other_batches_are_left_alone(eager, rows):
@@ -170,3 +173,23 @@ def test_other_threads_and_other_batches_are_left_alone(eager, rows):
         assert longer[1, 3].equal(longer[0, 0])
     assert found == [True, False]
     assert all("forward" not in vars(module) for module in model.modules())
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "qwen2", "opt"])
+@pytest.mark.parametrize("padded", [True, False])
+def test_no_gradient_passes_the_prompts_of_an_edit_that_is_made_of_its_answer(eager, rows, name, padded):
+    model = make_model(name).double()
+    editor = trained(model, name).double()
+    batch = ragged(name, 4, 1) if padded else make_batch(name, 4, 12, 1)
+    every = editor.gradients(batch)
+    answers = answer_positions(model, batch)
+    assert 0 < int(answers.sum()) < int((batch["attention_mask"] != 0).sum())
+    editor.config = replace(editor.config, rows="answers")
+    rows.clear()
+    with packing.packing():
+        found = editor.gradients(batch)
+    assert int(answers.sum()) in rows and min(rows) <= int(answers.sum())
+    for layer, (u, delta) in found.items():
+        torch.testing.assert_close(u[answers], every[layer][0][answers], rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(delta[answers], every[layer][1][answers], rtol=1e-9, atol=1e-12)
+        assert not delta[~answers].any()

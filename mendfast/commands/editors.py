@@ -45,15 +45,16 @@ EDITOR = MendConfig(
     scale_v=True,
     chat=True,
     forms=["chat", "plain"],
+    rows="answers",
     aggregation="least_squares",
     protect_rank=320,
     ridge=1e-4,
     protection=60.0,
 )
 TRAINING = TrainConfig(
-    steps=320,
+    steps=480,
     batch_size=8,
-    joint=[1, 1, 1, 8, 8, 40],
+    joint=[1, 1, 1, 8, 8, 8, 32, 96],
     learning_rate=1e-3,
     alpha_learning_rate=2e-2,
     calibrate=True,
@@ -70,6 +71,7 @@ TRAINING = TrainConfig(
 _MARK = "mendfast-was-here"
 WORDS, BEGINNING = 40, 8  # of a piece of running text; how many of them stand for its prompt
 PROTECTED, PIECES = 3000, 240  # questions, and pieces of running text
+EDITABLE, WORDINGS = 1500, 2  # facts that edits are drawn from, so that their texts come back; wordings of each
 SAMPLED = 128  # conversations of the model with itself
 
 
@@ -171,10 +173,12 @@ def _build(
     else:
         made.protect([*questions, *chosen], answers=True, progress=None).save(kept_metric)
     texts = [*running, *own, *own]
-    held_out, kept = items[::20], [item for i, item in enumerate(items) if i % 20]
+    editable = [replace(item, wordings=item.wordings[:WORDINGS]) for item in items if len(item.wordings) > 1]
+    editable = editable[:EDITABLE] or items
+    held_out, kept = editable[::20], [item for i, item in enumerate(editable) if i % 20] or editable
     samplers = [
         FormSampler(
-            FactSampler(part, neighbours=items, loc=2, include_inner=0.4, seed=seed),
+            FactSampler(part, neighbours=editable, loc=2, include_inner=0.4, targets=1, seed=seed),
             forms=FORMS,
             inner={"chat": 1.0},  # as the editor, which has ``chat``, will be asked
             texts=texts,

@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from ..config import AGGREGATIONS, MendConfig
+from ..config import AGGREGATIONS, ROWS, MendConfig
 from ..editor import MendEditor
 from ..metrics import correct
 from ..tasks.load import TASKS, load_task
@@ -94,6 +94,14 @@ class TrainSettings(BaseSettings, LoadSettings):
         default=None,
         metadata={"help": "forms that each edit is made in and trained for, together: chat, plain, system:TEXT"},
     )
+    rows: str = field(
+        default="all",
+        metadata={
+            "help": "the tokens that an edit is made of: all that the loss reaches (the paper), or those of its "
+            "answer, which serve many edits at once by least squares",
+            "choices": ROWS,
+        },
+    )
     tensorboard: bool = field(default=False, metadata={"help": "write events to OUTPUT/tensorboard too"})
     restart: bool = field(
         default=False,
@@ -122,7 +130,7 @@ class TrainSettings(BaseSettings, LoadSettings):
         if self.from_editor:
             if not self.model:
                 raise ValueError("--from-editor is an editor of --model; pass both.")
-            new = ["layers", "layers_from", "rank", "step_size", "chat", "forms"]
+            new = ["layers", "layers_from", "rank", "step_size", "chat", "forms", "rows"]
             self._refuse(new, "is of a new editor, and --from-editor keeps its own")
         parameters = 12 * self.base_depth * self.base_width**2 + self.base_vocabulary * self.base_width
         if parameters > MOST_PARAMETERS:
@@ -163,6 +171,7 @@ class TrainSettings(BaseSettings, LoadSettings):
             aggregation=self.aggregation,
             chat="auto" if self.chat is None else self.chat,
             forms=self.forms,
+            rows=self.rows,
         )
 
     def _refuse(self, names: list[str], why: str) -> None:
