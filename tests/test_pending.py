@@ -67,6 +67,6 @@ def test_an_edit_that_fails_is_told_and_spoils_no_other(tokenizer, monkeypatch):
     monkeypatch.setattr(asking, "generate_answers", failing)
     for i, (request, show) in enumerate([(first, []), ((first[0], ""), []), (first, ["What is 1? " * 3])]):
         waiting.add({"group": i}, line(request, show))
-    assert list(found) == [1] and "empty" in found[1]
+    assert list(found) == [1] and "says nothing" in found[1]
     waiting.flush()
     assert found[0] in (0.0, 1.0) and found[2] == "too long"

@@ -235,11 +235,13 @@ class _Run:
             self.before.expect(prompt for i in mine for prompt in self._said(size, i))
             bar = tqdm(mine, many, disable=None if processes.main else True)
             pending = Pending(system, lambda place, row: journal.add({**place, **row}))
-            for i in bar:
-                if (key, size, i) not in journal:
-                    self._measure(system, size, i, pending)
-                bar.set_postfix(journal.running(key, size))
-            pending.flush()
+            try:
+                for i in bar:
+                    if (key, size, i) not in journal:
+                        self._measure(system, size, i, pending)
+                    bar.set_postfix(journal.running(key, size))
+            finally:  # an interrupt throws none of them away
+                pending.flush()
         if asks and processes.main:
             group = self._group(self.sizes[-1], 0)
             journal.add_harness(key, self.harness.ask(system, group, in_turn=self.in_turn))
