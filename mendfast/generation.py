@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from transformers import DynamicCache
 
 from .capture import frozen
 from .editable import EditableModel
 from .labels import collate, encode_prompt, pad_token_id
 from .layers import execution_device
 from .objective import IGNORE, Below, Rows, context_length, kept_rows, target_rows, to_device
+from .prompt_keys import PromptKeys
+from .shared_prefix import SHARED, cache_of, padded, read_once, shared_start
+from .variants import Variants
 
 BATCH_TOKENS = 4096
 """Prompt and answer tokens of one batch, padding included, at most."""
+ALIKE = 8
+"""Rows that begin alike from which on they are a batch of their own."""
 ROUND = 8
 """Tokens after which rows whose answer has ended leave a batch."""
 SHORT = (2, 2, 4)
 """The first of these rounds where answers are judged before they end: few tokens are enough for many."""
-SHARED = 8
-"""Tokens that all rows must begin with for them to be read once."""
 _PLAINLY = {
     "do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None, "repetition_penalty": 1.0,
     "no_repeat_ngram_size": 0, "min_length": 0, "min_new_tokens": None, "forced_eos_token_id": None,
@@ -59,12 +61,14 @@ def answer(
 @torch.no_grad()
 def generate_answers(
     subject: EditableModel,
-    prompts: Sequence[str],
+    prompts: Sequence[str | Sequence[int]],
     max_new_tokens: int | Sequence[int] = 64,
     form: str | None | Sequence[str | None] = None,
     *,
     starts: Sequence[Sequence[int]] | None = None,
     enough: Sequence[Callable[[str], bool] | None] | None = None,
+    variants: Variants | None = None,
+    keys: PromptKeys | None = None,
 ) -> list[Answer]:
     """:func:`answer`, with whether each answer ended by itself, and its tokens.
 
@@ -73,9 +77,12 @@ def generate_answers(
     Batched: in a 16-bit model, where two tokens may tie, an answer can differ from the one that it gives alone.
 
     Args:
+        prompts: as text, or as tokens that nothing is put around (a classifier's as text).
         max_new_tokens, form: of all prompts, or a list with each one's own.
         starts: tokens that each answer is known to begin with (:func:`agreed`), and which need not be found again.
         enough: of each answer a judge of whether what it begins with will do, and it may be cut there.
+        variants: the edit under which each prompt is answered (by a causal model).
+        keys: what is known of the prompts in the blocks below the edit.
 
     Raises:
         ValueError: as :func:`answer`; other than one start for each prompt.
@@ -85,21 +92,22 @@ def generate_answers(
     if min(rooms, default=1) < 1 or isinstance(max_new_tokens, int) and max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 1.")
     if subject.kind == "classifier":
-        return [Answer(label, True) for label in _labels(subject, prompts)]
+        return [Answer(label, True) for label in _labels(subject, [str(prompt) for prompt in prompts])]
     starts = [tuple(start) for start in starts or [()] * len(prompts)]
     if set(map(len, (starts, rooms, forms))) != {len(prompts)}:
         raise ValueError(f"There are {len(starts)} starts for {len(prompts)} prompts; pass one for each.")
     ends, limit = _Ends(subject, enough), context_length(subject.model)
     causal = subject.kind == "causal"
     found: dict[int, Answer] = {}
+    stems: dict[int, int] = {}  # how long the prompt is
     waiting: list[tuple[list[int], int, int]] = []  # what is read, how many tokens may follow, the place
     for i, (prompt, start, room) in enumerate(zip(prompts, starts, rooms, strict=True)):
-        ids = encode_prompt(subject.tokenizer, subject.prompt_text(prompt, forms[i]), encoder_decoder=not causal)
+        ids = tokens_of(subject, prompt, forms[i])
         if limit is not None:
             room = min(room, limit - len(ids) if causal else limit)
         if room < 1 or (limit is not None and len(ids) > limit):
             raise ValueError(f"The prompt has {len(ids)} tokens and the model takes {limit}; shorten it.")
-        known = ends.cut(start[:room])
+        stems[i], known = len(ids), ends.cut(start[:room])
         if len(known.ids) == room or ends.reached(known, i):
             found[i] = known
         elif causal:
@@ -114,13 +122,20 @@ def generate_answers(
             steps = max(room for _, room, _ in batch)
             if causal and limit is not None:  # no row may go beyond it: what the longest cuts off goes on next round
                 steps = min(steps, limit - max(len(ids) for ids, _, _ in batch))
-            said = _generate(subject, batch, starts, steps, ends)
+            said = _generate(subject, batch, starts, steps, ends, variants, keys, stems)
             for (ids, room, i), new in zip(batch, said, strict=True):
                 starts[i] = (*starts[i], *new[:room])
                 found[i] = ends.cut(starts[i])
                 if room > steps and not ends.reached(found[i], i):
                     waiting.append((ids + new, room - steps, i))
     return [found[i] for i in range(len(prompts))]
+
+
+def tokens_of(subject: EditableModel, prompt: str | Sequence[int], form: str | None = None) -> list[int]:
+    """What a model that writes is given for a prompt."""
+    if not isinstance(prompt, str):
+        return list(prompt)
+    return encode_prompt(subject.tokenizer, subject.prompt_text(prompt, form), encoder_decoder=subject.kind != "causal")
 
 
 def _labels(subject: EditableModel, prompts: Sequence[str]) -> list[str]:
@@ -199,12 +214,19 @@ class _Ends:
 
 
 def _batches(waiting: Sequence[tuple[list[int], int, int]]) -> list[list[tuple[list[int], int, int]]]:
-    """Batches of like lengths."""
+    """Batches of like lengths; where :data:`ALIKE` rows or more begin with the same tokens, of those alone, which are
+    then read once."""
+    begun = Counter(tuple(ids[:SHARED]) for ids, _, _ in waiting)
+
+    def kind(ids: list[int]) -> tuple[int, ...]:
+        start = tuple(ids[:SHARED])
+        return start if begun[start] >= ALIKE else ()
+
     found: list[list[tuple[list[int], int, int]]] = [[]]
-    for item in sorted(waiting, key=lambda item: (item[1], len(item[0]))):
+    for item in sorted(waiting, key=lambda item: (kind(item[0]), item[1], len(item[0]))):
         batch = [*found[-1], item]
         width = max(len(ids) for ids, _, _ in batch) + max(room for _, room, _ in batch)
-        if found[-1] and width * len(batch) > BATCH_TOKENS:
+        if found[-1] and (width * len(batch) > BATCH_TOKENS or kind(found[-1][0][0]) != kind(item[0])):
             found.append([])
         found[-1].append(item)
     return found
@@ -216,6 +238,9 @@ def _generate(
     starts: Sequence[Sequence[int]],
     steps: int,
     ends: _Ends,
+    variants: Variants | None,
+    keys: PromptKeys | None,
+    stems: Mapping[int, int],
 ) -> list[list[int]]:
     """What follows each row, whose answer has begun with its own of ``starts``; what is beyond its end means nothing.
 
@@ -224,13 +249,18 @@ def _generate(
     """
     model, pad, causal = subject.model, pad_token_id(subject.tokenizer), subject.kind == "causal"
     rows = [ids for ids, _, _ in batch]
-    width = max(map(len, rows))
-    shared = _shared(model, rows) if causal else 0
-    ids, mask = torch.full((len(rows), width), pad), torch.zeros((len(rows), width), dtype=torch.long)
-    for i, row in enumerate(rows):
-        ids[i, :shared], mask[i, :shared] = torch.tensor(row[:shared]), 1
-        place = slice(width - len(row) + shared, None) if causal else slice(len(row))
-        ids[i, place], mask[i, place] = torch.tensor(row[shared:]), 1
+    shared = shared_start(model, rows) if causal else 0
+    # where the prompts' keys are known, they stand before all that is to be read, which is a token at least
+    stem = [row[: min(stems[place], len(row) - 1)] for row, (_, _, place) in zip(rows, batch, strict=True)]
+    known = keys is not None and bool(keys.blocks) and 0 < shared < min(map(len, stem))
+    if known:
+        parts = padded(stem, pad, behind=shared), padded(
+            [row[len(start) :] for row, start in zip(rows, stem, strict=True)], pad, behind=0
+        )
+        ids, mask = (torch.cat(part, 1) for part in zip(*parts, strict=True))
+    else:
+        ids, mask = padded(rows, pad, behind=shared if causal else None)
+    width = ids.shape[1]
     first = width if causal else 1
     device = execution_device(model.get_input_embeddings())
     ids, mask = ids.to(device), mask.to(device)
@@ -238,19 +268,26 @@ def _generate(
     live, found, made = list(range(len(rows))), [[] for _ in rows], 0
     cache: dict[str, Any] = {}  # under the name that this transformers has for it
     lengths = iter(SHORT if ends.judges else ())
+    edits = [variants.of[place] for _, _, place in batch] if variants else [0] * len(rows)
+    edited = variants.rows if variants else contextlib.nullcontext
     with frozen(model):  # eval mode, and on a CPU the faster product of few rows
         if shared:
-            cache = cache_of(model(ids[:1, :shared], use_cache=True))
-            for one in cache.values():
-                one.batch_repeat_interleave(len(rows))
+            kinds = sorted(set(edits))
+            with edited(kinds):
+                cache = read_once(model, ids[0, :shared], [kinds.index(edit) for edit in edits])
+            if known and cache:
+                end = max(map(len, stem))
+                with edited(edits):
+                    keys.read(cache, stem, ids[:, :end], mask[:, :end], shared)
         while live and made < steps:
             rounds = causal and (made == 0 or bool(cache))
             count = min(next(lengths, ROUND), steps - made) if rounds else steps - made
             if ends.at_line:
                 options["stopping_criteria"] = [ends.lines_ended(first, [starts[batch[i][2]] for i in live])]
-            out = model.generate(
-                ids, attention_mask=mask, max_new_tokens=count, return_dict_in_generate=True, **options, **cache
-            )
+            with edited([edits[i] for i in live]):
+                out = model.generate(
+                    ids, attention_mask=mask, max_new_tokens=count, return_dict_in_generate=True, **options, **cache
+                )
             ids, cache = (out, {}) if isinstance(out, torch.Tensor) else (out.sequences, cache_of(out))
             made += count
             for i, new in zip(live, ids[:, first:].tolist(), strict=True):
@@ -271,26 +308,6 @@ def _generate(
                     one.batch_select_indices(chosen)
             mask = torch.cat([mask, mask.new_ones(len(mask), ids.shape[1] - mask.shape[1])], 1)
     return found
-
-
-def _shared(model: Any, rows: Sequence[list[int]]) -> int:
-    """How many tokens all rows begin with, where it pays to read them once: padding then stands behind them, which a
-    model must not take for distance."""
-    # the rows' first tokens, as far as they agree
-    count = next((i for i, tokens in enumerate(zip(*rows, strict=False)) if len(set(tokens)) > 1), None)
-    if len(rows) < 2 or count is None or count < SHARED:
-        return 0
-    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
-    windows = getattr(config, "sliding_window", None) is not None
-    taken = "position_ids" in inspect.signature(model.forward).parameters
-    own = getattr(getattr(model, "generation_config", None), "cache_implementation", None) is not None
-    return count if taken and not windows and not own else 0
-
-
-def cache_of(out: Any) -> dict[str, DynamicCache]:
-    """What generate can go on from, as its argument; what else a model keeps can't be cut to some rows."""
-    found = {name: out[name] for name in ("cache", "past_key_values") if name in out}
-    return {name: cache for name, cache in list(found.items())[:1] if isinstance(cache, DynamicCache)}
 
 
 # -- teacher-forced along an answer ------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from .capture import frozen
 from .labels import pad_token_id
 from .layers import execution_device
 from .objective import context_length, model_kind
+from .shared_prefix import padded, read_once, shared_start
 
 _MARK = "mendfast-was-here"
 
@@ -90,16 +91,15 @@ class _Writer:
         width = max(map(len, prompts))
         limit = context_length(self.model)
         room = self.new if limit is None else min(self.new, int(share * (limit - width)))
-        ids = torch.full((len(prompts), width), self.pad)
-        mask = torch.zeros_like(ids)
-        for i, prompt in enumerate(prompts):  # left-padded, as generate wants it
-            ids[i, width - len(prompt) :] = torch.tensor(prompt)
-            mask[i, width - len(prompt) :] = 1
+        shared = shared_start(self.model, prompts) if room > 0 else 0
+        ids, mask = padded(prompts, self.pad, behind=shared)  # left-padded, as generate wants it
         rows = [list(prompt) for prompt in prompts]
         if room > 0:
             ends = sorted(self.ends | set(stops))
+            ids, mask = ids.to(self.device), mask.to(self.device)
+            cache = read_once(self.model, ids[0, :shared], [0] * len(ids)) if shared else {}
             out = self.model.generate(
-                ids.to(self.device), attention_mask=mask.to(self.device), max_new_tokens=room, do_sample=True,
+                ids, attention_mask=mask, max_new_tokens=room, do_sample=True, **cache,
                 temperature=self.temperature, top_k=0, top_p=1.0, repetition_penalty=1.0, pad_token_id=self.pad,
                 eos_token_id=ends or None,
             )[:, width:].tolist()  # fmt: skip

@@ -20,6 +20,9 @@ from .objective import Batch, model_kind, to_device
 
 log = logging.getLogger("mendfast")
 
+SHARED = 8
+"""Tokens that all rows must begin with for generation to read them once."""
+
 
 class SharedPrefix:
     """The common first tokens of texts, as the blocks below the edited layers of a causal model see them.
@@ -108,3 +111,50 @@ class SharedPrefix:
         if any(part is not None for part in tail or ()):
             raise ValueError("its blocks give more than hidden states")
         return states, tail
+
+
+# -- in generation -------------------------------------------------------------------------------------------
+
+
+def shared_start(model: Any, rows: Sequence[Sequence[int]]) -> int:
+    """How many tokens all rows begin with, where it pays to read them once: padding then stands behind them, which a
+    model must not take for distance. One at least of each row is left."""
+    count = min(len(os.path.commonprefix([list(row) for row in rows])), min(map(len, rows)) - 1)
+    if len(rows) < 2 or count < SHARED:
+        return 0
+    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    windows = getattr(config, "sliding_window", None) is not None
+    taken = "position_ids" in inspect.signature(model.forward).parameters
+    own = getattr(getattr(model, "generation_config", None), "cache_implementation", None) is not None
+    return count if taken and not windows and not own else 0
+
+
+def padded(
+    rows: Sequence[Sequence[int]], pad: int, *, behind: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens and mask [B, S], the padding ``behind`` so many tokens of each row; None: behind all of them."""
+    width = max(map(len, rows))
+    ids, mask = torch.full((len(rows), width), pad), torch.zeros((len(rows), width), dtype=torch.long)
+    for i, row in enumerate(rows):
+        start = len(row) if behind is None else behind
+        ids[i, :start], mask[i, :start] = torch.tensor(row[:start]), 1
+        place = slice(width - len(row) + start, None)
+        ids[i, place], mask[i, place] = torch.tensor(row[start:]), 1
+    return ids, mask
+
+
+def cache_of(out: Any) -> dict[str, Any]:
+    """What generate can go on from, as its argument; what else a model keeps can't be cut to some rows."""
+    from transformers import DynamicCache
+
+    found = {name: out[name] for name in ("cache", "past_key_values") if name in out}
+    return {name: cache for name, cache in list(found.items())[:1] if isinstance(cache, DynamicCache)}
+
+
+def read_once(model: Any, ids: torch.Tensor, rows: Sequence[int]) -> dict[str, Any]:
+    """The cache of ``ids`` [S], with which all of several rows begin: read once for each of the kinds of ``rows``,
+    numbered from 0 (a model that is edited otherwise for each)."""
+    cache = cache_of(model(ids.expand(max(rows) + 1, -1), use_cache=True))
+    for one in cache.values():
+        one.batch_select_indices(torch.tensor(rows, device=ids.device))
+    return cache

@@ -132,8 +132,8 @@ def test_c_is_read_once_for_rome_and_memit_and_kept(tokenizer, data, tmp_path, m
     config = GPT2Config(vocab_size=len(tokenizer), n_positions=64, n_embd=32, n_layer=3, n_head=4)
     editor = MendEditor.from_model(GPT2LMHeadModel(config).eval(), tokenizer, MendConfig(rank=4))  # noqa: F811
     written, seen = [], []
-    words, observe = protected.own_words, protected.observe
-    monkeypatch.setattr(protected, "own_words", lambda *a, **o: (written.append(o["samples"]), words(*a, **o))[1])
+    words, observe = protected.own_texts, protected.observe
+    monkeypatch.setattr(protected, "own_texts", lambda *a, **o: (written.append(a[1]), words(*a, **o))[1])
     monkeypatch.setattr(protected, "observe", lambda *a, **o: (seen.append(len(a[1])), observe(*a, **o))[1])
     command = ("--limit", 2, "--validation", 0, "--systems", "rome", "memit")
     found = run(editor, data, *command, "--output", tmp_path / "out")
@@ -268,9 +268,9 @@ SHARED = """
     sys.path[:0] = {paths!r}
     import torch
     torch.set_num_threads(1)
-    from mendfast.baselines.measure import measure
+    from mendfast.baselines.measure import measuring
     from mendfast.cli import main
-    measure.__kwdefaults__["max_new_tokens"] = {tokens}
+    measuring.__kwdefaults__["max_new_tokens"] = {tokens}
     sys.exit(main(sys.argv[1:]))
 """
 

@@ -20,7 +20,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from mendfast import MendConfig, MendEditor
 from mendfast.base_model import make_base
 from mendfast.baselines import SYSTEMS
-from mendfast.baselines.measure import measure
+from mendfast.baselines.measure import measuring
 from mendfast.baselines.mend import Mend, NoSharing
 from mendfast.cli import main, read
 from mendfast.commands import eval_report
@@ -67,7 +67,7 @@ def model(tokenizer):
 def few_answers_are_shown(monkeypatch):
     """A random model's answers never end."""
     monkeypatch.setattr("mendfast.commands.evaluate.SHOWN", 2)
-    monkeypatch.setitem(measure.__kwdefaults__, "max_new_tokens", TOKENS)
+    monkeypatch.setitem(measuring.__kwdefaults__, "max_new_tokens", TOKENS)
 
 
 @pytest.fixture
@@ -162,7 +162,7 @@ def test_an_evaluation_goes_on_where_it_was_cut_off(editor, data, tmp_path, monk
 
 def test_a_killed_command_goes_on(editor, tokenizer, tmp_path, monkeypatch):
     """SIGKILL in the middle of a run of the command itself, at whatever line it has reached."""
-    monkeypatch.setitem(measure.__kwdefaults__, "max_new_tokens", 64)  # as in the other process
+    monkeypatch.setitem(measuring.__kwdefaults__, "max_new_tokens", 64)  # as in the other process
     editor.model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     editor.save_pretrained(tmp_path / "editor")
@@ -278,13 +278,13 @@ def test_a_bad_row_is_kept_and_counted(editor, data, tmp_path, monkeypatch, caps
 def test_what_must_stay_is_never_what_is_edited(editor, data, monkeypatch):
     from mendfast.commands import evaluate as module
 
-    seen, measure = [], module.measure
+    seen, measuring = [], module.measuring
 
     def spied(system, requests, rephrasings, locality, portability, **options):
         seen.append((requests[0], locality))
-        return measure(system, requests, rephrasings, locality, portability, generate=False)
+        return measuring(system, requests, rephrasings, locality, portability, generate=False)
 
-    monkeypatch.setattr(module, "measure", spied)
+    monkeypatch.setattr(module, "measuring", spied)
     run(editor, data, "--systems", "ft", "--known", data)
     assert len(seen) == 7
     for (prompt, _), locality in seen:

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from mendfast import MendConfig, MendEditor
 from mendfast.generation import Answer, agreed, answer, follow, generate_answers
 from mendfast.labels import encode_prompt
+from mendfast.prompt_keys import PromptKeys
 
 PROMPTS = [
     "What is the capital of France?", "Rome", "Berlin? Madrid? Paris?", "What", "France", "capital of Berlin is the",
@@ -83,7 +84,7 @@ def test_a_batch_is_what_each_is_alone(name, edited, tokenizer, monkeypatch):
 def test_what_all_begin_with_is_read_once(name, tokenizer, monkeypatch):
     """Each answer is what plain code gives alone, whatever its length and its room."""
     monkeypatch.setattr("mendfast.generation.ROUND", 3)
-    monkeypatch.setattr("mendfast.generation.SHARED", 4)
+    monkeypatch.setattr("mendfast.shared_prefix.SHARED", 4)
     editor = editor_of(name, tokenizer, append_eos=True)
     prompts = [f"What is the capital of {rest}" for rest in ("France?", "Rome", "Paris Rome Berlin?", "Madrid? Paris")]
     rooms, widths = [12, 5, 9, 12], []
@@ -126,6 +127,29 @@ def test_what_is_known_of_an_answer_changes_nothing(name, tokenizer):
         assert a.ids[: len(start)] == start and (start[:-1] == old[: len(start) - 1])
     with pytest.raises(ValueError, match="2 starts for 1 prompts"):
         generate_answers(editor, ["Rome"], starts=[(), ()])
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_what_the_blocks_below_an_edit_make_of_prompts_is_read_once(name, tokenizer, monkeypatch):
+    monkeypatch.setattr("mendfast.shared_prefix.SHARED", 2)
+    editor = editor_of(name, tokenizer)
+    layers = editor.layers[-1:]
+    keys, computed = PromptKeys(editor.model, layers, 1 << 20), []
+    make = keys._computed
+    monkeypatch.setattr(keys, "_computed", lambda prompts: (computed.append(len(prompts)), make(prompts))[1])
+    assert keys.blocks
+    prompts = [f"What is the capital of {rest}" for rest in ("France?", "Rome", "Paris Rome Berlin?", "Madrid? Paris")]
+    for seed in range(2):
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            layers[0].weight.add_(torch.randn_like(layers[0].weight), alpha=0.2)
+        plain = generate_answers(editor, prompts, 10)
+        starts = [answer.ids[:i] for i, answer in enumerate(plain)]
+        assert generate_answers(editor, prompts, 10, starts=starts, keys=keys) == plain
+        assert generate_answers(editor, prompts, 10, keys=keys) == plain
+    # a token at least is left to be read, which is the prompt's last where nothing has been said
+    assert computed == [4, 3, 0, 0]
+    assert PromptKeys(editor.model, [], 1 << 20).blocks == []
 
 
 def test_where_they_part():

@@ -329,6 +329,10 @@ def test_own_words_are_protected_text(tokenizer, chat, monkeypatch):
     assert torch.equal(state, torch.random.get_rng_state()) and model.training
     assert [len(batch["input_ids"]) for batch in batches] == [2, 2, 1]
     again = own_words(model, tokenizer, samples=5, max_new_tokens=12, batch_size=2, seed=3)
+    for shared in (1, 1000):  # whether or not what all begin with is read once
+        monkeypatch.setattr("mendfast.shared_prefix.SHARED", shared)
+        alike = own_words(model, tokenizer, samples=5, max_new_tokens=12, batch_size=2, seed=3)
+        assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(batches, alike, strict=True))
     other = own_words(model, tokenizer, samples=5, max_new_tokens=12, batch_size=2, seed=4)
     assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(batches, again, strict=True))
     assert not all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(batches, other, strict=True))

@@ -9,14 +9,16 @@ import random
 import pytest
 import torch
 from rich.console import Console
+from test_baselines import edits, make
 from test_evaluate import certain, data, editor, few_answers_are_shown, model, records, run  # noqa: F401
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from mendfast import MendConfig, MendEditor
-from mendfast.baselines import FineTuning
+from mendfast.baselines import FineTuning, turns
 from mendfast.baselines.measure import measure
 from mendfast.baselines.mend import Mend
 from mendfast.baselines.system import System
+from mendfast.baselines.turns import Turns
 from mendfast.commands import eval_report, sequences
 from mendfast.commands.questions import NEAR, TEXT_TOKENS, Questions
 from mendfast.tasks.load import load_task
@@ -136,3 +138,32 @@ def test_running_text(editor, data, tmp_path):  # noqa: F811
     path.write_text("= A heading =\n")
     with pytest.raises(ValueError, match="holds no running text"):
         run(editor, data, "--systems", "ft", "--text", path)
+
+
+@pytest.mark.parametrize("key", ["ft_breadth_first", "memit"])
+def test_a_sequence_made_as_one_goes_on_too(key, tokenizer, tmp_path, monkeypatch):
+    options = {
+        "ft_breadth_first": {"epochs": 5, "learning_rate": 1e-2, "batch_size": 1, "enough": 0.0},
+        "memit": {"words": 4, "prefixes": 0, "steps": 2, "block": 1},
+    }[key]
+    system, kept, keep = make(key, "gpt2", tokenizer, **options), [], Turns.keep
+
+    def weights():
+        with system.edit(edits("gpt2"), in_turn=True):
+            return [layer.weight.detach().clone() for layer in system.changed_layers()]
+
+    def interrupted(self, *state):
+        keep(self, *state)
+        kept.append(state)
+        if len(kept) == 1:
+            raise KeyboardInterrupt
+
+    whole = weights()
+    monkeypatch.setattr(turns, "EVERY", -1.0)
+    monkeypatch.setattr(Turns, "keep", interrupted)
+    system.turns = Turns(tmp_path / "kept.safetensors")
+    with pytest.raises(KeyboardInterrupt):
+        weights()
+    system.turns = Turns(tmp_path / "kept.safetensors")
+    assert all(torch.equal(got, expected) for got, expected in zip(weights(), whole, strict=True))
+    assert len(kept) == {"ft_breadth_first": 5, "memit": 2}[key]  # nothing twice

@@ -7,15 +7,16 @@ import torch
 from test_baselines import SUBJECTS, base, edits, make
 from test_opponents import close, moves
 
-from mendfast import MendConfig
+from mendfast import EditRequest, MendConfig
 from mendfast.baselines import make_system
-from mendfast.baselines.rome import TINY
+from mendfast.baselines.rome import TINY, Rome
 from mendfast.choice import last_block, mlp_outputs
 from mendfast.generation import answer
 from mendfast.layers import named_layers
 from mendfast.metric import observe
+from mendfast.training.prefix import FrozenPrefix
 
-PLAIN = dict(prefixes=0, words=8)
+PLAIN = dict(prefixes=0, words=8, learning_rate=0.5)
 
 
 def inputs_and_outputs(layer, model, **batch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -118,6 +119,43 @@ def test_memit_shares_what_is_lacking_among_the_blocks(tokenizer):
             layer.weight.add_(expected.T)  # Conv1D holds the transpose
     for layer, weight in zip(layers, weights, strict=True):
         layer.weight.data.copy_(weight)
+
+
+def test_memit_writes_what_it_has_found_into_matrices_of_few_inputs_too(tokenizer):
+    """Its weight of C follows the number of inputs: the paper's, of far wider matrices, would write next to nothing."""
+    missing = {}
+    for weight in (None, 15000.0):
+        system = make("memit", "llama", tokenizer, **PLAIN, steps=3, block=2, weight=weight)
+        system.prepare()
+        fact = system._fact(EditRequest(*edits("llama")[0]))
+        below = [FrozenPrefix(system.subject.model, system.layers) for _ in range(2)]
+        _, before = system._seen(fact, system.layers[-1], system.last, below[0])
+        wanted = system.value(fact, system.last, before)
+        with system.edit(edits("llama")[:1]):
+            _, after = system._seen(fact, system.layers[-1], system.last, below[1])
+        missing[weight] = ((wanted - after).norm() / (wanted - before).norm()).item()
+    assert missing[15000.0] > 0.9 and missing[None] < 0.5
+    assert make("memit", "llama", tokenizer, block=2, weight=None).weight == 15000 / 16384 * system.layers[0].m
+
+
+def test_memits_values_are_found_once_while_its_weight_is_chosen(tokenizer, monkeypatch):
+    system = make("memit", "gpt2", tokenizer, **PLAIN, steps=2, block=1)
+    found, value = [], Rome.value
+    monkeypatch.setattr(Rome, "value", lambda self, fact, *more: (found.append(fact), value(self, fact, *more))[1])
+    changes = []
+    with system.remembering():
+        for system.weight in (1.0, 1000.0):
+            changes.append(moves_of(system, edits("gpt2")))
+    assert len(found) == 2 and changes[0] > 2 * changes[1]
+    assert moves_of(system, edits("gpt2")) == changes[1] and len(found) == 4
+
+
+def moves_of(system, requests) -> float:
+    """How far an edit moves the first of the system's weights."""
+    weight = system.layers[0].weight
+    before = weight.detach().clone()
+    with system.edit(requests):
+        return (weight.detach() - before).norm().item()
 
 
 def test_a_system_that_needs_a_subject_says_so(tokenizer):

@@ -26,7 +26,7 @@ FIGURES = {
     "unchanged": "share of the locality inputs whose generated answer is what it was before the edit",
     "unchanged_relation": "the same, of inputs of the edit's relation and other subjects",
     "unchanged_subject": "the same, of inputs of the edit's subject and other relations",
-    "leaked": "share of the locality inputs whose generated answer has got a target of the edit in it, by the 24th "
+    "leaked": "share of the locality inputs whose generated answer has got a target of the edit in it, by the 12th "
     "token after it parts from what it was",
     "first_choice_changed": "share of the tokens of those answers before the edit that are no longer the first choice",
     "kl": "KL(before || after) at the first 16 tokens of those answers, mean over each input's, then over inputs",

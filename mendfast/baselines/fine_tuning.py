@@ -178,9 +178,12 @@ class FineTuningBreadthFirst(FineTuning):
         with trainable(model, weights), torch.enable_grad():
             optimizer = torch.optim.Adam(weights, lr=self.learning_rate)
             below = PrefixCache(model, self.layers, STATES)
+            done = self._resume(weights, optimizer, requests)
             for epoch in range(self.epochs):
                 self.steps, total = epoch + 1, 0.0
                 rng.shuffle(order)
+                if epoch < done:
+                    continue
                 for start in range(0, len(order), self.batch_size):
                     chosen = order[start : start + self.batch_size]
                     batch = to_device(self._taught.tokenize(chosen), self.subject.device)
@@ -191,6 +194,28 @@ class FineTuningBreadthFirst(FineTuning):
                         descend(optimizer, loss)
                 if total < self.enough * len(order):
                     break
+                if self.turns is not None and self.turns.due(epoch + 1, self.epochs):
+                    moments = _moments(weights, optimizer) | {"epochs": torch.tensor(epoch + 1)}
+                    self.turns.keep(1, numbered(weights) | moments)
+
+    def _resume(
+        self, weights: list[nn.Parameter], optimizer: torch.optim.Optimizer, requests: Sequence[EditRequest]
+    ) -> int:
+        """Take over what a sequence that was cut off had come to; how many epochs that were."""
+        state = self.turns.resume(requests)[1] if self.turns is not None else {}
+        if not state:
+            return 0
+        take(weights, state)
+        for i, weight in enumerate(weights):
+            names = [name for name in state if name.startswith(f"adam.{i}.")]
+            optimizer.state[weight] = {name.split(".")[2]: state[name].clone() for name in names}
+        return int(state["epochs"])
+
+
+def _moments(weights: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """Adam's, numbered as the weights are."""
+    found = enumerate(optimizer.state.get(weight, {}) for weight in weights)
+    return {f"adam.{i}.{name}": part for i, state in found for name, part in state.items()}
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ import torch
 
 from ..capture import frozen
 from ..editable import EditableModel
+from ..layers import Layer
 from ..requests import EditRequest
 from .fine_tuning import MAX_STEPS, FineTuning
 
@@ -43,6 +44,11 @@ class Lora(FineTuning):
         if find_spec("peft") is None:
             raise ValueError("LoRA needs peft: pip install peft (it comes with mendfast[peft]), or leave lora out.")
         self.rank, self.alpha, self.seed = rank, alpha, seed
+
+    @torch.no_grad()
+    def _weight(self, layer: Layer) -> torch.Tensor:
+        adapted = self.subject.model.get_submodule(layer.name.removesuffix(".weight"))
+        return layer.weight + adapted.get_delta_weight("default").to(layer.weight.dtype)
 
     @contextlib.contextmanager
     def _trained(self, groups: Sequence[Sequence[EditRequest]]) -> Iterator[None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -17,8 +17,10 @@ from ..generation import Answer, agreed, answer, follow, generate_answers
 from ..labels import IGNORE, encode_prompt, has_template
 from ..metrics import Pair, Told, perplexity, tell
 from ..objective import Batch, Below, Rows, per_sample_mean, target_rows, to_device
+from ..prompt_keys import PromptKeys
 from ..training.cache import PrefixCache
 from ..training.memory import PeakMemory
+from .asking import Asking, at_once
 from .figures import FIGURES, Interval, bootstrap, summarise
 from .system import System
 
@@ -29,10 +31,12 @@ __all__ = [
 KL_TOKENS = 16
 PREMISE_TOKENS = 8
 """Of an answer of yes or no, which is judged by its first word."""
-LEAK_TOKENS = 24
-"""After an answer that must stay has parted from what it was."""
+LEAK_TOKENS = 12
+"""After an answer that must stay has parted from what it was: where a target leaks, it is what comes instead."""
 CACHED = 1 << 29
 """Bytes of states below the edited layers that are kept: what is asked again of other edits and systems."""
+KEYS = 1 << 30
+"""Bytes of prompts' keys and values below the edited layers."""
 SYSTEM_PROMPT = "system:You answer questions."
 
 
@@ -73,6 +77,7 @@ class Before:
         self.parts = len(self._batches)
         self._texts: dict[int, tuple[Rows, torch.Tensor]] = {}
         self._caches: dict[tuple[str, ...], PrefixCache] = {}
+        self._keys: dict[int, PromptKeys] = {}
         self._expected: dict[str, None] = {}
         self.unedited: Below = contextlib.nullcontext
         if subject.kind != "classifier":
@@ -90,6 +95,13 @@ class Before:
         if names not in self._caches:
             self._caches[names] = PrefixCache(self.subject.model, layers, CACHED)
         return self._caches[names].replayed
+
+    def keys(self, system: System) -> PromptKeys | None:
+        """What is known of prompts in the blocks below the system's layers, which other systems may have too."""
+        if not (layers := system.changed_layers()):
+            return None
+        found = PromptKeys(self.subject.model, layers, KEYS)
+        return self._keys.setdefault(len(found.blocks), found) if found.blocks else None
 
     def serves(self, subject: EditableModel) -> bool:
         """Whether ``subject`` is the same model, asked in the same way."""
@@ -137,7 +149,12 @@ class Before:
             return target_rows(self.subject.model, self._batches[part])
 
 
-def measure(
+def measure(system: System, requests: Sequence[Pair], *asked: Sequence[Pair], **options: Any) -> Outcome:
+    """:func:`measuring`, all of it at once."""
+    return at_once(measuring(system, requests, *asked, **options))
+
+
+def measuring(
     system: System,
     requests: Sequence[Pair],
     rephrasings: Sequence[Pair] = (),
@@ -153,7 +170,8 @@ def measure(
     max_new_tokens: int = 64,
     in_turn: bool = False,
     part: int | None = None,
-) -> Outcome:
+    later: bool = False,
+) -> Generator[Asking, list[Answer], Outcome]:
     """Make one edit, or several simultaneous ones, ask, and take it back; :data:`FIGURES` says what comes out.
 
     Edit success is that of Mitchell et al. (2022, section 2), over an edit and its equivalents; perplexity
@@ -176,6 +194,8 @@ def measure(
         max_new_tokens: of each answer; the same for all, whatever the target.
         in_turn: make the edits one after the other, and ask after the last.
         part: read that batch of ``before``'s running text alone.
+        later: where the edit can be had again as weights, take it back, yield what is to be answered under those, and
+            go on when the answers are sent; without it nothing is ever yielded.
 
     Raises:
         ValueError: no requests; a ``before`` of another model; whatever the system's edit raises.
@@ -222,7 +242,7 @@ def measure(
             figures |= _text_figures(before, texts, below)
         if generate:
             # one batch of all that is asked: a step costs little more for many answers than for one
-            asking = _Asking(editor, max_new_tokens)
+            asking = Asking(editor, max_new_tokens, before.keys(system))
             starts, targets = _target_starts(editor, pairs, told), [target for _, target in pairs]
             matched = [_no_match(target) for target in targets]
             first = asking.add([prompt for prompt, _ in pairs], starts, enough=[None] * (n + r) + matched[n + r :])
@@ -236,22 +256,26 @@ def measure(
             again = {prompt: i for i, (prompt, _) in enumerate(pairs[: n + r])}
             known = dict(zip(others.prompts, others.starts, strict=False))
             again |= {p: asking.add([p], [known.get(p, ())]).start for p in show if p not in again}
-            given = asking.answers()
-            spoken = given[first]
-            exact = [exact_match(a.text, target) for a, target in zip(spoken, targets[:n], strict=False)]
-            figures |= _spoken(spoken, pairs, n, r)
-            if editor.kind != "classifier":
-                figures["token_accuracy"] = _token_accuracy(editor, requests, told)
-            for form, place in formed.items():
-                name = f"exact_match_{form.partition(':')[0]}"
-                figures[name] = _mean(exact_match(a.text, t) for a, t in zip(given[place], targets, strict=False))
-            if premises:
-                truths = [truth for _, truth in premises]
-                figures["premises"] = _mean(yes_or_no(a.text) is t for a, t in zip(given[judged], truths, strict=True))
-            figures |= others.figures(targets[:n], given[parted])
-            now = [given[again[prompt]].text for prompt in show]
+            asking.weights = system.written() if later and editor.kind == "causal" else None
+            given = asking.answers() if asking.weights is None else []
         else:
             now = answer(editor, show, max_new_tokens)
+    if generate:
+        if asking.weights is not None:
+            given = yield asking
+        spoken = given[first]
+        exact = [exact_match(a.text, target) for a, target in zip(spoken, targets[:n], strict=False)]
+        figures |= _spoken(spoken, pairs, n, r)
+        if editor.kind != "classifier":
+            figures["token_accuracy"] = _token_accuracy(editor, requests, told)
+        for form, place in formed.items():
+            name = f"exact_match_{form.partition(':')[0]}"
+            figures[name] = _mean(exact_match(a.text, t) for a, t in zip(given[place], targets, strict=False))
+        if premises:
+            truths = [truth for _, truth in premises]
+            figures["premises"] = _mean(yes_or_no(a.text) is t for a, t in zip(given[judged], truths, strict=True))
+        figures |= others.figures(targets[:n], given[parted])
+        now = [given[again[prompt]].text for prompt in show]
     answers = [(p, b.text, a) for p, b, a in zip(show, said, now, strict=True)]
     tokens = [] if editor.kind == "classifier" else [len(row) for row in _target_labels(editor, requests)]
     return Outcome(figures, answers, told.correct[:n].tolist(), exact, tokens)
@@ -339,47 +363,6 @@ def _text_figures(before: Before, parts: Iterable[int], below: Below) -> dict[st
 def _no_match(target: str) -> Callable[[str], bool]:
     """Whether an answer that begins so can't be the target."""
     return lambda said: not can_match(said, target)
-
-
-class _Asking:
-    """Questions of several kinds, to be answered in one batch."""
-
-    def __init__(self, subject: EditableModel, max_new_tokens: int):
-        self.subject, self.limit = subject, max_new_tokens
-        self.prompts: list[str] = []
-        self.starts: list[tuple[int, ...]] = []
-        self.forms: list[str | None] = []
-        self.tokens: list[int] = []
-        self.enough: list[Callable[[str], bool] | None] = []
-
-    def add(
-        self,
-        prompts: Sequence[str],
-        starts: Sequence[tuple[int, ...]] | None = None,
-        tokens: Sequence[int] | None = None,
-        enough: Sequence[Callable[[str], bool] | None] | None = None,
-        *,
-        form: str | None = None,
-    ) -> slice:
-        """Where these prompts' answers will be.
-
-        ``tokens``: how many of each are enough to judge it, of the most that there may be; ``enough``: whether its
-        first words are.
-        """
-        place = slice(len(self.prompts), len(self.prompts) + len(prompts))
-        self.prompts += prompts
-        self.starts += starts or [()] * len(prompts)
-        self.forms += [form] * len(prompts)
-        self.tokens += [min(self.limit, most) for most in tokens or [self.limit] * len(prompts)]
-        self.enough += enough or [None] * len(prompts)
-        return place
-
-    def answers(self) -> list[Answer]:
-        if not self.prompts:
-            return []
-        return generate_answers(
-            self.subject, self.prompts, self.tokens, self.forms, starts=self.starts, enough=self.enough
-        )
 
 
 class _Others:

@@ -75,7 +75,14 @@ class Mend(System):
         return self.subject.layers
 
     def _edited(self, requests: Sequence[EditRequest]) -> contextlib.AbstractContextManager:
-        return self.subject.edit(requests).attached(self.subject.model)
+        self._edit = self.subject.edit(requests)
+        return self._edit.attached(self.subject.model)
+
+    @torch.no_grad()
+    def _weight(self, layer: Layer) -> torch.Tensor:
+        u, delta, alpha = self._edit.factors[layer.name]
+        change = -alpha * delta.T @ u
+        return (layer.weight + (change if layer.layout == "out_in" else change.T)).to(layer.weight.dtype)
 
     def _edited_in_turn(self, requests: Sequence[EditRequest]) -> contextlib.AbstractContextManager:
         memory, turns, done = EditMemory(self.subject), self.turns, 0

@@ -17,14 +17,15 @@ from ..capture import ended_after, frozen, undone
 from ..choice import mlp_outputs
 from ..editable import EditableModel
 from ..editor import METRIC_FILE
-from ..generation import cache_of
 from ..labels import collate, encode_prompt, pad_token_id
 from ..layers import Layer, named_layers
 from ..metric import Metric, observe
 from ..moments import SecondMoment
 from ..objective import IGNORE, Batch, Rows, kept_rows, nll, to_device
 from ..own_words import own_words
+from ..packing import packing
 from ..requests import EditRequest
+from ..shared_prefix import cache_of
 from ..training import Sampler, TrainConfig
 from ..training.prefix import FrozenPrefix
 from .fine_tuning import descend
@@ -38,14 +39,35 @@ LEARNED_FROM = 512
 """Locality inputs of the training data that C is taken from, where it is taken from those."""
 
 
-WORDS = {"max_new_tokens": 32, "batch_size": 64}
+WORDS, TOGETHER = 32, 50
 """Of the model's own, that C is taken from: tokens of each turn, and texts that are sampled at once."""
+
+
+def own_texts(
+    subject: EditableModel, samples: int, *, part: int = 0, of: int = 1, progress: bool | None = False
+) -> list[Batch]:
+    """Of the texts that C is taken from the share of process ``part``; all of them together are the same for any
+    number ``of`` processes."""
+    found: list[Batch] = []
+    for seed in range(part, -(-samples // TOGETHER), of):
+        size = min(TOGETHER, samples - seed * TOGETHER)
+        found += own_words(
+            subject.model, subject.tokenizer, samples=size, max_new_tokens=WORDS, batch_size=size, chat=subject.chat,
+            seed=seed, progress=progress,
+        )  # fmt: skip
+    return found
 
 
 def as_kept(metric: Metric) -> Metric:
     """As its file holds it: what is loaded edits as what was saved does."""
     moments = {name: SecondMoment.from_state(*moment.state()) for name, moment in metric.moments.items()}
     return Metric(moments, metric.model_type, metric.tokens)
+
+
+FOR_EACH_INPUT = 15000 / 16384
+"""MEMIT's weight of C, for each of the matrix's m inputs. The paper's 15,000 is for the 16,384 of GPT-J: on the average
+k^T C^-1 k = m, so that one ordinary key takes q / (1 + q) of the change that it wants, q = m / weight. With 15,000 for
+the 1,536 inputs of SmolLM2 each of the five blocks would make a tenth of its share."""
 
 
 class Fact(NamedTuple):
@@ -71,7 +93,8 @@ class Rome(System):
     Args:
         subject: see :class:`System`; a causal language model. Which matrix is edited is not its choice but ``block``.
         block: whose MLP is edited; None: the one a third of the way up.
-        steps, learning_rate: Adam's, of v.
+        steps, learning_rate: Adam's, of v; the rate None: a first step half as long as v0. (The papers' 0.5 is that of
+            GPT-J, about.)
         kl, decay: weights of the loss.
         clamp: the longest change of v, in lengths of v0.
         prefixes: beginnings, beside none.
@@ -88,7 +111,7 @@ class Rome(System):
         *,
         block: int | None = None,
         steps: int = 25,
-        learning_rate: float = 0.5,
+        learning_rate: float | None = None,
         kl: float = 0.0625,
         decay: float = 0.5,
         clamp: float = 4.0,
@@ -118,7 +141,7 @@ class Rome(System):
         model, subject = self.subject.model, self.subject
         own: Sequence[str | tuple[str, str] | Batch] = texts or ()
         if texts is None:
-            own = own_words(model, subject.tokenizer, samples=self.words, chat=subject.chat, **WORDS)
+            own = own_texts(subject, self.words)
         self.protect_with(as_kept(observe(model, self.layers, subject.text_batches(own))))
 
     def protect_with(self, metric: Metric) -> None:
@@ -211,12 +234,13 @@ class Rome(System):
         model, size = self.subject.model, len(fact.place) - 1
         with frozen(model):
             change = torch.zeros_like(origin, requires_grad=True)
-            optimizer = torch.optim.Adam([change], lr=self.learning_rate)
+            rate = 0.5 * origin.norm().item() / len(origin) ** 0.5 if self.learning_rate is None else self.learning_rate
+            optimizer = torch.optim.Adam([change], lr=rate)
             longest, base = self.clamp * origin.norm(), None
             below, texts = FrozenPrefix(model, self.layers[-1:]), _Rest.of(model, fact)
             with torch.enable_grad():
                 for step in range(self.steps + 1):
-                    with _at(site, texts.place, lambda x: x + change.to(x.dtype)), below.kept():
+                    with _at(site, texts.place, lambda x: x + change.to(x.dtype)), below.kept(), packing():
                         rows = kept_rows(model, texts.batch(), texts.keep)
                     loss = nll(Rows(rows.logits[:-1], texts.labels, rows.sample[:-1]), size).mean()
                     if step == self.steps or loss.item() < ENOUGH:
@@ -299,11 +323,12 @@ class Memit(Rome):
     Args:
         subject, block, steps, learning_rate, kl, decay, clamp, prefixes, words: see :class:`Rome`; ``clamp`` in
             lengths of the block's output.
-        weight: of C beside the facts' own keys.
+        weight: of C beside the facts' own keys; None: :data:`FOR_EACH_INPUT`.
     """
 
     key, name = "memit", "MEMIT"
     depth = 5
+    _values: dict[tuple, torch.Tensor] | None = None
 
     def __init__(
         self,
@@ -311,19 +336,36 @@ class Memit(Rome):
         *,
         block: int | None = None,
         steps: int = 25,
-        learning_rate: float = 0.5,
+        learning_rate: float | None = None,
         kl: float = 0.0625,
         decay: float = 0.5,
         clamp: float = 0.75,
         prefixes: int = 5,
         words: int = 200,
-        weight: float = 15000.0,
+        weight: float | None = None,
     ):
         super().__init__(
             subject, block=block, steps=steps, learning_rate=learning_rate, kl=kl, decay=decay, clamp=clamp,
             prefixes=prefixes, words=words,
         )  # fmt: skip
-        self.weight = weight
+        self.weight = FOR_EACH_INPUT * self.layers[0].m if weight is None else weight
+
+    @contextlib.contextmanager
+    def remembering(self) -> Iterator[None]:
+        self._values = {}
+        try:
+            yield
+        finally:
+            self._values = None
+
+    def value(self, fact: Fact, site: nn.Module, origin: torch.Tensor) -> torch.Tensor:
+        key = (fact.request, self.learning_rate, self.steps)
+        if self._values is None or key not in self._values:
+            found = super().value(fact, site, origin)
+            if self._values is None:
+                return found
+            self._values[key] = found
+        return self._values[key]
 
     def _edited_in_turn(self, requests: Sequence[EditRequest]) -> contextlib.AbstractContextManager:
         return self._edited(requests)
@@ -339,7 +381,7 @@ class Memit(Rome):
             return torch.stack(keys), torch.stack(states)
 
         keys, states = seen(self.layers[0])
-        values = torch.stack([self.value(fact, self.last, origin) for fact, origin in zip(facts, states, strict=True)])
+        values = self._all_values(facts, states)
         for i, layer in enumerate(self.layers):
             if i:
                 keys, states = seen(layer)
@@ -348,6 +390,19 @@ class Memit(Rome):
                 spectrum = self.metric.spectrum(layer.name).to(keys.device)
                 u, delta = ops.least_squares(keys, lacking, spectrum, TINY * self.weight, self.weight)
                 self._add(layer, u, -delta)
+
+
+    def _all_values(self, facts: Sequence[Fact], origins: torch.Tensor) -> torch.Tensor:
+        """[N, n]: those of all facts; a sequence that was cut off has kept what it had found."""
+        turns, found = self.turns if len(facts) > 1 else None, []
+        if turns is not None:
+            _, state = turns.resume([fact.request for fact in facts])
+            found = list(state.get("values", ()))
+        for i in range(len(found), len(facts)):
+            found.append(self.value(facts[i], self.last, origins[i]))
+            if turns is not None and turns.due(i + 1, len(facts)):
+                turns.keep(i + 1, {"values": torch.stack(found)})
+        return torch.stack(found).to(origins.device)
 
 
 class _Rest(NamedTuple):

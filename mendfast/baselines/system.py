@@ -20,6 +20,7 @@ from ..layers import Layer
 from ..objective import Batch, Rows
 from ..requests import EditRequest
 from ..training import Sampler, TrainConfig
+from ..variants import Weights, held_apart
 from .turns import Turns
 
 
@@ -92,6 +93,11 @@ class System(ABC):
     def prepare(self) -> None:  # noqa: B027
         """Make, before the first edit, what all edits need; its time is no edit's."""
 
+    def remembering(self) -> contextlib.AbstractContextManager:
+        """Within the block, in which the model stays as it is but for edits, what edits of the same requests have in
+        common under other rates may be kept."""
+        return contextlib.nullcontext()
+
     # -- for each edit -------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
@@ -122,6 +128,18 @@ class System(ABC):
         """The same for edits that come one after the other; by default what they make together, of a system that is
         meant to be given all of them."""
         return self._edited(requests)
+
+    def written(self) -> Weights | None:
+        """Within an edit, what it has made of the weights of :meth:`changed_layers`; None where that is not all that it
+        changes."""
+        layers = self.changed_layers()
+        if layers is None or not held_apart(layers):
+            return None
+        return {layer.name: self._weight(layer).detach() for layer in layers}
+
+    def _weight(self, layer: Layer) -> torch.Tensor:
+        """A copy of the layer's weight as the edit has it."""
+        return layer.weight.clone()
 
     def predict(self, prompts: Sequence[str]) -> list[str]:
         """Greedy answers of ``subject.model`` as it is now."""

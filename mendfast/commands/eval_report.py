@@ -194,10 +194,11 @@ def rates(result: dict[str, Any]) -> Part | None:
     for row in rows.values():
         chosen = row["chosen"]
         steps = chosen.get("epochs", chosen.get("max_steps", ""))
-        body.append([row["name"], f"{chosen['learning_rate']:g}", str(steps), str(chosen["trials"]),
+        rate = chosen.get("learning_rate", chosen.get("weight"))
+        body.append([row["name"], f"{rate:g}", str(steps), str(chosen["trials"]),
                      str(chosen["edits"]), f"{chosen['seconds']:,.0f}"])  # fmt: skip
     title = "Chosen on validation edits, which are measured in no row:"
-    return title, ["system", "rate", "steps at most", "trials", "edits of each", "seconds"], body
+    return title, ["system", "rate, or weight of C", "steps at most", "trials", "edits of each", "seconds"], body
 
 
 def harness(result: dict[str, Any]) -> Part | None:

@@ -28,7 +28,7 @@ TABLES = {
     ),
     "variants": ("mend", *(key for key, system in SYSTEMS.items() if key.startswith("mend_") and system.fitted)),
     "batched": (
-        "mend", "mend_sum", "malmen", "ultraedit", "ft", "ft_one_layer", "ft_breadth_first", "ft_kl", "enn",
+        "mend", "mend_sum", "malmen", "ultraedit", "ft", "ft_one_layer", "ft_breadth_first", "ft_kl", "memit", "enn",
     ),
     "sequential": (
         "mend", "mend_sum", "malmen", "ultraedit", "ft", "ft_one_layer", "ft_breadth_first", "ft_kl", "enn",
@@ -95,8 +95,8 @@ class EvalSettings(EditorSettings):
     validation: int = field(
         default=4,
         metadata={
-            "help": "edits of --data, measured in no row, that fine-tuning's and UltraEdit's rates and steps are "
-            "chosen on; 0: none, each takes its own default",
+            "help": "edits of --data, measured in no row, that fine-tuning's and UltraEdit's rates and steps and "
+            "MEMIT's weight of C are chosen on; 0: none, each takes its own default",
             "least": 0,
         },
     )

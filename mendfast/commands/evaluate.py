@@ -19,7 +19,8 @@ from rich.console import Console
 from tqdm import tqdm
 
 from ..baselines import SYSTEMS, System, make_system
-from ..baselines.measure import Before, measure, summarise
+from ..baselines.asking import at_once
+from ..baselines.measure import Before, measuring, summarise
 from ..baselines.mend import Mend
 from ..baselines.rome import Rome
 from ..editor import MendEditor
@@ -40,9 +41,10 @@ from .harness import Harness
 from .journal import Journal
 from .lengths import by_length
 from .loading import load_editor
+from .pending import FAILURES, Measuring, Pending
 from .protected import Protected
 from .questions import Questions
-from .rates import Choice, chosen_by
+from .rates import NAMES, Choice, chosen_by
 
 __all__ = ["SEEDS", "EvalSettings", "compare", "evaluate", "measure_group", "tell"]
 
@@ -233,10 +235,14 @@ class _Run:
             mine = range(processes.rank, groups[size], processes.count)
             self.before.expect(prompt for i in mine for prompt in self._said(size, i))
             bar = tqdm(mine, many, disable=None if processes.main else True)
-            for i in bar:
-                if (key, size, i) not in journal:
-                    self._measure(system, size, i)
-                bar.set_postfix(journal.running(key, size))
+            pending = Pending(system, lambda place, row: journal.add({**place, **row}))
+            try:
+                for i in bar:
+                    if (key, size, i) not in journal:
+                        self._measure(system, size, i, pending)
+                    bar.set_postfix(journal.running(key, size))
+            finally:  # an interrupt throws none of them away
+                pending.flush()
         if asks and processes.main:
             group = self._group(self.sizes[-1], 0)
             journal.add_harness(key, self.harness.ask(system, group, in_turn=self.in_turn))
@@ -246,7 +252,7 @@ class _Run:
         kept = self.journal.system(system.key).get("chosen") if self.journal.has_system(system.key) else None
         fixed = tuple(self.settings.options_of(system.key)[0])
         if kept:
-            for name in ("learning_rate", "max_steps", "epochs"):
+            for name in NAMES:
                 if name in kept:
                     setattr(system, name, kept[name])
         elif self.choice is not None and not self.journal.has_system(system.key):
@@ -256,18 +262,16 @@ class _Run:
     def _group(self, size: int, i: int) -> list[Example]:
         return [part for example in self.examples[i * size : (i + 1) * size] for part in example.parts]
 
-    def _measure(self, system: System, size: int, i: int) -> None:
+    def _measure(self, system: System, size: int, i: int, pending: Pending) -> None:
         group, asked = self._group(size, i), self._after(size, i)
         show = self._shown(size, i)
         place = {"system": system.key, "k": size, "group": i}
+        options = {"show": show, "before": self.before, "in_turn": self.in_turn, "part": self._part(size, i)}
         with contextlib.ExitStack() as stack:
             if self.in_turn and self.settings.output:
                 directory = Path(self.settings.output) / "unfinished"
                 stack.enter_context(sequences.kept(system, directory / f"{system.key}-{size}-{i}.safetensors"))
-            row = measure_group(
-                system, group, asked, show=show, before=self.before, in_turn=self.in_turn, part=self._part(size, i)
-            )
-            self.journal.add({**place, **row})
+            pending.add(place, _measuring(system, group, asked, later=not self.in_turn, **options))
 
     def _after(self, size: int, i: int) -> dict[str, Any]:
         """What is asked after a group: the same of all systems."""
@@ -302,6 +306,16 @@ class _Run:
 
 
 def measure_group(
+    system: System, group: Sequence[Example], asked: dict[str, Any], **options: Any
+) -> dict[str, Any]:
+    """One edit by all of ``group`` as a line of the journal; an edit that fails is a line too.
+
+    ``asked``: as :meth:`mendfast.commands.questions.Questions.after` gives it.
+    """
+    return at_once(_measuring(system, group, asked, **options))
+
+
+def _measuring(
     system: System,
     group: Sequence[Example],
     asked: dict[str, Any],
@@ -310,16 +324,13 @@ def measure_group(
     before: Before | None = None,
     in_turn: bool = False,
     part: int | None = None,
-) -> dict[str, Any]:
-    """One edit by all of ``group`` as a line of the journal; an edit that fails is a line too.
-
-    ``asked``: as :meth:`mendfast.commands.questions.Questions.after` gives it.
-    """
+    later: bool = False,
+) -> Measuring:
     first, shown = group[0], _to_show(group, asked)
     asked = dict(asked)
     others = [asked.pop(name) for name in ("rephrasings", "locality", "portability")]
     try:
-        outcome = measure(
+        outcome = yield from measuring(
             system,
             [(example.prompt, example.target) for example in group],
             *others,
@@ -327,9 +338,10 @@ def measure_group(
             before=before,
             in_turn=in_turn,
             part=part,
+            later=later,
             **asked,
         )
-    except (ValueError, RuntimeError, ArithmeticError) as error:  # of the data, of memory: not of the program
+    except FAILURES as error:
         return {"error": f"{type(error).__name__}: {error}"}
     # JSON has no NaN.
     row: dict[str, Any] = {

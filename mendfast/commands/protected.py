@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..baselines import SYSTEMS, make_system
-from ..baselines.rome import WORDS, Rome, as_kept
+from ..baselines.rome import Rome, as_kept, own_texts
 from ..layers import Layer
 from ..metric import Metric, observe
-from ..own_words import own_words
 from ..training.processes import Processes
 from .eval_settings import EvalSettings
 
@@ -34,10 +33,17 @@ class Protected:
         found = self._found.get(words)
         missing = [layer for layer in self._layers(system) if found is None or layer.name not in found.moments]
         if any(layer.name in {own.name for own in system.layers} for layer in missing):
-            subject, main = system.subject, self.processes.main
-            model, bar = subject.model, None if main else False
-            texts = own_words(model, subject.tokenizer, samples=words, chat=subject.chat, progress=bar, **WORDS)
-            seen = as_kept(observe(model, missing, texts, progress=bar))
+            main = self.processes.main
+            bar = None if main else False
+            mine = own_texts(system.subject, words, part=self.processes.rank, of=self.processes.count, progress=bar)
+            model = system.subject.model
+            own = Metric.empty(missing, model.config.model_type)
+            if mine:
+                own = observe(model, missing, mine, progress=bar)
+            first, *others = self.processes.objects(own)
+            for other in others:
+                first.merge(other)
+            seen = as_kept(first)
             moments = {**(found.moments if found else {}), **seen.moments}
             self._found[words] = Metric(moments, seen.model_type, seen.tokens)
             if path is not None and main:

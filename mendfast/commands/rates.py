@@ -14,6 +14,7 @@ from tqdm import tqdm
 from ..baselines import System
 from ..baselines.fine_tuning import FineTuning, FineTuningBreadthFirst
 from ..baselines.measure import Before
+from ..baselines.rome import Memit
 from ..baselines.ultraedit import UltraEdit
 from ..generation import follow
 from ..metrics import tell
@@ -26,20 +27,26 @@ TRIALS = 6
 RATES = {
     FineTuning: (1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
     UltraEdit: (1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2),
+    Memit: (1.0, 10.0, 100.0, 1e3, 1e4),
 }
+"""Of MEMIT the weight of C."""
+NAMES = ("learning_rate", "weight", "max_steps", "epochs")
+"""Of what may be chosen."""
 OTHERS, ANSWERED = 8, 16
 """Unrelated questions after each edit, and the tokens of their answers that must stay."""
 HALVED = 4
 """Validation edits from which on not all rates are tried on all of them."""
 
 
-def chosen_by(kind: type[System], fixed: Sequence[str] = ()) -> tuple[tuple[float, ...], str | None]:
-    """The rates that a kind of system may take, and the name of its steps; none of what is ``fixed``."""
+def chosen_by(kind: type[System], fixed: Sequence[str] = ()) -> tuple[list[dict[str, float]], str | None]:
+    """The rates that a kind of system may take, each with its name, and the name of its steps; none of what is
+    ``fixed``."""
+    name = "weight" if issubclass(kind, Memit) else "learning_rate"
     rates = next((found for base, found in RATES.items() if issubclass(kind, base)), ())
     steps = None
     if issubclass(kind, FineTuning):
         steps = "epochs" if issubclass(kind, FineTuningBreadthFirst) else "max_steps"
-    return () if "learning_rate" in fixed else rates, None if steps in fixed else steps
+    return [] if name in fixed else [{name: rate} for rate in rates], None if steps in fixed else steps
 
 
 @dataclass
@@ -104,14 +111,14 @@ class Choice:
 
     def choose(self, system: System, before: Before, fixed: Sequence[str] = ()) -> dict[str, Any] | None:
         """Set ``system``'s rate and steps; what was chosen, and what that took. None where there is nothing to."""
-        rates, steps = chosen_by(type(system), fixed)
-        trials: list[dict[str, Any]] = [{"learning_rate": rate} for rate in rates]
+        trials, steps = chosen_by(type(system), fixed)
         if not trials and not steps:
             return None
         started = time.perf_counter()
-        own = {"learning_rate": system.learning_rate} | ({steps: getattr(system, steps)} if steps else {})
+        given = [*chosen_by(type(system))[0][0], *([steps] if steps else [])]
+        own = {name: getattr(system, name) for name in given}
         bar = tqdm(total=TRIALS, desc=f"{system.name}, rates", disable=None if self.processes.main else True)
-        with bar:
+        with bar, system.remembering():
             found, tally, tried = self._best(system, before, [own | trial for trial in trials or [{}]], bar)
             if steps and getattr(system, steps) >= 4:
                 fewer = {**found, steps: getattr(system, steps) // 4}
