@@ -22,7 +22,7 @@ UNITS = {torch.bfloat16: ("avx512_bf16", "amx_bf16"), torch.float16: ("avx512_fp
 @functools.cache
 def has_units(dtype: torch.dtype) -> bool:
     """Whether this CPU multiplies matrices of that dtype itself."""
-    found = getattr(torch.cpu, "get_capabilities", dict)()
+    found: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
     return dtype not in UNITS or any(found.get(name) for name in UNITS[dtype])
 
 
