@@ -252,7 +252,8 @@ def _generate(
     shared = shared_start(model, rows) if causal else 0
     # where the prompts' keys are known, they stand before all that is to be read, which is a token at least
     stem = [row[: min(stems[place], len(row) - 1)] for row, (_, _, place) in zip(rows, batch, strict=True)]
-    known = keys is not None and bool(keys.blocks) and 0 < shared < min(map(len, stem))
+    known_to = sorted(map(len, stem))
+    known = keys is not None and bool(keys.blocks) and 0 < shared <= known_to[0] and shared < known_to[-1]
     if known:
         parts = padded(stem, pad, behind=shared), padded(
             [row[len(start) :] for row, start in zip(rows, stem, strict=True)], pad, behind=0
