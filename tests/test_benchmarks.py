@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -265,3 +267,14 @@ def test_the_table_of_the_real_model_decides_and_hides_no_loss():
 def test_the_tables_pages_hold_what_the_files_say(capsys):
     assert tables.load()
     assert tables.main(["--check"]) == 0, capsys.readouterr().out
+
+
+def test_seven_billion_parameters_in_small(tmp_path):
+    """Made, edited in 16 bits, trained from the disk: each in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.seven_billion", str(tmp_path / "model"), "--small"]
+    chosen = ["--only", "edit-16bit", "train-offload", "--results", str(tmp_path / "rows.json")]
+    done = subprocess.run([*command, *chosen], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    edited, trained = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert edited["edit seconds"] > 0 and trained["step seconds"] > 0 and trained["prefill seconds"] > 0
+    assert 0.1 < edited["peak GiB"] < 2 and f"peak GiB {trained['peak GiB']:.2f}" in done.stdout

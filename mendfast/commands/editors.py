@@ -52,14 +52,14 @@ EDITOR = MendConfig(
     protection=60.0,
 )
 TRAINING = TrainConfig(
-    steps=480,
+    steps=320,
     batch_size=8,
     joint=[1, 1, 1, 8, 8, 8, 32, 96],
     learning_rate=1e-3,
     alpha_learning_rate=2e-2,
     calibrate=True,
     warmup=10,
-    c_loc=24.0,
+    c_loc=60.0,
     c_loc_decay=0.75,
     validate_every=80,
     validation_size=24,
@@ -70,7 +70,7 @@ TRAINING = TrainConfig(
 )
 _MARK = "mendfast-was-here"
 WORDS, BEGINNING = 40, 8  # of a piece of running text; how many of them stand for its prompt
-PROTECTED, PIECES = 3000, 240  # questions, and pieces of running text
+PROTECTED, PIECES = 3000, 2240  # questions, and pieces of running text
 EDITABLE, WORDINGS = 1500, 2  # facts that edits are drawn from, so that their texts come back; wordings of each
 SAMPLED = 128  # conversations of the model with itself
 
