@@ -289,3 +289,21 @@ def test_locality_weighs_less_of_many_edits(base, decay):
         ((loss, parts),) = learner.losses(FactSampler(facts()).draw(0, 4), config, joint)
         expected = config.c_edit * parts["l_edit"] + 3.0 * joint**-decay * parts["l_loc"]
         assert float(parts["l_loc"]) > 0 and loss.item() == pytest.approx(float(expected), rel=1e-5)
+
+
+@pytest.mark.parametrize("loc", [1, 2, 3])
+def test_all_kinds_of_neighbours_are_drawn(loc):
+    """However few each edit has: what is nearest to an edit is what it disturbs first."""
+    items, people, relations, count = facts(), 0, 0, 0
+    of_wording = {wording: item for item in items for wording in item.wordings}
+    sampler = FactSampler(items, loc=loc)
+    for step in range(100):
+        draw = sampler.draw(step, 4)
+        for i, (prompt, _) in enumerate(draw.inner):
+            item = of_wording[prompt]
+            for other, _ in draw.loc[i * loc : (i + 1) * loc]:
+                people += of_wording[other].entity == item.entity
+                relations += of_wording[other].relation == item.relation
+                count += 1
+    by_chance = 1 / 3 / len(WORDINGS)  # by the third that may be any fact
+    assert people / count > 0.28 and relations / count > 0.28 + by_chance / 2

@@ -108,7 +108,8 @@ class FactSampler:
     Args:
         items: the facts to edit.
         outer: rephrased questions per edit, in other wordings than the edited one where there are others.
-        loc: neighbours per edit: in turn any fact, one of the same entity, one of the same relation.
+        loc: neighbours per edit: in turn any fact, one of the same entity, one of the same relation; of fewer than
+            three it is drawn which.
         neighbours: the facts that neighbours come from; ``items`` by default.
         include_inner: the edited question itself is trained for too, with this probability each draw.
         targets: so many other answers, of each fact always the same ones, are all that an edit of it may name: its
@@ -161,6 +162,8 @@ class FactSampler:
     def fingerprint(self) -> str:
         how = (self.outer, self.loc, self.include_inner, self.targets, self.seed)
         more = [(self.implied, [item.implied for item in self.items])] if self.implied else []
+        if self.loc < 3:  # a run that was begun when these were always of the first kinds is another one
+            more.append(("kinds drawn", []))
         return digest(self.items, self.neighbours, how, *more)
 
     def draw(self, step: int, size: int) -> Draw:
@@ -177,7 +180,7 @@ class FactSampler:
                 outer.append((wording if rng.random() < self.include_inner else rng.choice(others), target))
             if follows is not None:
                 outer.append(follows[1])
-            for i in range(self.loc):
+            for i in range(self.loc) if self.loc >= 3 else rng.sample(range(3), self.loc):
                 neighbour = self._neighbour(rng, item, i)
                 loc.append((rng.choice(neighbour.wordings), neighbour.answer))
         return Draw(inner, outer, loc)
