@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from .capture import ended_after, frozen, replaced_forwards, undone
+from .capture import ended_after, replaced_forwards
 from .choice import frozen_ends, stacks
 from .labels import collate
-from .layers import Layer, execution_device
-from .objective import model_kind, to_device
+from .layers import Layer
+from .objective import model_kind
+from .shared_prefix import run_to
 
 log = logging.getLogger("mendfast")
 
@@ -112,18 +113,8 @@ class PromptKeys:
             examples = [{"input_ids": list(p), "attention_mask": [1] * len(p), "labels": list(p)} for p in some]
             batch = collate(examples, pad_token_id=0, encoder_decoder=False)
             batch.pop("labels")
-            seen: list[Any] = []
             past = DynamicCache(config=self.model.config)
-            name = "cache" if "cache" in inspect.signature(self.model.forward).parameters else "past_key_values"
-            with torch.inference_mode(False), frozen(self.model), undone() as changes:
-                changes.hook(self.blocks[-1], lambda module, args, output, seen=seen: seen.append(output))
-                placed = to_device(batch, execution_device(self.model.get_input_embeddings()))
-                with ended_after(self.blocks[-1]):
-                    self.model(**placed, **{name: past}, use_cache=True)
-            (output,) = seen
-            states, self._tail = (output, None) if isinstance(output, torch.Tensor) else (output[0], output[1:])
-            if any(part is not None for part in self._tail or ()):
-                raise ValueError("its blocks give more than hidden states")
+            states, self._tail = run_to(self.model, self.blocks[-1], batch, past)
             for i, prompt in enumerate(some):
                 sides = (
                     [getattr(past.layers[j], side)[i, :, : len(prompt)].cpu().clone() for j in range(len(self.blocks))]

@@ -91,26 +91,34 @@ class SharedPrefix:
         states, _ = self._run(rest, past)
         return torch.cat([self._states.expand(count, -1, -1), states], dim=1)
 
-    @torch.no_grad()
     def _run(self, batch: Batch, past: Any) -> tuple[torch.Tensor, tuple | None]:
-        """The last frozen block's states, and what it gives beside them; ``past`` then holds the tokens too."""
-        seen: list[Any] = []
+        return run_to(self._model, self._blocks[-1], batch, past)
 
-        def keep(module: nn.Module, args: tuple, output: object) -> None:
-            seen.append(output)
 
-        last = self._blocks[-1]
-        with torch.inference_mode(False), frozen(self._model), undone() as changes:
-            changes.hook(last, keep)  # before the one that ends the pass
-            placed = to_device(batch, execution_device(self._model.get_input_embeddings()))
-            name = "cache" if "cache" in inspect.signature(self._model.forward).parameters else "past_key_values"
-            with ended_after(last):
-                self._model(**placed, **{name: past}, use_cache=past is not None)
-        (output,) = seen
-        states, tail = (output, None) if isinstance(output, torch.Tensor) else (output[0], tuple(output[1:]))
-        if any(part is not None for part in tail or ()):
-            raise ValueError("its blocks give more than hidden states")
-        return states, tail
+@torch.no_grad()
+def run_to(model: nn.Module, last: nn.Module, batch: Batch, past: Any) -> tuple[torch.Tensor, tuple | None]:
+    """The states that the block ``last`` gives, and what beside them; ``past``, a cache of keys and values or None,
+    then holds the batch's tokens too.
+
+    Raises:
+        ValueError: it gives more than hidden states.
+    """
+    seen: list[Any] = []
+
+    def keep(module: nn.Module, args: tuple, output: object) -> None:
+        seen.append(output)
+
+    with torch.inference_mode(False), frozen(model), undone() as changes:
+        changes.hook(last, keep)  # before the one that ends the pass
+        placed = to_device(batch, execution_device(model.get_input_embeddings()))
+        name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+        with ended_after(last):
+            model(**placed, **{name: past}, use_cache=past is not None)
+    (output,) = seen
+    states, tail = (output, None) if isinstance(output, torch.Tensor) else (output[0], tuple(output[1:]))
+    if any(part is not None for part in tail or ()):
+        raise ValueError("its blocks give more than hidden states")
+    return states, tail
 
 
 # -- in generation -------------------------------------------------------------------------------------------

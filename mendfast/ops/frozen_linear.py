@@ -16,29 +16,23 @@ from . import few_rows, widened
 
 
 class _FrozenProduct(torch.autograd.Function):
+    """x @ w + bias by one product, and the gradient of x by another, grad @ w.T."""
+
     @staticmethod
-    def forward(ctx, x, w, bias):
+    def forward(ctx, x, w, bias, product, transposed):
         ctx.save_for_backward(w)
-        return few_rows.kernel_mm(x, w, bias)
+        ctx.transposed = transposed
+        return product(x, w, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         (w,) = ctx.saved_tensors
-        return few_rows.mm(grad, w.T), None, None
+        return ctx.transposed(grad, w), None, None, None, None
 
 
-class _WidenedProduct(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, w, bias):
-        ctx.save_for_backward(w)
-        return widened.mm(x, w, bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        (w,) = ctx.saved_tensors
-        return widened.mm_transposed(grad, w), None, None
+def _few_transposed(grad: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    return few_rows.mm(grad, w.T)
 
 
 def forward(layer: nn.Module, *args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
@@ -49,12 +43,15 @@ def forward(layer: nn.Module, *args: torch.Tensor, **kwargs: torch.Tensor) -> to
         if plain(x, *parameters) and x.dim() and not any(p.requires_grad for p in parameters):
             w = weight.T if isinstance(layer, nn.Linear) else weight
             rows = x.reshape(-1, x.shape[-1])
+            products: tuple[Callable, Callable] | None = None
             if few_rows.served(rows, w, bias):
+                products = few_rows.kernel_mm, _few_transposed
+            elif widened.served(rows, w, bias):
+                products = widened.mm, widened.mm_transposed
+            if products is not None:
                 differentiable = x.requires_grad and torch.is_grad_enabled()
-                y = _FrozenProduct.apply(rows, w, bias) if differentiable else few_rows.kernel_mm(rows, w, bias)
+                y = _FrozenProduct.apply(rows, w, bias, *products) if differentiable else products[0](rows, w, bias)
                 return y.view(*x.shape[:-1], -1)
-            if widened.served(rows, w, bias):
-                return _WidenedProduct.apply(rows, w, bias).view(*x.shape[:-1], -1)
     return type(layer).forward(layer, *args, **kwargs)
 
 
