@@ -36,4 +36,26 @@ def row_stride(x: torch.Tensor) -> int:
     return max(x.stride(0), x.shape[1]) if x.shape[0] == 1 else x.stride(0)
 
 
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def direct(op: str, backend: str | None, *tensors: torch.Tensor) -> bool:
+    """Whether ``op`` may go to its kernel without PyTorch's dispatcher, which takes longer than a small call.
+
+    The CPU's backend was chosen before, the tensors are PyTorch's own, strided and on the CPU, and nobody records or
+    transforms what is done. Not to be asked by a compiler.
+    """
+    return (
+        backends.settled(op, "cpu", "cpu", backend)
+        and all(type(x) in _PLAIN and x.is_cpu and x.layout is torch.strided and not x.is_neg() for x in tensors)
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and not torch._C._is_tracing()
+    )
+
+
+def kind_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 backends.MISSING["cpu"] = lambda: problem()
