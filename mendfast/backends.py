@@ -70,8 +70,8 @@ _logged: set[tuple[str, str, str]] = set()
 def backend(name: str, *ops: str) -> Iterator[None]:
     """Within the block ``ops``, or every op if none is named, take backend ``name``, one of :data:`NAMES`.
 
-    No op has every backend: "cuda" is of rank1_update_ alone, "cpu" of editor_mlp and the linear layers of a frozen
-    model. ``with mendfast.backend("cuda", "rank1_update_"):`` leaves the other ops as they were.
+    No op has every backend: "cuda" is of rank1_update_ alone, and token_nll has no "cpu".
+    ``with mendfast.backend("cuda", "rank1_update_"):`` leaves the other ops as they were.
     """
     global _override
     _check(name)
@@ -108,7 +108,12 @@ def refusal(op: str, name: str, place: Place, dtypes: Sequence[torch.dtype] = ()
 
 
 def _interpreted(name: str) -> bool:
-    return name == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    return name == "triton" and _environment("TRITON_INTERPRET") == "1"
+
+
+def _environment(name: str) -> str | None:
+    # to ask for what is missing raises and catches, which takes longer
+    return os.environ[name] if name in os.environ else None
 
 
 def _elsewhere(name: str, serves: Serves, place: Place) -> bool:
@@ -218,7 +223,7 @@ def explain(device: torch.device, dtypes: Sequence[torch.dtype] = ()) -> list[di
 
 def ambient(op: str) -> str:
     """The choice for ``op`` where its ``backend`` argument makes none."""
-    return _override.get(op) or _override.get(None) or os.environ.get("MENDFAST_BACKEND") or "auto"
+    return _override.get(op) or _override.get(None) or _environment("MENDFAST_BACKEND") or "auto"
 
 
 def _triton_missing() -> str | None:

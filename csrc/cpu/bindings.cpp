@@ -126,6 +126,8 @@ bool apart(const std::vector<mendfast::OuterUpdate>& updates, int64_t size) {
   return true;
 }
 
+constexpr size_t MOST_KEPT = size_t{1} << 22;  // floats of factors in between; more are given back
+
 bool outer_update(const std::vector<Update>& given, const std::string& kind_name, bool stochastic, bool check_memory,
                   bool check_factors, int threads) {
   serve("outer_update", threads);
@@ -139,8 +141,11 @@ bool outer_update(const std::vector<Update>& given, const std::string& kind_name
   if (check_factors)
     for (const auto& each : updates)
       if (!mendfast::finite_factors(each)) return false;
-  for (const auto& each : updates)
-    mendfast::outer_update(each, kind, stochastic, scratch_of(mendfast::outer_update_scratch(each)), threads);
+  for (const auto& each : updates) {
+    const auto size = static_cast<size_t>(mendfast::outer_update_scratch(each));
+    const std::unique_ptr<float[]> own(size > MOST_KEPT ? new float[size] : nullptr);
+    mendfast::outer_update(each, kind, stochastic, own ? own.get() : scratch_of(size), threads);
+  }
   return true;
 }
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from .. import backends
@@ -45,16 +47,20 @@ def direct(op: str, backend: str | None, *tensors: torch.Tensor) -> bool:
     The CPU's backend was chosen before, the tensors are PyTorch's own, strided and on the CPU, and nobody records or
     transforms what is done. Not to be asked by a compiler.
     """
+    for x in tensors:
+        if not (type(x) in _PLAIN and x.is_cpu and x.layout is torch.strided and not x.is_neg()):
+            return False
     return (
         backends.settled(op, "cpu", "cpu", backend)
-        and all(type(x) in _PLAIN and x.is_cpu and x.layout is torch.strided and not x.is_neg() for x in tensors)
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
         and not torch._C._is_tracing()
     )
 
 
+@functools.cache
 def kind_of(dtype: torch.dtype) -> str:
+    """The dtype's name, as the extensions take it."""
     return str(dtype).removeprefix("torch.")
 
 

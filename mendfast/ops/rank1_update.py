@@ -23,9 +23,9 @@ LAYOUTS = ("out_in", "in_out")
 ROUNDINGS = ("nearest", "stochastic")
 CHUNK_BYTES = 16 * 2**20
 """The float32 copy of a part of a 16-bit weight that the PyTorch backend works on at a time."""
-MOST_TERMS = 192
-"""What the CPU's kernel takes; from about as many on PyTorch's product is as fast."""
-_KERNEL = (torch.float32, torch.bfloat16, torch.float16)
+MOST_TERMS = {torch.float32: 96, torch.bfloat16: 1000, torch.float16: 1000}
+"""By the weight's dtype: from about as many on PyTorch's product is faster than the CPU's kernel, though it takes a
+float32 copy of a 16-bit weight."""
 _SIXTEEN = (torch.bfloat16, torch.float16)
 _SERVED = (torch.float32, *_SIXTEEN, torch.float64)
 
@@ -382,8 +382,10 @@ def _groups(matrices: Sequence[_Matrix]) -> Iterator[tuple[torch.device, torch.d
 
 
 def _kernel_serves(weight, u, stochastic: bool) -> bool:
-    """Whether the CPU's kernel takes the matrix; PyTorch's product is the faster one for many terms."""
-    return weight.dtype in _KERNEL and len(u) <= MOST_TERMS and not (stochastic and weight.dtype == torch.float16)
+    """Whether the CPU's kernel takes the matrix, and is the faster way."""
+    if weight.dtype == torch.bfloat16 and stochastic:
+        return True
+    return len(u) <= MOST_TERMS.get(weight.dtype, 0) and not (stochastic and weight.dtype == torch.float16)
 
 
 def _kernel_checks(weights, us, alphas, stochastic: bool) -> bool:
