@@ -87,9 +87,10 @@ using Update = std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t, int64_t, i
                           int64_t, int64_t, int64_t, double, uint64_t>;
 
 mendfast::OuterUpdate outer_update_of(const Update& given) {
-  const auto [from, to, left, right, from_stride, to_stride, left_term, left_row, right_stride, rows, cols, terms, alpha,
-              seed] = given;
-  if (rows < 1 || cols < 1 || terms < 1) throw py::value_error("outer_update: rows, cols and terms must be at least 1.");
+  const auto [from, to, left, right, from_stride, to_stride, left_term, left_row, right_stride, rows, cols, terms,
+              alpha, seed] = given;
+  if (rows < 1 || cols < 1 || terms < 1)
+    throw py::value_error("outer_update: rows, cols and terms must be at least 1.");
   if (from_stride < cols || to_stride < cols || right_stride < cols)
     throw py::value_error("outer_update: a stride is less than its row is long.");
   if (!(left_row == 1 && left_term >= rows) && !(left_term == 1 && left_row >= terms))
@@ -191,8 +192,8 @@ int64_t running_stats(uintptr_t rows, int64_t stride, uintptr_t mask, uintptr_t 
   if (count < 1 || width < 0 || stride < width)
     throw py::value_error("running_stats: there must be rows, and a stride must not be less than a row is long.");
   if (width > 0 && (rows == 0 || mean == 0 || m2 == 0)) throw py::value_error("running_stats: a pointer is null.");
-  const mendfast::Chunk chunk = {reinterpret_cast<const float*>(rows), reinterpret_cast<const bool*>(mask), count, width,
-                                 stride};
+  const mendfast::Chunk chunk = {reinterpret_cast<const float*>(rows), reinterpret_cast<const bool*>(mask), count,
+                                 width, stride};
   const py::gil_scoped_release release;
   const int64_t kept = mendfast::kept_rows(chunk);
   if (kept == 0) return 0;
@@ -225,23 +226,24 @@ PYBIND11_MODULE(_cpu, module) {
   module.def("outer_update", &outer_update, py::arg("updates"), py::arg("kind"), py::arg("stochastic"),
              py::arg("check_memory"), py::arg("check_factors"), py::arg("threads"),
              "to [rows, cols] = from - alpha sum over terms of left [term, row] right [term, col], of each update.\n\n"
-             "(from, to, left, right, from_stride, to_stride, left_term, left_row, right_stride, rows, cols, terms, alpha,"
-             " seed), addresses and strides in elements; from and to are of a kind (\"float32\", \"bfloat16\", "
-             "\"float16\"), the factors float32. False, and nothing is written, with check_memory where what is written "
-             "crosses other memory, with check_factors where a factor is NaN or infinite. Raises ValueError before anything is written.");
+             "(from, to, left, right, from_stride, to_stride, left_term, left_row, right_stride, rows, cols, terms, "
+             "alpha, seed), addresses and strides in elements; from and to are of a kind (\"float32\", \"bfloat16\", "
+             "\"float16\"), the factors float32. False, and nothing is written, with check_memory where what is "
+             "written crosses other memory, with check_factors where a factor is NaN or infinite. Raises ValueError "
+             "before anything is written.");
   module.def("kl_forward", &kl_forward, py::arg("base"), py::arg("edited"), py::arg("keep"), py::arg("kl"),
              py::arg("lse_base"), py::arg("lse_edited"), py::arg("batch"), py::arg("length"), py::arg("vocabulary"),
              py::arg("threads"),
-             "KL(softmax(base) || softmax(edited)) and both log-sum-exps, float32 [batch, length].\n\nLogits are (address, "
-             "stride from sample to sample, from position to position, kind), the vocabulary contiguous; keep [batch, "
-             "length] bool. Raises ValueError before anything is written.");
+             "KL(softmax(base) || softmax(edited)) and both log-sum-exps, float32 [batch, length].\n\nLogits are "
+             "(address, stride from sample to sample, from position to position, kind), the vocabulary contiguous; keep "
+             "[batch, length] bool. Raises ValueError before anything is written.");
   module.def("kl_backward", &kl_backward, py::arg("base"), py::arg("edited"), py::arg("keep"), py::arg("grad"),
              py::arg("lse_base"), py::arg("lse_edited"), py::arg("out"), py::arg("batch"), py::arg("length"),
              py::arg("vocabulary"), py::arg("threads"),
-             "out [batch, length, vocabulary], of edited's kind: its gradient, grad [batch, length] times (softmax(edited) "
-             "- softmax(base)). Arguments as kl_forward's.");
+             "out [batch, length, vocabulary], of edited's kind: its gradient, grad [batch, length] times "
+             "(softmax(edited) - softmax(base)). Arguments as kl_forward's.");
   module.def("running_stats", &running_stats, py::arg("rows"), py::arg("stride"), py::arg("mask"), py::arg("mean"),
              py::arg("m2"), py::arg("before"), py::arg("count"), py::arg("width"), py::arg("wide"), py::arg("threads"),
-             "Merge rows [count, width], float32, into mean and m2 [width] of ``before`` rows, in place; how many rows the "
-             "mask (0: all) keeps. wide: mean and m2 are float64. Raises ValueError before anything is written.");
+             "Merge rows [count, width], float32, into mean and m2 [width] of ``before`` rows, in place; how many rows "
+             "the mask (0: all) keeps. wide: mean and m2 are float64. Raises ValueError before anything is written.");
 }

@@ -1,5 +1,5 @@
-// A row at a time, in pieces that stay in the first cache: the largest logits, then all sums; the row is still in a near
-// cache for them. Each piece is summed in float32 and added up in float64.
+// A row at a time, in pieces that stay in the first cache: the largest logits, then all sums; the row is still in a
+// near cache for them. Each piece is summed in float32 and added up in float64.
 #include "kl_divergence.h"
 
 #include <omp.h>

@@ -1,5 +1,6 @@
-// The matrix is read and written once, a tile of TALL x WIDE elements at a time, whose sums stay in registers while they
-// go through the terms. Rows of tiles follow memory. Factors are copied first into the order in which tiles ask for them.
+// The matrix is read and written once, a tile of TALL x WIDE elements at a time, whose sums stay in registers while
+// they go through the terms. Rows of tiles follow memory. Factors are copied first into the order in which tiles ask
+// for them.
 #include "outer_update.h"
 
 #include <omp.h>

@@ -1,6 +1,6 @@
 // One pass: differences from the chunk's first kept row, x_0, and their squares are summed in float64. With n rows the
-// squares are sum (x - mean)^2 + n (mean - x_0)^2, and the second term is at most n times the first, in which x_0 is one
-// of the rows: what is subtracted costs no more than a factor of n of float64's rounding.
+// squares are sum (x - mean)^2 + n (mean - x_0)^2, and the second term is at most n times the first, in which x_0 is
+// one of the rows: what is subtracted costs no more than a factor of n + 1 of float64's rounding.
 #include "running_stats.h"
 
 #include <omp.h>

@@ -9,6 +9,9 @@ import torch
 from .. import backends
 
 
+KERNELS = ("few_rows", "linear_nll", "outer_update", "kl_forward", "kl_backward", "running_stats")
+
+
 def _problem() -> str | None:
     try:
         from .. import _cpu
@@ -17,6 +20,8 @@ def _problem() -> str | None:
 
         reason = build_info("cpu")["reason"]
         return str(reason or f"the CPU extension can't be loaded ({error}); install mendfast again")
+    if not all(hasattr(_cpu, kernel) for kernel in KERNELS):
+        return "the CPU extension is older than the package; install mendfast again"
     return _cpu.problem() or None
 
 

@@ -122,7 +122,9 @@ def _aten_fwd(y, x, u, delta, alpha, scale):
 
 def _kernel_serves(y, x, u, delta) -> bool:
     some = y.numel() > 0 and x.numel() > 0 and 0 < u.shape[-2] <= MOST_TERMS.get(y.dtype, 0)
-    return some and y.device.type == "cpu" and u.dtype != torch.float64 and not fewer_through_weight(x, u, delta.shape[-1])
+    if not some or y.device.type != "cpu" or u.dtype == torch.float64:
+        return False
+    return not fewer_through_weight(x, u, delta.shape[-1])
 
 
 def _kernel_fwd(y, x, u, delta, alpha, scale):

@@ -136,8 +136,10 @@ def rank1_update_group_(
 
 
 def _at_once(weights, us, deltas, alphas, layouts, rounding, seed, backend) -> bool:
-    """Contiguous float32 factors of weights of one dtype, by the CPU's kernel and past PyTorch's dispatcher, which takes
-    as long as a small update. False, and nothing is written, where anything has to be looked at more closely."""
+    """Contiguous float32 factors of weights of one dtype, by the CPU's kernel and past PyTorch's dispatcher.
+
+    False, and nothing is written, where anything has to be looked at more closely.
+    """
     if not (0 < len(weights) == len(us) == len(deltas) == len(alphas) == len(layouts or weights)):
         return False
     if not (rounding in ROUNDINGS and isinstance(seed, int) and 0 <= seed < 2**63 - len(weights)):
