@@ -8,7 +8,6 @@ import torch
 
 from .. import backends
 
-
 KERNELS = ("few_rows", "linear_nll", "outer_update", "kl_forward", "kl_backward", "running_stats")
 
 

@@ -17,7 +17,7 @@ from ._cpu_extension import direct, kind_of, row_stride
 try:
     from .. import _cpu
 except ImportError:  # then the backend is never chosen
-    _cpu = None  # type: ignore[assignment]
+    _cpu = None
 
 LAYOUTS = ("out_in", "in_out")
 ROUNDINGS = ("nearest", "stochastic")
