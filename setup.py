@@ -36,7 +36,7 @@ NVCC_FLAGS = [
     "-Xptxas=-v,-warn-spills",
 ]
 CXX_FLAGS = ["-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
-KERNEL_FLAGS = ["-O3", "-mavx2", "-mfma", "-fopenmp"]
+KERNEL_FLAGS = ["-O3", "-mavx2", "-mfma", "-mf16c", "-fopenmp"]
 MODULES = {"cuda": "_C", "cpu": "_cpu"}
 
 # What the compilers say is kept for the record: registers, spills, warnings.

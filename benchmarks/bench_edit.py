@@ -38,8 +38,14 @@ def weights_of(editor) -> list[torch.Tensor]:
     return [layer.weight.detach().clone() for layer in editor.layers]
 
 
-def naive_edit(editor, tokens: dict) -> None:
-    """Algorithm 2 for each edit, one after the other, and the sum of the full updates written into the weights."""
+def naive_edit(editor, tokens: dict, freeze_below: bool = False) -> None:
+    """Algorithm 2 for each edit, one after the other, and the sum of the full updates written into the weights.
+
+    ``freeze_below``: within :func:`benchmarks.naive_mend.frozen_below`.
+    """
+    if freeze_below:
+        with naive_mend.frozen_below(editor):
+            return naive_edit(editor, tokens)
     edits = (naive_mend.edited_weights(editor, _one(tokens, i)) for i in range(len(tokens["labels"])))
     total = {name: weight.detach() for name, weight in next(edits).items()}
     for weights in edits:
@@ -74,16 +80,17 @@ def bare_pass(editor, tokens: dict):
 
 
 def check(editor, tokens: dict, tolerance: float = 1e-3) -> None:
-    """The edit's update of every weight is the naive loop's, in float32, relative to its norm."""
+    """The edit's update of every weight is the naive loop's, frozen below or not, in float32, relative to its norm."""
     edit, before = editor.edit_tokens(tokens), weights_of(editor)
-    naive_edit(editor, tokens)
-    naive = [layer.weight.detach() - old for layer, old in zip(editor.layers, before, strict=True)]
-    restore(editor, before)
     edit.apply_(editor.model)
     ours = [layer.weight.detach() - old for layer, old in zip(editor.layers, before, strict=True)]
     edit.revert_(editor.model)
-    error = relative_error(ours, naive)
-    assert error <= tolerance, f"the edit differs from the naive loop's by {error:.1e}, more than {tolerance:.0e}"
+    for freeze_below in (False, True):
+        naive_edit(editor, tokens, freeze_below)
+        naive = [layer.weight.detach() - old for layer, old in zip(editor.layers, before, strict=True)]
+        restore(editor, before)
+        error = relative_error(ours, naive)
+        assert error <= tolerance, f"the edit differs from the naive loop's by {error:.1e}, more than {tolerance:.0e}"
     assert all(torch.equal(layer.weight, old) for layer, old in zip(editor.layers, before, strict=True))
 
 
@@ -122,6 +129,9 @@ def test_end_to_end(contest, case):
     if size <= NAIVE_EDITS[contest.device.type]:
         contestants["naive"] = Contestant(
             lambda tokens: naive_edit(editor, tokens), finish=lambda _: restore(editor, before)
+        )
+        contestants["naive, frozen below"] = Contestant(
+            lambda tokens: naive_edit(editor, tokens, freeze_below=True), finish=lambda _: restore(editor, before)
         )
     if 1 < size <= NAIVE_EDITS[contest.device.type]:
         contestants["one at a time"] = Contestant(one_at_a_time, finish=undo)

@@ -39,11 +39,11 @@ _ANY = Serves()
 TABLE: dict[str, dict[str, Serves]] = {
     "editor_mlp": {"triton": _CUDA, "cpu": _CPU, "aten": _ANY, "reference": _ANY},
     "frozen_linear": {"cpu": _CPU, "aten": _ANY, "reference": _ANY},
-    "kl_divergence": {"triton": _CUDA, "aten": _ANY, "reference": _ANY},
+    "kl_divergence": {"triton": _CUDA, "cpu": _CPU, "aten": _ANY, "reference": _ANY},
     "least_squares": {"aten": _ANY, "reference": _ANY},
-    "lowrank_linear": {"triton": _CUDA, "aten": _ANY, "reference": _ANY},
-    "rank1_update_": {"cuda": _CUDA, "triton": _CUDA, "aten": _ANY, "reference": _ANY},
-    "running_stats_": {"triton": _CUDA, "aten": _ANY, "reference": _ANY},
+    "lowrank_linear": {"triton": _CUDA, "cpu": _CPU, "aten": _ANY, "reference": _ANY},
+    "rank1_update_": {"cuda": _CUDA, "triton": _CUDA, "cpu": _CPU, "aten": _ANY, "reference": _ANY},
+    "running_stats_": {"triton": _CUDA, "cpu": _CPU, "aten": _ANY, "reference": _ANY},
     "token_nll": {"triton": _CUDA, "aten": _ANY, "reference": _ANY},
 }
 """Of every op its backends, best first, and what they take. Linear layers of a frozen model, with the loss under a
@@ -70,8 +70,8 @@ _logged: set[tuple[str, str, str]] = set()
 def backend(name: str, *ops: str) -> Iterator[None]:
     """Within the block ``ops``, or every op if none is named, take backend ``name``, one of :data:`NAMES`.
 
-    No op has every backend: "cuda" is of rank1_update_ alone, "cpu" of editor_mlp and the linear layers of a frozen
-    model. ``with mendfast.backend("cuda", "rank1_update_"):`` leaves the other ops as they were.
+    No op has every backend: "cuda" is of rank1_update_ alone, and token_nll has no "cpu".
+    ``with mendfast.backend("cuda", "rank1_update_"):`` leaves the other ops as they were.
     """
     global _override
     _check(name)
@@ -89,8 +89,8 @@ def backend(name: str, *ops: str) -> Iterator[None]:
 def refusal(op: str, name: str, place: Place, dtypes: Sequence[torch.dtype] = ()) -> str | None:
     """Why backend ``name`` of ``op`` can't serve these dtypes there, or None. What is installed is not asked."""
     serves = TABLE[op][name]
-    interpreted = name == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
-    if serves.devices and place.device not in serves.devices and not interpreted:
+    interpreted = _interpreted(name)
+    if _elsewhere(name, serves, place):
         what, where = {
             "cuda": ("the CUDA extension runs", "CUDA devices"),
             "cpu": ("the CPU extension runs", "CPUs"),
@@ -105,6 +105,19 @@ def refusal(op: str, name: str, place: Place, dtypes: Sequence[torch.dtype] = ()
             have, needed = (".".join(map(str, c)) for c in (place.capability, serves.capability))
             return f"it needs compute capability {needed} or newer, and this is {have}"
     return _refused_dtypes(serves, dtypes)
+
+
+def _interpreted(name: str) -> bool:
+    return name == "triton" and _environment("TRITON_INTERPRET") == "1"
+
+
+def _environment(name: str) -> str | None:
+    # to ask for what is missing raises and catches, which takes longer
+    return os.environ[name] if name in os.environ else None
+
+
+def _elsewhere(name: str, serves: Serves, place: Place) -> bool:
+    return bool(serves.devices) and place.device not in serves.devices and not _interpreted(name)
 
 
 def _refused_dtypes(serves: Serves, dtypes: Sequence[torch.dtype]) -> str | None:
@@ -154,7 +167,8 @@ def choose(
     row = TABLE[op]
     name = _check(explicit or ambient(op))
     if name == "auto":
-        name = next(b for b in row if probe(op, b, device, dtypes) is None)
+        place = place_of(device)
+        name = next(b for b in row if not _elsewhere(b, row[b], place) and probe(op, b, device, dtypes) is None)
         if (op, device.type, name) not in _logged:
             _logged.add((op, device.type, name))
             log.info("%s on %s: backend %s", op, device.type, name)
@@ -175,6 +189,16 @@ def choose(
             f"{', '.join(served)}."
         )
     return name
+
+
+def settled(op: str, name: str, device: str, explicit: str | None = None) -> bool:
+    """Whether :func:`choose` would take ``name`` on that type of device, for "auto" as it has done before."""
+    asked = explicit or ambient(op)
+    return (
+        (asked == name or asked == "auto" and (op, device, name) in _logged)
+        and _missing(name) is None
+        and not _interpreted("triton")
+    )
 
 
 def preferred(op: str, device: torch.device) -> str:
@@ -199,7 +223,7 @@ def explain(device: torch.device, dtypes: Sequence[torch.dtype] = ()) -> list[di
 
 def ambient(op: str) -> str:
     """The choice for ``op`` where its ``backend`` argument makes none."""
-    return _override.get(op) or _override.get(None) or os.environ.get("MENDFAST_BACKEND") or "auto"
+    return _override.get(op) or _override.get(None) or _environment("MENDFAST_BACKEND") or "auto"
 
 
 def _triton_missing() -> str | None:

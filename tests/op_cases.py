@@ -9,7 +9,12 @@ import pytest
 import torch
 
 from mendfast import reference
+from mendfast.ops._cpu_extension import problem
 from mendfast.types import Block, Stats
+
+CPU = "aten" if problem() else "cpu"
+"""What serves the ops on this CPU that the extension has a kernel for."""
+ON_CPU = (*dict.fromkeys((CPU, "aten")),)
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from op_cases import double, poisoned, tolerance  # noqa: F401
+from op_cases import CPU, ON_CPU, at_threads, double, poisoned, tolerance  # noqa: F401
 
 from mendfast import ops, reference
 
@@ -33,19 +33,51 @@ def check(base, logits, mask, **kwargs):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.parametrize("shape", [(3, 5, 37), (2, 1, 2), (2, 40, 20_000)])
-def test_matches_the_reference(shape, dtype):
-    check(*case(*shape, dtype=dtype), backend="aten")
+@pytest.mark.parametrize("shape", [(3, 5, 37), (2, 1, 2), (1, 3, 1), (3, 2, 1024), (2, 40, 20_000)])
+@pytest.mark.parametrize("backend", ON_CPU)
+def test_matches_the_reference(shape, dtype, backend):
+    check(*case(*shape, dtype=dtype), backend=backend)
 
 
-def test_views_and_integer_masks():
+@pytest.mark.parametrize("backend", ON_CPU)
+def test_views_and_integer_masks(backend):
     base, logits, mask = case(4, 6, 50)
-    check(base[:, :-1], logits.detach()[:, :-1].requires_grad_(), mask[:, 1:].long(), backend="aten")
+    logits = logits.detach()
+    check(base[:, :-1], logits[:, :-1].requires_grad_(), mask[:, 1:].long(), backend=backend)
+    check(base[:1].expand(4, 6, 50), logits.transpose(0, 1).contiguous().transpose(0, 1).requires_grad_(), mask,
+          backend=backend)  # fmt: skip
+    check(base.mT.contiguous().mT, logits.mT.contiguous().mT.requires_grad_(), mask, backend=backend)
 
 
-def test_all_kept():
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.bfloat16), (torch.float16, torch.float32)])
+@pytest.mark.parametrize("backend", ON_CPU)
+def test_models_of_two_dtypes(dtypes, backend):
+    base, logits, mask = case(3, 5, 37)
+    check(base.to(dtypes[0]), logits.detach().to(dtypes[1]).requires_grad_(), mask, backend=backend)
+
+
+@pytest.mark.skipif(CPU != "cpu", reason="the extension is not there")
+def test_the_kernel_reads_infinities_as_the_documentation_says():
+    """Impossible in the base: no weight, whatever the other says. NaN in a kept row makes the loss NaN."""
+    base = torch.tensor([[0.0, -torch.inf, 1.0, -torch.inf]] * 5)
+    logits = torch.tensor([[1.0, 2.0, -1.0, -torch.inf]] * 5)
+    base[2, 0], logits[3, 2], base[4, 2] = torch.nan, torch.nan, torch.inf
+    out = ops.kl_divergence_rows(base, logits, backend="cpu")
+    p, q = base[0, [0, 2]].log_softmax(0), logits[0].log_softmax(0)[[0, 2]]
+    assert torch.allclose(out[:2], (p.exp() * (p - q)).sum()) and out[2:].isnan().all()
+
+
+@pytest.mark.skipif(CPU != "cpu", reason="the extension is not there")
+def test_the_kernel_at_any_number_of_threads():
+    base, logits, mask = case(3, 40, 5000)
+    results = at_threads(lambda: torch.autograd.grad(ops.kl_divergence(base, logits, mask).sum(), logits)[0])
+    assert all(torch.equal(grad, results[0]) for grad in results)
+
+
+@pytest.mark.parametrize("backend", ON_CPU)
+def test_all_kept(backend):
     base, logits, mask = case()
-    check(base, logits, torch.ones_like(mask), backend="aten")
+    check(base, logits, torch.ones_like(mask), backend=backend)
 
 
 def test_equal_models_do_not_diverge():
@@ -116,7 +148,7 @@ def test_bad_input(base, logits, mask, kind, words):
         ops.kl_divergence(base, logits, mask)
 
 
-@pytest.mark.parametrize("backend", ["aten", "reference"])
+@pytest.mark.parametrize("backend", [*ON_CPU, "reference"])
 def test_a_base_wider_than_the_logits(backend):
     """1e30 in float64 is 1e22 away from the nearest float32."""
     base = torch.tensor([[[1e30, 0.0, -1e30]]], dtype=torch.float64)

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from op_cases import double, error, poisoned, tolerance  # noqa: F401
+from op_cases import ON_CPU, double, error, poisoned, tolerance  # noqa: F401
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mendfast import ops, reference
@@ -43,14 +43,28 @@ def check(arguments, length, **kwargs):
 @pytest.mark.parametrize(
     "shape", [(3, 7, 4, 13, 9), (1, 1, 1, 1, 1), (2, 33, 20, 96, 64), (2, 40, 60, 9, 7), (1, 5, 200, 13, 1)]
 )
-def test_matches_the_reference(batched, shape):
-    check(case(batched, shape), max(shape), backend="aten")
+@pytest.mark.parametrize("backend", ON_CPU)
+def test_matches_the_reference(batched, shape, backend):
+    check(case(batched, shape), max(shape), backend=backend)
 
 
 @pytest.mark.parametrize("batched", [True, False])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_layers(batched, dtype):
-    check(case(batched, y_dtype=dtype, x_dtype=dtype), 13, backend="aten")
+@pytest.mark.parametrize("backend", ON_CPU)
+def test_half_precision_layers(batched, dtype, backend):
+    check(case(batched, y_dtype=dtype, x_dtype=dtype), 13, backend=backend)
+
+
+@pytest.mark.parametrize("batched", [True, False])
+@pytest.mark.parametrize("backend", ON_CPU)
+def test_strides(batched, backend):
+    """Permuted outputs and inputs, an expanded output, transposed and 16-bit factors."""
+    y, x, u, delta, alpha = (t.detach() for t in case(batched, (3, 7, 4, 13, 19)))
+    y, x = (t.transpose(0, 1).contiguous().transpose(0, 1) for t in (y, x))
+    u, delta = u.bfloat16(), delta.mT.contiguous().mT
+    for out in (y, y[:, :1].expand(3, 7, 19), y.mT.contiguous().mT):
+        arguments = [t.detach().requires_grad_() for t in (out, x, u, delta, alpha)]
+        check(arguments, 19, backend=backend)
 
 
 def test_shared_factors_take_any_leading_dimensions():
@@ -112,12 +126,13 @@ class Sizes(TorchDispatchMode):
         return out
 
 
+@pytest.mark.parametrize("backend", ON_CPU)
 @pytest.mark.parametrize("batched", [True, False])
-def test_no_tensor_of_the_weight_s_size(batched):
+def test_no_tensor_of_the_weight_s_size(batched, backend):
     b, s, t, m, n = 2, 5, 3, 700, 600
     arguments = case(batched, (b, s, t, m, n))
     with Sizes() as sizes:
-        ops.lowrank_linear(*arguments, backend="aten").sum().backward()
+        ops.lowrank_linear(*arguments, backend=backend).sum().backward()
     assert sizes.largest == b * s * m
     with Sizes() as full:
         arguments[3].mT @ arguments[2]
@@ -160,7 +175,7 @@ def test_bad_input(changes, kind, words):
 
 
 @pytest.mark.parametrize("batched", [True, False])
-@pytest.mark.parametrize("backend", ["aten", "reference"])
+@pytest.mark.parametrize("backend", [*ON_CPU, "reference"])
 @pytest.mark.parametrize("shape", [(3, 7, 0, 13, 9), (3, 0, 4, 13, 9), (0, 7, 4, 13, 9)])
 def test_without_terms_or_rows(batched, backend, shape):
     """An edit has no rows where the model is sure of its target: the layer stays as it is, and passes gradients."""

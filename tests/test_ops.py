@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from op_cases import EditorCase, poisoned  # noqa: F401
+from op_cases import CPU, ON_CPU, EditorCase, poisoned  # noqa: F401
 
 import mendfast
 from mendfast import backends, ops, reference
-from mendfast.ops import few_rows
 
 OPS = torch.ops.mendfast
 
@@ -32,14 +31,16 @@ def opcheck_arguments():
     yield OPS.editor_mlp_fwd, (half[0].T.contiguous().T, *half[1:], *tail, True, "aten")
 
     count, mean, m2 = torch.zeros((), dtype=torch.int64), torch.zeros(4), torch.zeros(4)
-    yield OPS.running_stats_, (count, mean, m2, torch.randn(6, 4), None, "aten")
-    yield OPS.running_stats_, (count, mean, m2, torch.randn(4, 6).T, torch.ones(6, dtype=torch.bool), "aten")
+    for backend in ON_CPU:
+        yield OPS.running_stats_, (count, mean, m2, torch.randn(6, 4), None, backend)
+        yield OPS.running_stats_, (count, mean, m2, torch.randn(4, 6).T, torch.ones(6, dtype=torch.bool), backend)
 
     y, x, u, delta = torch.randn(2, 3, 5), torch.randn(2, 3, 4), torch.randn(2, 2, 4), torch.randn(2, 2, 5)
     alpha = torch.tensor(0.5)
-    yield OPS.lowrank_linear_fwd, (y, x, u, delta, alpha, 1.0, "aten")
-    yield OPS.lowrank_linear_fwd, (y.bfloat16(), x.bfloat16(), u[0], delta[0], None, 0.5, "aten")
-    yield OPS.lowrank_linear_fwd, (y.transpose(0, 1), x.transpose(0, 1), u[0], delta[0], alpha, 1.0, "aten")
+    for backend in ON_CPU:
+        yield OPS.lowrank_linear_fwd, (y, x, u, delta, alpha, 1.0, backend)
+        yield OPS.lowrank_linear_fwd, (y.bfloat16(), x.bfloat16(), u[0], delta[0], None, 0.5, backend)
+        yield OPS.lowrank_linear_fwd, (y.transpose(0, 1), x.transpose(0, 1), u[0], delta[0], alpha, 1.0, backend)
     c = OPS.lowrank_linear_fwd(y, x, u, delta, alpha, 1.0, "aten")[1]
     yield OPS.lowrank_linear_bwd, (y, x, u, delta, c, alpha, 1.0, True, True, True, True, "aten")
     yield OPS.lowrank_linear_bwd, (y, x, u, delta, c, None, 0.5, False, True, False, False, "aten")
@@ -51,8 +52,9 @@ def opcheck_arguments():
         yield OPS.token_nll_fwd, (logits_, labels, "aten")
         yield OPS.token_nll_bwd, (nll, logits_, labels, lse, "aten")
         _, lse_base, lse = OPS.kl_divergence_fwd(base_, logits_, keep, "aten")
-        yield OPS.kl_divergence_fwd, (base_, logits_, keep, "aten")
-        yield OPS.kl_divergence_bwd, (grad, base_, logits_, keep, lse_base, lse, "aten")
+        for backend in ON_CPU:
+            yield OPS.kl_divergence_fwd, (base_, logits_, keep, backend)
+            yield OPS.kl_divergence_bwd, (grad, base_, logits_, keep, lse_base, lse, backend)
 
 
 CHECKS = list(opcheck_arguments())
@@ -101,7 +103,7 @@ def test_ops_and_reference_have_the_same_names():
 def test_every_op_names_its_backends():
     rows = {row["op"]: row for row in backends.explain(torch.device("cpu"))}
     for op in ("editor_mlp", "running_stats_", "lowrank_linear", "token_nll", "kl_divergence"):
-        library = "cpu" if op == "editor_mlp" and few_rows.problem() is None else "aten"
+        library = "aten" if op == "token_nll" else CPU
         assert rows[op]["backend"] == library and "CUDA" in rows[op]["left"]
     with pytest.raises(ValueError, match="auto, reference"):
         ops.token_nll(torch.randn(1, 1, 3), torch.zeros(1, 1, dtype=torch.int64), backend="fastest")

@@ -6,6 +6,8 @@ import math
 
 import pytest
 import torch
+from op_cases import CPU, ON_CPU, at_threads
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import mendfast
 from mendfast import ops
@@ -66,7 +68,7 @@ def check(n, m, terms, dtype, factor, layout, backend, device="cpu", pad=3):
         assert torch.equal(weight, before)
 
 
-@pytest.mark.parametrize("backend", ["aten", "reference"])
+@pytest.mark.parametrize("backend", [*ON_CPU, "reference"])
 @pytest.mark.parametrize("layout", op.LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_against_float64(dtype, layout, backend):
@@ -93,6 +95,38 @@ def test_strides(dtype):
     assert_close(turned, before, u, delta, 0.1)
     ops.rank1_update_(weight, torch.cat([u, u], 1)[:, :24], delta, 0.1)
     assert_close(weight, before, u, delta, 0.1)
+
+
+@pytest.mark.skipif(CPU != "cpu", reason="the extension is not there")
+@pytest.mark.parametrize("rounding", op.ROUNDINGS)
+def test_the_cpu_s_kernel_at_any_number_of_threads(rounding):
+    """A weight of many blocks and odd edges, with as many terms as it takes."""
+    for dtype in DTYPES[:2]:
+        _, weight, u, delta = make(131, 1201, 90, dtype, torch.float32, pad=5)
+
+        def run(weight=weight, u=u, delta=delta):
+            return ops.rank1_update_(weight.clone(), u, delta, 0.1, rounding=rounding, seed=3, backend="cpu")
+
+        results = at_threads(run)
+        assert all(torch.equal(result, results[0]) for result in results)
+        units = 1.0 if rounding == "stochastic" and dtype != torch.float32 else 0.5
+        assert_close(results[0], weight, u, delta, 0.1, units=units)
+
+
+def test_what_watches_every_op_sees_the_update():
+    """A small update goes past PyTorch's dispatcher, but not where someone listens to it."""
+    _, weight, u, delta = make(6, 7, 2)
+    names, twice = [], weight.clone()
+
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            names.append(func.name())
+            return func(*args, **(kwargs or {}))
+
+    ops.rank1_update_(weight, u, delta)
+    with Names():
+        ops.rank1_update_(twice, u, delta)
+    assert "mendfast::rank1_update_group_" in names and torch.equal(weight, twice)
 
 
 def test_window_beside_window():
@@ -226,12 +260,12 @@ class TestStochastic:
     @pytest.mark.parametrize("dtype", DTYPES[1:])
     def test_same_draw_on_every_backend(self, dtype):
         results = []
-        for backend in ("aten", "reference"):
+        for backend in (*ON_CPU, "reference"):
             _, weight, u, delta = make(30, 21, 2, dtype, torch.float32)
             u, delta = u.round(), delta.round()  # exact sums
             args = {"rounding": "stochastic", "seed": 2**40 + 1, "backend": backend}
             results.append(ops.rank1_update_(weight, u, delta, 2.0**-8, **args))
-        assert torch.equal(*results)
+        assert all(torch.equal(weight, results[-1]) for weight in results)
 
     @pytest.mark.parametrize("backend", ["aten", "reference"])
     @pytest.mark.parametrize("dtype", DTYPES[1:])
@@ -326,7 +360,7 @@ class TestRefused:
             ops.check_finite([fine] * 3, [fine, bad, fine], [1.0, 1.0, math.nan], names)
 
 
-@pytest.mark.parametrize("backend", ["aten", "reference"])
+@pytest.mark.parametrize("backend", [*ON_CPU, "reference"])
 @pytest.mark.parametrize("rounding", op.ROUNDINGS)
 def test_a_sum_that_leaves_the_dtype_is_found(backend, rounding):
     """Finite factors, a finite sum in float32, infinity in float16: seen after the write, by which weight."""
@@ -368,12 +402,13 @@ def test_inference_mode_and_autocast():
     assert_close(weight, before, u, delta, 1.0)
 
 
+@pytest.mark.parametrize("backend", ON_CPU)
 @pytest.mark.parametrize("dtype", DTYPES[:2])
-def test_opcheck(dtype):
+def test_opcheck(dtype, backend):
     made = [make(5, 6, 2, dtype, torch.float32), make(6, 5, 3, dtype, torch.float32, "in_out", pad=2)]
     weights, us, deltas = (list(column) for column in list(zip(*made, strict=True))[1:])
     us[1] = us[1].T.contiguous().T
-    arguments = (weights, us, deltas, [0.5, 1.0], [False, True], [0, 1], dtype != torch.float32, "aten")
+    arguments = (weights, us, deltas, [0.5, 1.0], [False, True], [0, 1], dtype != torch.float32, backend)
     torch.library.opcheck(torch.ops.mendfast.rank1_update_group_.default, arguments)
 
 
@@ -397,8 +432,9 @@ def test_backend_choice():
     _, weight, u, delta = make(5, 6, 2)
     with mendfast.backend("reference"):
         assert op._choose(weight, "nearest", None) == "reference"
-    assert op._choose(weight, "nearest", None) == "aten"
-    assert op._choose(weight.double(), "nearest", None) == "aten"
+    assert op._choose(weight, "nearest", None) == op._choose(weight.double(), "nearest", None) == CPU
+    turned = weight.bfloat16().T.contiguous().T
+    assert op._choose(turned, "nearest", None) == CPU and op._choose(turned, "stochastic", None) == "aten"
     if not torch.cuda.is_available():
         assert isinstance(mendfast.backends.probe("rank1_update_", "cuda", torch.device("cuda", 0)), str)
 

@@ -1,20 +1,38 @@
 // mendfast._cpu: pointers, sizes and strides in; no PyTorch, no NumPy. Threads are those of the OpenMP library that
 // PyTorch brought along, which must have been imported before.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <memory>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "few_rows.h"
+#include "kl_divergence.h"
 #include "linear_nll.h"
+#include "outer_update.h"
+#include "running_stats.h"
 
 namespace py = pybind11;
 
 namespace {
 
+// Of the processors that have AVX2 every one has F16C, which not every compiler lets one ask for.
 const char* problem() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? "" : "this processor has no AVX2";
+}
+
+void serve(const char* op, int threads) {
+  if (threads < 1) throw py::value_error(std::string(op) + ": threads must be at least 1.");
+  if (*problem()) throw std::runtime_error(std::string(op) + ": " + problem() + ".");
+}
+
+mendfast::Kind kind_of(const std::string& name) {
+  if (name == "float32") return mendfast::Kind::float32;
+  if (name == "bfloat16") return mendfast::Kind::bfloat16;
+  if (name == "float16") return mendfast::Kind::float16;
+  throw py::value_error("kind is " + name + "; use float32, bfloat16 or float16.");
 }
 
 // On a cache line; kept for the next call of this thread: fresh pages take longer than many a product.
@@ -64,6 +82,130 @@ void linear_nll(uintptr_t x, int64_t x_stride, uintptr_t w, int64_t w_stride, ui
   mendfast::linear_nll(loss, scratch_of(mendfast::linear_nll_scratch(loss, threads)), threads);
 }
 
+// from, to, left, right; from_stride, to_stride, left_term, left_row, right_stride; rows, cols, terms; alpha, seed
+using Update = std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t, int64_t, int64_t, int64_t, int64_t, int64_t,
+                          int64_t, int64_t, int64_t, double, uint64_t>;
+
+mendfast::OuterUpdate outer_update_of(const Update& given) {
+  const auto [from, to, left, right, from_stride, to_stride, left_term, left_row, right_stride, rows, cols, terms,
+              alpha, seed] = given;
+  if (rows < 1 || cols < 1 || terms < 1)
+    throw py::value_error("outer_update: rows, cols and terms must be at least 1.");
+  if (from_stride < cols || to_stride < cols || right_stride < cols)
+    throw py::value_error("outer_update: a stride is less than its row is long.");
+  if (!(left_row == 1 && left_term >= rows) && !(left_term == 1 && left_row >= terms))
+    throw py::value_error("outer_update: left must be contiguous along its rows or its terms.");
+  if (from == 0 || to == 0 || left == 0 || right == 0) throw py::value_error("outer_update: a pointer is null.");
+  return {reinterpret_cast<const void*>(from), reinterpret_cast<void*>(to), reinterpret_cast<const float*>(left),
+          reinterpret_cast<const float*>(right), from_stride, to_stride, left_term, left_row, right_stride, rows, cols,
+          terms, static_cast<float>(alpha), seed};
+}
+
+// Whether no matrix that is written reaches into one of another's, or into factors.
+bool apart(const std::vector<mendfast::OuterUpdate>& updates, int64_t size) {
+  struct Span {
+    uintptr_t start, end;
+  };
+  const auto span = [](const void* data, int64_t lines, int64_t stride, int64_t width, int64_t bytes) {
+    const auto start = reinterpret_cast<uintptr_t>(data);
+    return Span{start, start + static_cast<uintptr_t>(((lines - 1) * stride + width) * bytes)};
+  };
+  std::vector<Span> written, read;
+  for (const auto& u : updates) {
+    written.push_back(span(u.to, u.rows, u.to_stride, u.cols, size));
+    const bool by_term = u.left_row == 1;
+    read.push_back(span(u.left, by_term ? u.terms : u.rows, by_term ? u.left_term : u.left_row,
+                        by_term ? u.rows : u.terms, sizeof(float)));
+    read.push_back(span(u.right, u.terms, u.right_stride, u.cols, sizeof(float)));
+  }
+  for (size_t i = 0; i < written.size(); ++i) {
+    for (size_t j = 0; j < i; ++j)
+      if (written[i].start < written[j].end && written[j].start < written[i].end) return false;
+    for (const Span& factor : read)
+      if (written[i].start < factor.end && factor.start < written[i].end) return false;
+  }
+  return true;
+}
+
+constexpr size_t MOST_KEPT = size_t{1} << 22;  // floats of factors in between; more are given back
+
+bool outer_update(const std::vector<Update>& given, const std::string& kind_name, bool stochastic, bool check_memory,
+                  bool check_factors, int threads) {
+  serve("outer_update", threads);
+  const mendfast::Kind kind = kind_of(kind_name);
+  if (stochastic && kind == mendfast::Kind::float16)
+    throw py::value_error("outer_update: float16 is not rounded stochastically here.");
+  std::vector<mendfast::OuterUpdate> updates;
+  for (const Update& each : given) updates.push_back(outer_update_of(each));
+  const py::gil_scoped_release release;
+  if (check_memory && !apart(updates, kind == mendfast::Kind::float32 ? 4 : 2)) return false;
+  if (check_factors)
+    for (const auto& each : updates)
+      if (!mendfast::finite_factors(each)) return false;
+  for (const auto& each : updates) {
+    const auto size = static_cast<size_t>(mendfast::outer_update_scratch(each));
+    const std::unique_ptr<float[]> own(size > MOST_KEPT ? new float[size] : nullptr);
+    mendfast::outer_update(each, kind, stochastic, own ? own.get() : scratch_of(size), threads);
+  }
+  return true;
+}
+
+using Rows = std::tuple<uintptr_t, int64_t, int64_t, std::string>;  // data, sample, position, kind
+
+mendfast::Divergence divergence_of(const char* op, const Rows& base, const Rows& edited, uintptr_t keep, int64_t batch,
+                                   int64_t length, int64_t vocabulary) {
+  if (batch < 1 || length < 1 || vocabulary < 1)
+    throw py::value_error(std::string(op) + ": batch, length and vocabulary must be at least 1.");
+  if (std::get<0>(base) == 0 || std::get<0>(edited) == 0 || keep == 0)
+    throw py::value_error(std::string(op) + ": a pointer is null.");
+  const auto logits = [](const Rows& rows) {
+    return mendfast::Logits{reinterpret_cast<const void*>(std::get<0>(rows)), std::get<1>(rows), std::get<2>(rows),
+                            kind_of(std::get<3>(rows))};
+  };
+  return {logits(base), logits(edited), reinterpret_cast<const bool*>(keep), batch, length, vocabulary};
+}
+
+void kl_forward(const Rows& base, const Rows& edited, uintptr_t keep, uintptr_t kl, uintptr_t lse_base,
+                uintptr_t lse_edited, int64_t batch, int64_t length, int64_t vocabulary, int threads) {
+  serve("kl_forward", threads);
+  const auto d = divergence_of("kl_forward", base, edited, keep, batch, length, vocabulary);
+  if (kl == 0 || lse_base == 0 || lse_edited == 0) throw py::value_error("kl_forward: a pointer is null.");
+  const py::gil_scoped_release release;
+  mendfast::kl_forward(d, reinterpret_cast<float*>(kl), reinterpret_cast<float*>(lse_base),
+                       reinterpret_cast<float*>(lse_edited), threads);
+}
+
+void kl_backward(const Rows& base, const Rows& edited, uintptr_t keep, uintptr_t grad, uintptr_t lse_base,
+                 uintptr_t lse_edited, uintptr_t out, int64_t batch, int64_t length, int64_t vocabulary, int threads) {
+  serve("kl_backward", threads);
+  const auto d = divergence_of("kl_backward", base, edited, keep, batch, length, vocabulary);
+  if (grad == 0 || lse_base == 0 || lse_edited == 0 || out == 0)
+    throw py::value_error("kl_backward: a pointer is null.");
+  const py::gil_scoped_release release;
+  mendfast::kl_backward(d, reinterpret_cast<const float*>(grad), reinterpret_cast<const float*>(lse_base),
+                        reinterpret_cast<const float*>(lse_edited), reinterpret_cast<void*>(out), threads);
+}
+
+int64_t running_stats(uintptr_t rows, int64_t stride, uintptr_t mask, uintptr_t mean, uintptr_t m2, double before,
+                      int64_t count, int64_t width, bool wide, int threads) {
+  serve("running_stats", threads);
+  if (count < 1 || width < 0 || stride < width)
+    throw py::value_error("running_stats: there must be rows, and a stride must not be less than a row is long.");
+  if (width > 0 && (rows == 0 || mean == 0 || m2 == 0)) throw py::value_error("running_stats: a pointer is null.");
+  const mendfast::Chunk chunk = {reinterpret_cast<const float*>(rows), reinterpret_cast<const bool*>(mask), count,
+                                 width, stride};
+  const py::gil_scoped_release release;
+  const int64_t kept = mendfast::kept_rows(chunk);
+  if (kept == 0) return 0;
+  if (wide)
+    mendfast::running_stats(chunk, before, static_cast<double>(kept), reinterpret_cast<double*>(mean),
+                            reinterpret_cast<double*>(m2), threads);
+  else
+    mendfast::running_stats(chunk, before, static_cast<double>(kept), reinterpret_cast<float*>(mean),
+                            reinterpret_cast<float*>(m2), threads);
+  return kept;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, module) {
@@ -81,4 +223,27 @@ PYBIND11_MODULE(_cpu, module) {
              "nll [rows] = logsumexp(z) - z[label] of z = x [rows, depth] w [vocabulary, depth]^T + bias, float32, and "
              "dx [rows, depth], its gradient at x.\n\nAddresses (bias, dx: 0 for none) and strides from row to row in "
              "elements; labels int64, a negative one gives 0. Raises ValueError before anything is written.");
+  module.def("outer_update", &outer_update, py::arg("updates"), py::arg("kind"), py::arg("stochastic"),
+             py::arg("check_memory"), py::arg("check_factors"), py::arg("threads"),
+             "to [rows, cols] = from - alpha sum over terms of left [term, row] right [term, col], of each update.\n\n"
+             "(from, to, left, right, from_stride, to_stride, left_term, left_row, right_stride, rows, cols, terms, "
+             "alpha, seed), addresses and strides in elements; from and to are of a kind (\"float32\", \"bfloat16\", "
+             "\"float16\"), the factors float32. False, and nothing is written, with check_memory where what is "
+             "written crosses other memory, with check_factors where a factor is NaN or infinite. Raises ValueError "
+             "before anything is written.");
+  module.def("kl_forward", &kl_forward, py::arg("base"), py::arg("edited"), py::arg("keep"), py::arg("kl"),
+             py::arg("lse_base"), py::arg("lse_edited"), py::arg("batch"), py::arg("length"), py::arg("vocabulary"),
+             py::arg("threads"),
+             "KL(softmax(base) || softmax(edited)) and both log-sum-exps, float32 [batch, length].\n\nLogits are "
+             "(address, stride from sample to sample, from position to position, kind), the vocabulary contiguous; keep "
+             "[batch, length] bool. Raises ValueError before anything is written.");
+  module.def("kl_backward", &kl_backward, py::arg("base"), py::arg("edited"), py::arg("keep"), py::arg("grad"),
+             py::arg("lse_base"), py::arg("lse_edited"), py::arg("out"), py::arg("batch"), py::arg("length"),
+             py::arg("vocabulary"), py::arg("threads"),
+             "out [batch, length, vocabulary], of edited's kind: its gradient, grad [batch, length] times "
+             "(softmax(edited) - softmax(base)). Arguments as kl_forward's.");
+  module.def("running_stats", &running_stats, py::arg("rows"), py::arg("stride"), py::arg("mask"), py::arg("mean"),
+             py::arg("m2"), py::arg("before"), py::arg("count"), py::arg("width"), py::arg("wide"), py::arg("threads"),
+             "Merge rows [count, width], float32, into mean and m2 [width] of ``before`` rows, in place; how many rows "
+             "the mask (0: all) keeps. wide: mean and m2 are float64. Raises ValueError before anything is written.");
 }

@@ -7,24 +7,11 @@
 // far apart. To ask for what lies beyond the matrix does nothing.
 #pragma once
 
-#include <immintrin.h>
-
 #include "few_rows.h"
+#include "vectors.h"
 
 namespace mendfast {
 namespace {
-
-constexpr int64_t LANES = 8;
-
-constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
-inline float sum_of(__m256 a) {
-  __m128 half = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
-  half = _mm_hadd_ps(half, half);
-  return _mm_cvtss_f32(_mm_hadd_ps(half, half));
-}
 
 // [sum of a, sum of b, sum of c, sum of d]
 inline __m128 sums_of(__m256 a, __m256 b, __m256 c, __m256 d) {

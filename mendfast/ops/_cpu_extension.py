@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from .. import backends
+
+KERNELS = ("few_rows", "linear_nll", "outer_update", "kl_forward", "kl_backward", "running_stats")
 
 
 def _problem() -> str | None:
@@ -15,6 +19,8 @@ def _problem() -> str | None:
 
         reason = build_info("cpu")["reason"]
         return str(reason or f"the CPU extension can't be loaded ({error}); install mendfast again")
+    if not all(hasattr(_cpu, kernel) for kernel in KERNELS):
+        return "the CPU extension is older than the package; install mendfast again"
     return _cpu.problem() or None
 
 
@@ -34,6 +40,32 @@ def row_major(x: torch.Tensor) -> torch.Tensor:
 def row_stride(x: torch.Tensor) -> int:
     """From row to row; PyTorch lets that of a single row be anything, 0 too."""
     return max(x.stride(0), x.shape[1]) if x.shape[0] == 1 else x.stride(0)
+
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def direct(op: str, backend: str | None, *tensors: torch.Tensor) -> bool:
+    """Whether ``op`` may go to its kernel without PyTorch's dispatcher, which takes longer than a small call.
+
+    The CPU's backend was chosen before, the tensors are PyTorch's own, strided and on the CPU, and nobody records or
+    transforms what is done. Not to be asked by a compiler.
+    """
+    for x in tensors:
+        if not (type(x) in _PLAIN and x.is_cpu and x.layout is torch.strided and not x.is_neg()):
+            return False
+    return (
+        backends.settled(op, "cpu", "cpu", backend)
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and not torch._C._is_tracing()
+    )
+
+
+@functools.cache
+def kind_of(dtype: torch.dtype) -> str:
+    """The dtype's name, as the extensions take it."""
+    return str(dtype).removeprefix("torch.")
 
 
 backends.MISSING["cpu"] = lambda: problem()

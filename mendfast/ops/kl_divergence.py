@@ -8,7 +8,10 @@ from torch.autograd.function import once_differentiable
 from .. import backends
 from ..reference.kl_divergence import kl_divergence_rows as _reference_rows
 from . import _common
+from ._cpu_extension import kind_of
 from .token_nll import row_chunks
+
+_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def kl_divergence_rows(
@@ -131,7 +134,44 @@ def _aten_bwd(grad, base_logits, logits, keep, lse_base, lse):
     return out
 
 
+def _kernel_serves(base_logits, logits) -> bool:
+    return all(
+        x.dtype in _KERNEL_DTYPES and x.device.type == "cpu" and x.numel() > 0 and x.stride(-1) == 1
+        for x in (base_logits, logits)
+    )
+
+
+def _given(logits) -> tuple:
+    return logits.data_ptr(), logits.stride(0), logits.stride(1), kind_of(logits.dtype)
+
+
+def _kernel_fwd(base_logits, logits, keep):
+    from .. import _cpu
+
+    keep = keep.contiguous()
+    kl, lse_base, lse = (logits.new_empty(keep.shape, dtype=torch.float32) for _ in range(3))
+    out = kl.data_ptr(), lse_base.data_ptr(), lse.data_ptr()
+    _cpu.kl_forward(
+        _given(base_logits), _given(logits), keep.data_ptr(), *out, *logits.shape, torch.get_num_threads()
+    )
+    return kl, lse_base, lse
+
+
+def _kernel_bwd(grad, base_logits, logits, keep, lse_base, lse):
+    from .. import _cpu
+
+    keep, grad = keep.contiguous(), grad.to(torch.float32).contiguous()
+    out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    given = (keep, grad, lse_base.contiguous(), lse.contiguous(), out)
+    _cpu.kl_backward(
+        _given(base_logits), _given(logits), *(x.data_ptr() for x in given), *logits.shape, torch.get_num_threads()
+    )
+    return out
+
+
 def _fwd(base_logits, logits, keep, backend):
+    if backend == "cpu" and _kernel_serves(base_logits, logits):
+        return _kernel_fwd(base_logits, logits, keep)
     if backend == "triton":
         from ..kernels import kl_divergence as kernel
 
@@ -140,6 +180,8 @@ def _fwd(base_logits, logits, keep, backend):
 
 
 def _bwd(grad, base_logits, logits, keep, lse_base, lse, backend):
+    if backend == "cpu" and _kernel_serves(base_logits, logits):
+        return _kernel_bwd(grad, base_logits, logits, keep, lse_base, lse)
     if backend == "triton":
         from ..kernels import kl_divergence as kernel
 

@@ -10,6 +10,8 @@ from torch.autograd.function import once_differentiable
 from .. import backends
 from ..reference.lowrank_linear import lowrank_linear as _reference
 from . import _common
+from ._cpu_extension import kind_of, row_major, row_stride
+from .rank1_update import MOST_TERMS
 
 
 def lowrank_linear(
@@ -118,6 +120,33 @@ def _aten_fwd(y, x, u, delta, alpha, scale):
     return torch.ops.aten._unsafe_view(out.to(y.dtype), y.shape), c.reshape(*x.shape[:-1], u.shape[-2])
 
 
+def _kernel_serves(y, x, u, delta) -> bool:
+    some = y.numel() > 0 and x.numel() > 0 and 0 < u.shape[-2] <= MOST_TERMS.get(y.dtype, 0)
+    if not some or y.device.type != "cpu" or u.dtype == torch.float64:
+        return False
+    return not fewer_through_weight(x, u, delta.shape[-1])
+
+
+def _kernel_fwd(y, x, u, delta, alpha, scale):
+    """The second product beside y, and what it is taken from, in one pass over the result."""
+    from .. import _cpu
+
+    batched = u.dim() == 3
+    c = _flat(x, batched).float() @ u.float().mT
+    out = torch.empty(y.shape, dtype=y.dtype, device=y.device)
+    scale = scale if alpha is None else float(alpha)
+    samples = zip(y, out, c, delta.float(), strict=True) if batched else [(y, out, c, delta.float())]
+    given, held = [], []
+    for from_, to, left, right in samples:
+        from_, to, right = row_major(_flat(from_, False)), _flat(to, False), row_major(right)
+        held += [from_, right]  # until they are read
+        pointers = (tensor.data_ptr() for tensor in (from_, to, left, right))
+        strides = row_stride(from_), row_stride(to), 1, row_stride(left), row_stride(right)
+        given.append((*pointers, *strides, *to.shape, len(right), scale, 0))
+    _cpu.outer_update(given, kind_of(y.dtype), False, False, False, torch.get_num_threads())
+    return out, c.reshape(*x.shape[:-1], u.shape[-2])
+
+
 def _aten_bwd(grad, x, u, delta, c, alpha, scale, need_x, need_u, need_delta, need_alpha):
     kind = c.dtype
     batched = u.dim() == 3
@@ -167,6 +196,8 @@ def _fwd(y, x, u, delta, alpha, scale, backend):
             from ..kernels import lowrank_linear as kernel
 
             return kernel.forward(y, x, u, delta, alpha=alpha, scale=scale)
+        if backend == "cpu" and _kernel_serves(y, x, u, delta):
+            return _kernel_fwd(y, x, u, delta, alpha, scale)
         return _aten_fwd(y, x, u, delta, alpha, scale)
 
 

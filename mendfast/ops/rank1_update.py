@@ -12,11 +12,20 @@ import torch
 from .. import backends, reference
 from ..reference.rank1_update import draws, round_stochastic
 from . import _common
+from ._cpu_extension import direct, kind_of, row_stride
+
+try:
+    from .. import _cpu
+except ImportError:  # then the backend is never chosen
+    _cpu = None
 
 LAYOUTS = ("out_in", "in_out")
 ROUNDINGS = ("nearest", "stochastic")
 CHUNK_BYTES = 16 * 2**20
 """The float32 copy of a part of a 16-bit weight that the PyTorch backend works on at a time."""
+MOST_TERMS = {torch.float32: 96, torch.bfloat16: 1000, torch.float16: 1000}
+"""By the weight's dtype: from about as many on PyTorch's product is faster than the CPU's kernel, though it takes a
+float32 copy of a 16-bit weight."""
 _SIXTEEN = (torch.bfloat16, torch.float16)
 _SERVED = (torch.float32, *_SIXTEEN, torch.float64)
 
@@ -57,7 +66,7 @@ def rank1_update_(
             makes the mean right, so that updates below half a unit in the last place don't vanish.
         seed: of stochastic rounding, 0 to 2^63 - 1; with the row and the column it fixes the draw, the same one on
             every backend and in every memory layout (a column-major 16-bit weight by "aten" and "reference").
-        backend: "cuda", "triton", "aten", "reference" or "auto" (default: the first of these that can serve).
+        backend: "cuda", "triton", "cpu", "aten", "reference" or "auto" (default: the first of these that can serve).
 
     Raises:
         ValueError: shapes that don't fit, tensors on several devices, a weight whose elements share memory with
@@ -92,6 +101,8 @@ def rank1_update_group_(
     :func:`mendfast.ops.non_finite` of the weights finds it afterwards. Who holds a backup takes all of them back then.
     """
     weights, us, deltas, alphas = list(weights), list(us), list(deltas), list(alphas)
+    if not torch.compiler.is_compiling() and _at_once(weights, us, deltas, alphas, layouts, rounding, seed, backend):
+        return
     layouts = ["out_in"] * len(weights) if layouts is None else list(layouts)
     if len({len(weights), len(us), len(deltas), len(alphas), len(layouts)}) > 1:
         raise ValueError(
@@ -122,6 +133,45 @@ def rank1_update_group_(
             rounding == "stochastic",
             name,
         )
+
+
+def _at_once(weights, us, deltas, alphas, layouts, rounding, seed, backend) -> bool:
+    """Contiguous float32 factors of weights of one dtype, by the CPU's kernel and past PyTorch's dispatcher.
+
+    False, and nothing is written, where anything has to be looked at more closely.
+    """
+    if not (0 < len(weights) == len(us) == len(deltas) == len(alphas) == len(layouts or weights)):
+        return False
+    if not (rounding in ROUNDINGS and isinstance(seed, int) and 0 <= seed < 2**63 - len(weights)):
+        return False
+    if not direct("rank1_update_", backend, *weights, *us, *deltas):
+        return False
+    dtype, stochastic, given = weights[0].dtype, rounding == "stochastic", []
+    for i, (weight, u, delta, alpha) in enumerate(zip(weights, us, deltas, alphas, strict=True)):
+        in_out = layouts is not None and layouts[i] == "in_out"
+        left, right = (u, delta) if in_out else (delta, u)
+        if not (
+            weight.dtype == dtype
+            and u.dtype == delta.dtype == torch.float32
+            and weight.is_contiguous() and u.is_contiguous() and delta.is_contiguous()
+            and u.dim() == delta.dim() == 2
+            and weight.shape == (left.shape[1], right.shape[1])
+            and 0 < len(u) == len(delta)
+            and weight.numel()
+            and type(alpha) is float and math.isfinite(alpha)
+            and (in_out or layouts is None or layouts[i] == "out_in")
+            and not weight.is_inference()
+            and _kernel_serves(weight, u, stochastic)
+        ):  # fmt: skip
+            return False
+        (rows, cols), terms, at = weight.shape, len(u), weight.data_ptr()
+        given.append(
+            (at, at, left.data_ptr(), right.data_ptr(), cols, cols, rows, 1, cols, rows, cols, terms, alpha, seed + i)
+        )
+    if not _cpu.outer_update(given, kind_of(dtype), stochastic, True, True, torch.get_num_threads()):
+        return False
+    torch.autograd.graph.increment_version(weights)
+    return True
 
 
 def check_finite(
@@ -277,19 +327,29 @@ def _prepare(weight, u, delta, alpha, in_out, seed, turn: bool) -> _Matrix:
 
 def _impl(weights, us, deltas, alphas, in_out, seeds, stochastic, backend) -> None:
     _check_memory(weights, us, deltas)
+    arguments = weights, us, deltas, alphas, in_out, seeds, stochastic, backend
+    if backend == "cpu" and _kernel_checks(weights, us, alphas, stochastic):
+        if not _write_group(*arguments, check=True):
+            check_finite(us, deltas, alphas)  # says of which
+        return
     if any(_common.checks_values(weight) for weight in weights):
         check_finite(us, deltas, alphas)
     elif not all(map(math.isfinite, alphas)):
         check_finite((), (), alphas)
-    unchecked_group_(weights, us, deltas, alphas, in_out, seeds, stochastic, backend)
+    _write_group(*arguments)
 
 
 def unchecked_group_(weights, us, deltas, alphas, in_out, seeds, stochastic, backend) -> None:
     """What :func:`rank1_update_group_` does once all is found to be right: for arguments that it has taken before."""
+    _write_group(weights, us, deltas, alphas, in_out, seeds, stochastic, backend)
+
+
+def _write_group(weights, us, deltas, alphas, in_out, seeds, stochastic, backend, check: bool = False) -> bool:
+    """``check``: False, and nothing is written, where a factor is NaN or infinite; by the CPU's kernel alone."""
     everything = zip(weights, us, deltas, alphas, in_out, seeds, strict=True)
     arguments = [a for a in everything if a[0].numel() and a[1].shape[0]]
     if not arguments:
-        return
+        return True
     written = [a[0] for a in arguments if not a[0].is_inference()]
     versions = [weight._version for weight in written]
     if backend == "reference":
@@ -297,6 +357,12 @@ def unchecked_group_(weights, us, deltas, alphas, in_out, seeds, stochastic, bac
             reference.rank1_update_(
                 weight, u, delta, alpha, layout=LAYOUTS[conv1d], rounding=ROUNDINGS[stochastic], seed=seed
             )
+    elif backend == "cpu":
+        mine = [a for a in arguments if _kernel_serves(a[0], a[1], stochastic)]
+        if mine and not _by_kernel([_prepare(*a, True) for a in mine], stochastic, check):
+            return False
+        others = [a for a in arguments if not _kernel_serves(a[0], a[1], stochastic)]
+        _aten([_prepare(*a, not stochastic) for a in others], stochastic)
     else:
         # stochastic rounding draws by row and column: those of the weight as it was handed in
         turn = not (backend == "aten" and stochastic)
@@ -305,6 +371,7 @@ def unchecked_group_(weights, us, deltas, alphas, in_out, seeds, stochastic, bac
     unseen = [w for w, version in zip(written, versions, strict=True) if w._version == version]
     if unseen:
         torch.autograd.graph.increment_version(unseen)
+    return True
 
 
 def _groups(matrices: Sequence[_Matrix]) -> Iterator[tuple[torch.device, torch.dtype, torch.dtype, list[_Matrix]]]:
@@ -316,9 +383,32 @@ def _groups(matrices: Sequence[_Matrix]) -> Iterator[tuple[torch.device, torch.d
         yield *key, group
 
 
-def _row_stride(tensor: torch.Tensor) -> int:
-    # of a single row it can be anything
-    return max(tensor.stride(0), tensor.shape[1]) if tensor.shape[0] == 1 else tensor.stride(0)
+def _kernel_serves(weight, u, stochastic: bool) -> bool:
+    """Whether the CPU's kernel takes the matrix, and is the faster way."""
+    if weight.dtype == torch.bfloat16 and stochastic:
+        return True
+    return len(u) <= MOST_TERMS.get(weight.dtype, 0) and not (stochastic and weight.dtype == torch.float16)
+
+
+def _kernel_checks(weights, us, alphas, stochastic: bool) -> bool:
+    """Whether one call of the CPU's kernel takes all, and so can look at the factors before it writes."""
+    one_kind = len({weight.dtype for weight in weights}) == 1 and all(map(math.isfinite, alphas))
+    return one_kind and all(w.numel() and _kernel_serves(w, u, stochastic) for w, u in zip(weights, us, strict=True))
+
+
+def _by_kernel(matrices: Sequence[_Matrix], stochastic: bool, check: bool) -> bool:
+    factors = [(m.left.float(), m.right.float()) for m in matrices]
+    for dtype in dict.fromkeys(m.weight.dtype for m in matrices):
+        given = []
+        for m, (left, right) in zip(matrices, factors, strict=True):
+            if m.weight.dtype == dtype:
+                at, stride = m.weight.data_ptr(), row_stride(m.weight)
+                pointers = at, at, left.data_ptr(), right.data_ptr()
+                strides = stride, stride, row_stride(left), 1, row_stride(right)
+                given.append((*pointers, *strides, *m.weight.shape, len(left), m.alpha, m.seed))
+        if not _cpu.outer_update(given, kind_of(dtype), stochastic, False, check, torch.get_num_threads()):
+            return False
+    return True
 
 
 def _cuda(matrices: Sequence[_Matrix], stochastic: bool) -> None:
@@ -329,7 +419,7 @@ def _cuda(matrices: Sequence[_Matrix], stochastic: bool) -> None:
             [
                 (
                     *(t.data_ptr() for t in m[:3]),
-                    *(_row_stride(t) for t in m[:3]),
+                    *(row_stride(t) for t in m[:3]),
                     *m.weight.shape,
                     m.left.shape[0],
                     m.alpha,
@@ -337,8 +427,8 @@ def _cuda(matrices: Sequence[_Matrix], stochastic: bool) -> None:
                 )
                 for m in group
             ],
-            weight_dtype=str(dtype).removeprefix("torch."),
-            factor_dtype=str(factor_dtype).removeprefix("torch."),
+            weight_dtype=kind_of(dtype),
+            factor_dtype=kind_of(factor_dtype),
             stochastic=stochastic,
             device=device.index,
             stream=torch.cuda.current_stream(device).cuda_stream,

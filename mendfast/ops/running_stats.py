@@ -7,6 +7,7 @@ import torch
 from .. import backends
 from ..reference.running_stats import running_stats_ as _reference
 from . import _common
+from ._cpu_extension import direct, row_stride
 
 
 def running_stats_(
@@ -28,6 +29,10 @@ def running_stats_(
     Raises ValueError for shapes that don't fit and if the mask leaves no row (seen on the CPU, or in
     ``with checking():``; elsewhere nothing changes then), TypeError for a dtype that isn't served.
     """
+    if not torch.compiler.is_compiling() and direct("running_stats_", backend, count, mean, m2, rows):
+        fits = rows.dim() == 2 and len(rows) and mean.shape == m2.shape == rows.shape[1:] and count.numel() == 1
+        if fits and mask is None and _kernel_serves(count, mean, m2, rows, mask):
+            return _kernel(count, mean, m2, rows, mask)
     _check(count, mean, m2, rows, mask)
     chosen = backends.choose("running_stats_", rows.device, backend, (rows.dtype, mean.dtype, m2.dtype))
     if chosen == "reference":
@@ -88,7 +93,44 @@ def _aten(count, mean, m2, rows, mask) -> None:
     count.add_(n_b) if isinstance(n_b, int) else count.add_(n_b.to(count.dtype))
 
 
+def _kernel_serves(count, mean, m2, rows, mask) -> bool:
+    return (
+        rows.is_cpu
+        and rows.dtype == torch.float32
+        and mean.dtype == m2.dtype
+        and mean.dtype in (torch.float32, torch.float64)
+        and mean.is_contiguous()
+        and m2.is_contiguous()
+        and (rows.is_contiguous() or rows.stride(1) == 1 and row_stride(rows) >= rows.shape[1])
+    )
+
+
+def _kernel(count, mean, m2, rows, mask) -> None:
+    from .. import _cpu
+
+    if mask is not None:
+        mask = (mask if mask.dtype == torch.bool else mask != 0).contiguous()
+    kept = _cpu.running_stats(
+        rows.data_ptr(),
+        row_stride(rows),
+        0 if mask is None else mask.data_ptr(),
+        mean.data_ptr(),
+        m2.data_ptr(),
+        float(count),
+        *rows.shape,
+        mean.dtype == torch.float64,
+        torch.get_num_threads(),
+    )
+    if kept == 0:
+        _check_values(rows, mask)
+    if not mean.is_inference() and not m2.is_inference():
+        torch.autograd.graph.increment_version((mean, m2))
+    count.add_(kept)
+
+
 def _impl(count, mean, m2, rows, mask, backend) -> None:
+    if backend == "cpu" and _kernel_serves(count, mean, m2, rows, mask):
+        return _kernel(count, mean, m2, rows, mask)
     _check_values(rows, mask)
     if backend == "triton":
         from ..kernels import running_stats as kernel
