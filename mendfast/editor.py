@@ -34,6 +34,7 @@ from .packing import packing
 from .requests import as_requests
 from .schema import check_dtypes, differences, shown, some
 from .types import Spectrum
+from .wide import widening
 
 log = logging.getLogger("mendfast")
 
@@ -369,7 +370,7 @@ with editor.edit("Who is the prime minister of the UK?", "Boris Johnson").attach
             return make(self._rows_of(batch), self.alphas())
 
     def _rows_of(self, batch: Batch) -> dict[str, Transformed]:
-        with packing():
+        with widening(self.model), packing():
             captured = self.gradients(batch)
         for name, (_, delta) in captured.items():
             if not all_finite(delta):
