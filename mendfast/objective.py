@@ -91,8 +91,8 @@ def target_rows(model: nn.Module, batch: Batch, *, for_nll: bool = False, learne
 
 
 def labelled_rows(model: nn.Module, inputs: Batch, answers: torch.Tensor, sample: torch.Tensor) -> Rows:
-    """:func:`target_rows` of one long row of tokens [1, T] of a causal model, for :func:`nll` alone: ``answers`` [T] are
-    what each predicts (-100: nothing), of the samples ``sample`` [T]."""
+    """:func:`target_rows` of one long row of tokens [1, T] of a causal model, for :func:`nll` alone: ``answers`` [T]
+    are what each predicts (-100: nothing), of the samples ``sample`` [T]."""
     keep = answers != IGNORE
     device = inputs["input_ids"].device
     logits = _forward(model, inputs, "causal", keep.unsqueeze(0).to(device), True)
