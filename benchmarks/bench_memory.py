@@ -20,9 +20,9 @@ from .contest import Contestant, relative_error
 from .shapes import batch, edited_model
 
 ROWS = 15  # of an edit
-TEXT_ALONE = ("gpt2", "gptj", "llama", "qwen2")
 ADDING = cases((1, 10, 100, 1000), typical=10, cpu=(1, 10, 1000), cpu_others=False)
-TOGETHER = [case for case in cases((32,), typical=32, cpu=(32,), cpu_others=False) if case.shape.family in TEXT_ALONE]
+MANY = cases((32,), typical=32, cpu=(32,), cpu_others=False)
+TOGETHER = [case for case in MANY if case.shape.family in ("gpt2", "gptj", "llama", "qwen2")]
 SOLVING = cases((25, 125, 1000), typical=125, cpu=(25, 125), cpu_others=False)
 
 
@@ -85,8 +85,10 @@ def test_adding_many(contest, case, monkeypatch):
     editor.load_state_dict(plain.state_dict())
     editor.protect_with(plain.metric)
 
+    count = contest.amount(case.size)
+
     def data(seed: int) -> list[EditRequest]:
-        return [EditRequest(f"Who is number {seed} of {i}?", f"{i}{seed % 7}") for i in range(contest.amount(case.size))]
+        return [EditRequest(f"Who is number {seed} of {i}?", f"{i}{seed % 7}") for i in range(count)]
 
     def padded(requests: list[EditRequest]) -> EditMemory:
         with monkeypatch.context() as patch:
@@ -103,8 +105,8 @@ def test_adding_many(contest, case, monkeypatch):
         for name, sides in other._records[key].rows.items():
             for side, found in zip(sides, one._records[key].rows[name], strict=True):
                 assert relative_error([found], [side]) < 1e-3
-    row = {"shape": contest.size(case.shape).name, "edits": contest.amount(case.size)}
-    contest(row, data, {"mendfast": tree, "padded": padded}, reference=None, memory=False, units=row["edits"])
+    row = {"shape": contest.size(case.shape).name, "edits": count}
+    contest(row, data, {"mendfast": tree, "padded": padded}, reference=None, memory=False, units=count)
 
 
 @pytest.mark.parametrize("case", SOLVING, ids=str)

@@ -74,12 +74,12 @@ def test_what_texts_begin_with_is_there_once():
     gaps = sum(tree.counts) - int(predicting)
     assert gaps == 3 and tree.ids.shape[1] == tree.nodes + sum(tree.counts)
     assert tree.ids.shape[1] < 0.6 * batch["attention_mask"].sum()
-    rows = [0]
+    rows: list[int] = []
     small = make_model("llama")
-    small.model.layers[0].mlp.gate_proj.register_forward_hook(lambda m, args, y: rows.append(y.shape[:-1].numel()))
     editor = trained(small, "llama")
+    small.model.layers[0].mlp.gate_proj.register_forward_hook(lambda m, args, y: rows.append(y.shape[:-1].numel()))
     answers_through(small, editor.layers, batch)
-    assert rows[1:] == [tree.ids.shape[1]]
+    assert rows == [tree.ids.shape[1]]
 
 
 def test_edits_and_memories_are_those_of_texts_one_by_one(chatty, model, monkeypatch):  # noqa: F811
