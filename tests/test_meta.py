@@ -11,6 +11,7 @@ from benchmarks.naive_mend import meta_step
 from mendfast import MendConfig, MendEditor
 from mendfast.choice import stacks
 from mendfast.training import editor_loss as meta_loss
+from mendfast.training.meta import ROOT_FROM
 from mendfast.training.prefix import FrozenPrefix
 
 
@@ -183,3 +184,31 @@ def test_locality_where_answers_are_predicted(left):
     assert 0 < predicts.sum() < loc["attention_mask"].sum() / 2
     expected = torch.stack([row[kept].mean() for row, kept in zip(kl, predicts, strict=True)]).mean()
     torch.testing.assert_close(parts["l_loc"], expected, rtol=1e-3, atol=1e-6)
+
+
+def test_roots_of_the_kl():
+    """sqrt(KL / 2) of each position, by plain code; a slope that is finite where nothing has changed."""
+    model = make_model("gpt2")
+    editor = trained(model, "gpt2")
+    inner, outer, loc = batches("gpt2")
+    total, parts = meta_loss(editor, inner, outer, loc, joint=True, loc_root=True)
+    inputs = {name: value for name, value in loc.items() if name != "labels"}
+    with torch.no_grad():
+        base = model(**inputs).logits.log_softmax(-1)
+        with editor.edit_tokens(inner).attached(model):
+            edited = model(**inputs).logits.log_softmax(-1)
+    half = (base.exp() * (base - edited)).sum(-1).clamp(min=0) / 2
+    roots = (half + ROOT_FROM).sqrt() - ROOT_FROM**0.5
+    kept = loc["attention_mask"] != 0
+    moved = (base.exp() - edited.exp()).abs().sum(-1) / 2
+    assert (moved[kept] <= half[kept].sqrt() + 1e-5).all() and moved.max() > 1e-4
+    expected = torch.stack([row[real].mean() for row, real in zip(roots, kept, strict=True)]).mean()
+    torch.testing.assert_close(parts["l_loc"], expected, rtol=1e-3, atol=1e-6)
+    total.backward()
+    assert all(bool(grad.isfinite().all()) for grad in gradients(editor).values())
+
+    editor.zero_grad()
+    editor.alpha_multiplier.data.zero_()  # no edit at all
+    total, parts = meta_loss(editor, inner, outer, loc, joint=True, loc_root=True)
+    total.backward()
+    assert parts["l_loc"] < 1e-4 and all(bool(grad.isfinite().all()) for grad in gradients(editor).values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import math
 import platform
@@ -175,6 +176,19 @@ def tell(problems: Sequence[Problem], console: Console) -> None:
         console.print(f"[yellow]in all {len(problems) - flagged} problems, and {flagged} flagged and kept[/]")
 
 
+def _digest(editor: MendEditor) -> str:
+    """A short name for an editor's parameters, and for what it protects."""
+    found = hashlib.blake2b(digest_size=8)
+    protected = {
+        f"{layer.name}:{part}": value
+        for layer in (editor.layers if editor.metric is not None else ())
+        for part, value in editor.metric.spectrum(layer.name)._asdict().items()
+    }
+    for name, tensor in sorted({**editor.state_dict(), **protected}.items()):
+        found.update(name.encode() + tensor.detach().cpu().numpy().tobytes())
+    return found.hexdigest()
+
+
 def _environment(editor: MendEditor) -> dict[str, str]:
     return {
         "device": device_name(editor.device),
@@ -210,6 +224,7 @@ class _Run:
         self.examples, self.questions, self.sizes = examples, questions, sizes
         self.fitting, self.choice, self.harness = fitting, choice, harness
         self.protected = Protected(settings, keys, processes)
+        self.which: str | None = None  # the editor's digest
         self.before: Before | None = None  # what is known of the unedited model
         self._asked: dict[tuple[int, int], dict[str, Any]] = {}
         self.in_turn = settings.table == "sequential"
@@ -220,6 +235,10 @@ class _Run:
         groups = {size: settings.groups(size, len(self.examples)) for size in self.sizes}
         wanted = [(key, size, i) for size in self.sizes for i in range(groups[size])]
         asks = self.harness is not None and not journal.has_harness(key)
+        of_editor = issubclass(SYSTEMS[key], Mend) and not is_fitted(key, settings.table)
+        if of_editor:
+            self.which = self.which or _digest(self.editor)
+            journal.check_editor(key, self.which)
         if journal.has_system(key) and not asks and all(place in journal for place in wanted):
             return
         system = self._prepare(key)
@@ -228,7 +247,7 @@ class _Run:
             self.before = Before(system.subject, self.questions.texts())
         if isinstance(system, Rome):
             system.protect_with(self.protected.metric(system))
-        self._choose(system)
+        self._choose(system, self.which if of_editor else None)
         for size in self.sizes:
             how = "in turn" if self.in_turn else "at once"
             many = f"{system.name}, {size} {how}" if size > 1 else system.name
@@ -247,7 +266,7 @@ class _Run:
             group = self._group(self.sizes[-1], 0)
             journal.add_harness(key, self.harness.ask(system, group, in_turn=self.in_turn))
 
-    def _choose(self, system: System) -> None:
+    def _choose(self, system: System, editor: str | None) -> None:
         """The system's rate and steps, as an earlier run chose them, or on validation edits."""
         kept = self.journal.system(system.key).get("chosen") if self.journal.has_system(system.key) else None
         fixed = tuple(self.settings.options_of(system.key)[0])
@@ -257,7 +276,7 @@ class _Run:
                     setattr(system, name, kept[name])
         elif self.choice is not None and not self.journal.has_system(system.key):
             kept = self.choice.choose(system, self.before, fixed)
-        self.journal.add_system(system, kept)
+        self.journal.add_system(system, kept, editor)
 
     def _group(self, size: int, i: int) -> list[Example]:
         return [part for example in self.examples[i * size : (i + 1) * size] for part in example.parts]

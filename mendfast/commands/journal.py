@@ -93,15 +93,27 @@ class Journal:
         """Keep what one edit gave: its figures, or its error."""
         self._write(row)
 
-    def add_system(self, system: System, chosen: dict[str, Any] | None = None) -> None:
-        """Keep a system's name and size, and its rate and steps where they were chosen."""
+    def add_system(
+        self, system: System, chosen: dict[str, Any] | None = None, editor: str | None = None
+    ) -> None:
+        """Keep a system's name and size, its rate and steps where they were chosen, and which ``editor`` it is of."""
         if not self.has_system(system.key):
             line = {"system": system.key, "name": system.name, "parameters": system.parameter_count()}
             line |= {"chosen": chosen} if chosen else {}
+            line |= {"editor": editor} if editor else {}
             if self.processes.main:
                 self._write(line)
             else:
                 self._take(json.loads(json.dumps(line)))
+
+    def check_editor(self, key: str, editor: str) -> None:
+        """A ValueError if what was measured of the system is of another editor, though of the same name."""
+        before = self._systems.get(key, {}).get("editor")
+        if before and before != editor:
+            raise ValueError(
+                f"What this evaluation has measured of {key} is of another editor than the one that is loaded now (its "
+                f"parameters or its metric differ: {before}, {editor}); choose another --output, or load that editor."
+            )
 
     def add_harness(self, key: str, found: dict[str, Any]) -> None:
         """Keep what the tasks of the harness gave of a system."""

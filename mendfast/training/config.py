@@ -51,6 +51,13 @@ class TrainConfig:
     loc_answers: bool = field(
         default=False, metadata={"help": "Compare locality texts only where their answers are predicted."}
     )
+    loc_root: bool = field(
+        default=False,
+        metadata={
+            "help": "Of each position's KL the root of its half, a bound on the probability that moves: a few large "
+            "ones outweigh many small ones less.",
+        },
+    )
     precision: str = field(
         default="float32",
         metadata={

@@ -169,6 +169,7 @@ class EditorLearner(Learner):
             checkpoint_activations=config.checkpoint_activations,
             # Validations compare all positions. The draw stands for the step, as it depends on that alone.
             loc_answers=config.loc_answers,
+            loc_root=config.loc_root,
             loc_positions=config.loc_positions if self.editor.training else 0,
             seed=f"{config.seed}:{draw}" if config.loc_positions else 0,
             cache=self.cache,

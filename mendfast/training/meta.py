@@ -32,6 +32,9 @@ from .precision import lowered
 from .prefix import FrozenPrefix
 from .recompute import recomputed_updates
 
+ROOT_FROM = 5e-4
+"""Half a KL, about, below which its root is made a line: at 0 the root's slope has no bound."""
+
 
 def meta_loss(
     subject: EditableModel,
@@ -44,6 +47,7 @@ def meta_loss(
     checkpoint_activations: bool = False,
     loc_positions: int = 0,
     loc_answers: bool = False,
+    loc_root: bool = False,
     seed: int | str = 0,
     cache: PrefixCache | None = None,
     pack: bool = True,
@@ -64,6 +68,8 @@ def meta_loss(
         loc_positions: compare the predictions at so many positions of each locality sample, drawn uniformly by
             ``seed``: in expectation the loss of all. 0, and samples that have no more, take all.
         loc_answers: only where a locality sample's labels are predicted, and not within its prompt.
+        loc_root: of each position's KL the root of its half, which bounds the probability that moves (Pinsker's
+            inequality): how many choices change goes by that, and a few large KLs outweigh the many small ones less.
         cache: what the frozen blocks give for these texts, so that they are not run again; the results are the
             same to rounding.
         pack: leave padding out of the matrix products (:mod:`mendfast.packing`), to rounding the same too.
@@ -97,6 +103,8 @@ def meta_loss(
     by_sample = subject.config.loss_reduction == "edit"
     l_edit = _mean(ops.token_nll_rows(outer.logits, outer.labels), outer, edit_outer, by_sample)
     kl = ops.kl_divergence_rows(base.logits, edited.logits)
+    if loc_root:
+        kl = (kl.clamp(min=0) / 2 + ROOT_FROM).sqrt() - ROOT_FROM**0.5
     if weights is not None and not by_sample:  # each sample's rows stand for all of its positions
         kl = kl * weights.to(kl.device)[edited.sample]
     l_loc = _mean(kl, edited, loc, by_sample)
