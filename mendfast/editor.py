@@ -68,7 +68,7 @@ class MendEditor(EditableModel, OnHub, nn.Module):
         self.networks, self._groups = make_networks(self.layers, self.config)
         self.gather: Gather | None = None  # set by a Trainer that is one of several processes
         self._warned = False
-        self._tree_tried = False
+        self._tried: dict[tuple, str | None] = {}  # why texts don't pass as a tree, once that was tried
         self.fingerprint: Fingerprint | None = None
         count = len(self.layers)
         self.alpha_multiplier = nn.Parameter(torch.ones(count))
@@ -376,7 +376,6 @@ with editor.edit("Who is the prime minister of the UK?", "Boris Johnson").attach
     def _rows_of(self, batch: Batch) -> dict[str, Transformed]:
         with widening(self.model), packing():
             if self.as_tree(batch):
-                self.check(batch)
                 captured = answers_through(self.model, self.layers, batch)
             else:
                 captured = self.gradients(batch)
@@ -407,11 +406,14 @@ with editor.edit("Who is the prime minister of the UK?", "Boris Johnson").attach
         asked = config.rows == "answers" and config.loss_reduction == "edit" and not self.training
         if not asked or len(batch["labels"]) < LEAST_TEXTS or not regular(batch):
             return False
+        self.check(batch)
         problem = why_not(self.model, self.layers, batch["labels"].shape[1])
-        if problem is None and not self._tree_tried:
-            with widening(self.model):
-                problem = why_not_tried(self.model, self.layers, batch, self.gradients)
-            self._tree_tried = problem is None
+        if problem is None:
+            weight = self.layers[0].weight
+            if (kind := (weight.dtype, weight.device)) not in self._tried:
+                with widening(self.model):
+                    self._tried[kind] = why_not_tried(self.model, self.layers, batch, self.gradients)
+            problem = self._tried[kind]
         if problem is not None:
             log.info("%s runs texts one by one, and not as a tree: %s", type(self.model).__name__, problem)
         return problem is None

@@ -103,7 +103,7 @@ class Span(NamedTuple):
 class Queries:
     """The queries of several spans, as a padded batch."""
 
-    def __init__(self, spans: Sequence[Span], own_from: int | None):
+    def __init__(self, spans: Sequence[Span], own_from: int | None, device: torch.device):
         count, width = len(spans), max(len(span.rows) for span in spans)
         length = max(len(span.path) for span in spans)
         self.shape = (count, width, length)
@@ -124,6 +124,9 @@ class Queries:
             self.own, self.own_at = row[mine] - own_from, place[mine]
             self.kept, self.kept_at = row[~mine], place[~mine]
             self.rows = self.rows - own_from
+        for name, value in vars(self).items():
+            if isinstance(value, torch.Tensor):
+                setattr(self, name, value.to(device))
 
     def answer(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> torch.Tensor:
         """q, as rows [T, heads, D], k and v, as batches [B, heads, S, D] -> the spans' rows [n, heads * D]."""
@@ -326,7 +329,7 @@ class _Run:
 
     def _queries(self, spans: Sequence[Sequence[Span]], own_from: int | None = None) -> list[Queries]:
         asked = [[span for span in group if span.rows] for group in spans]
-        return [Queries(group, own_from) for group in asked if group]
+        return [Queries(group, own_from, self.device) for group in asked if group]
 
     def _spans(self, *, prompts: bool, answers: bool) -> list[list[Span]]:
         """Each row once, in the first text that has it; what a group's texts all begin with, apart from them."""
