@@ -1,4 +1,4 @@
-"""What does it cost to keep many edits: to add one more, and to solve for all of them as one?"""
+"""What does it cost to keep many edits: to add one more, or many, and to solve for all of them as one?"""
 
 from __future__ import annotations
 
@@ -16,11 +16,13 @@ from mendfast.metric import Metric
 from mendfast.moments import SecondMoment
 
 from .cases import cases
-from .contest import Contestant
+from .contest import Contestant, relative_error
 from .shapes import batch, edited_model
 
 ROWS = 15  # of an edit
 ADDING = cases((1, 10, 100, 1000), typical=10, cpu=(1, 10, 1000), cpu_others=False)
+MANY = cases((32,), typical=32, cpu=(32,), cpu_others=False)
+TOGETHER = [case for case in MANY if case.shape.family in ("gpt2", "gptj", "llama", "qwen2")]
 SOLVING = cases((25, 125, 1000), typical=125, cpu=(25, 125), cpu_others=False)
 
 
@@ -72,6 +74,39 @@ def test_adding(contest, case):
     contest(row, lambda seed: EditRequest(f"Who is number {seed}?", answer), contestants, reference=None, memory=False,
             kept_bytes=memory.num_bytes())  # fmt: skip
     assert len(memory) == count - 1
+
+
+@pytest.mark.parametrize("case", TOGETHER, ids=str)
+def test_adding_many(contest, case, monkeypatch):
+    """Many at once that begin alike, made of their answers' tokens: as a tree of texts, or padded texts in batches."""
+    plain = _prepared(contest, case, 0).editor
+    config = replace(plain.config, rows="answers")
+    editor = MendEditor.from_model(plain.model, plain.tokenizer, config)
+    editor.load_state_dict(plain.state_dict())
+    editor.protect_with(plain.metric)
+
+    count = contest.amount(case.size)
+
+    def data(seed: int) -> list[EditRequest]:
+        return [EditRequest(f"Who is number {seed} of {i}?", f"{i}{seed % 7}") for i in range(count)]
+
+    def padded(requests: list[EditRequest]) -> EditMemory:
+        with monkeypatch.context() as patch:
+            patch.setattr("mendfast.editor.LEAST_TEXTS", 1 << 62)
+            return tree(requests)
+
+    def tree(requests: list[EditRequest]) -> EditMemory:
+        memory = EditMemory(editor)
+        memory.add(requests, progress=False)
+        return memory
+
+    one, other = (run(data(0)) for run in (tree, padded))
+    for key in one.keys():
+        for name, sides in other._records[key].rows.items():
+            for side, found in zip(sides, one._records[key].rows[name], strict=True):
+                assert relative_error([found], [side]) < 1e-3
+    row = {"shape": contest.size(case.shape).name, "edits": count}
+    contest(row, data, {"mendfast": tree, "padded": padded}, reference=None, memory=False, units=count)
 
 
 @pytest.mark.parametrize("case", SOLVING, ids=str)

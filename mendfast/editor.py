@@ -33,11 +33,15 @@ from .own_words import own_words
 from .packing import packing
 from .requests import as_requests
 from .schema import check_dtypes, differences, shown, some
+from .tree import answers_through, regular, why_not, why_not_tried
 from .types import Spectrum
+from .wide import widening
 
 log = logging.getLogger("mendfast")
 
 EDITS_PER_PASS = 32
+LEAST_TEXTS = 4
+"""That go through the model as a tree."""
 WEIGHTS_FILE, CONFIG_FILE, METRIC_FILE = "editor.safetensors", "mend_config.json", "metric.safetensors"
 
 
@@ -64,6 +68,7 @@ class MendEditor(EditableModel, OnHub, nn.Module):
         self.networks, self._groups = make_networks(self.layers, self.config)
         self.gather: Gather | None = None  # set by a Trainer that is one of several processes
         self._warned = False
+        self._tried: dict[tuple, str | None] = {}  # why texts don't pass as a tree, once that was tried
         self.fingerprint: Fingerprint | None = None
         count = len(self.layers)
         self.alpha_multiplier = nn.Parameter(torch.ones(count))
@@ -369,8 +374,11 @@ with editor.edit("Who is the prime minister of the UK?", "Boris Johnson").attach
             return make(self._rows_of(batch), self.alphas())
 
     def _rows_of(self, batch: Batch) -> dict[str, Transformed]:
-        with packing():
-            captured = self.gradients(batch)
+        with widening(self.model), packing():
+            if self.as_tree(batch):
+                captured = answers_through(self.model, self.layers, batch)
+            else:
+                captured = self.gradients(batch)
         for name, (_, delta) in captured.items():
             if not all_finite(delta):
                 raise ValueError(
@@ -391,6 +399,24 @@ with editor.edit("Who is the prime minister of the UK?", "Boris Johnson").attach
                     f"({some(rows)}); name more of them, \"….experts.down_proj\" for all of a block's, or other layers."
                 )
         return rows
+
+    def as_tree(self, batch: Batch) -> bool:
+        """Whether edits of many texts go through the model as a tree (:mod:`mendfast.tree`); tried on two of them."""
+        config = self.config
+        asked = config.rows == "answers" and config.loss_reduction == "edit" and not self.training
+        if not asked or len(batch["labels"]) < LEAST_TEXTS or not regular(batch):
+            return False
+        self.check(batch)
+        problem = why_not(self.model, self.layers, batch["labels"].shape[1])
+        if problem is None:
+            weight = self.layers[0].weight
+            if (kind := (weight.dtype, weight.device)) not in self._tried:
+                with widening(self.model):
+                    self._tried[kind] = why_not_tried(self.model, self.layers, batch, self.gradients)
+            problem = self._tried[kind]
+        if problem is not None:
+            log.info("%s runs texts one by one, and not as a tree: %s", type(self.model).__name__, problem)
+        return problem is None
 
     # -- the network ---------------------------------------------------------------------------------------
 

@@ -13,7 +13,6 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from . import ops
 from .aggregate import Wanted
 from .capture import Factors, without_edits
 from .edit import Edit
@@ -37,15 +36,14 @@ from .memory_file import (
     write,
 )
 from .ops.least_squares import metric_matrix, solve_normal, sums_serve
+from .record_rows import Maker
 from .requests import EditRequest, as_requests
 from .schema import shown, some
-from .shared_prefix import SharedPrefix
 from .updates import checksum
+from .wide import widening
 
 __all__ = ["EditMemory", "read_requests", "update_file"]
 
-TOKENS_PER_PASS = 1024
-_WINDOW = 256  # edits that are sorted by length together
 _LONG = 32  # edits; a bar is shown for more
 _LEAST_PREFIX = 4
 # Of the configuration, what an edit's rows depend on.
@@ -154,7 +152,8 @@ class EditMemory(OnHub):
             save_to: keep the memory in this file. What is made is on the disk after each pass, in a journal beside the
                 file, and the same call after a crash or an interrupt goes on from there (a new process begins with
                 :meth:`open`).
-            batch_size: edits that go through the model at a time; None: as many as have :data:`TOKENS_PER_PASS` tokens.
+            batch_size: edits that go through the model at a time; None: as many as have
+                :data:`mendfast.record_rows.TOKENS_PER_PASS` tokens.
             progress: True shows a bar, None where there are many edits and a terminal.
 
         Returns:
@@ -173,7 +172,8 @@ class EditMemory(OnHub):
         todo = {key: requests[i] for key, i in places.items()}
         todo = {key: r for key, r in todo.items() if key not in self._records or self._records[key].request != r}
         identity = self._identity()
-        lengths = {key: self._length(request, places[key]) for key, request in todo.items()}
+        for key, request in todo.items():
+            self._check(request, places[key])
         with exclusive(self.model):
             made: dict[str, Record] = {}
             journal = None
@@ -183,7 +183,7 @@ class EditMemory(OnHub):
                 made = {key: record for key, record in made.items() if todo.get(key) == record.request}
                 journal = Journal(save_to, base, list(made.values()), identity) if todo else None
             try:
-                self._make(todo, made, places, lengths, batch_size, progress, journal)
+                self._make(todo, made, places, batch_size, progress, journal)
             except (ValueError, TypeError):
                 if journal is not None:
                     journal.discard()
@@ -224,7 +224,6 @@ class EditMemory(OnHub):
         todo: Mapping[str, EditRequest],
         made: dict[str, Record],
         places: Mapping[str, int],
-        lengths: Mapping[str, int],
         batch_size: int | None,
         progress: bool | None,
         journal: Journal | None,
@@ -235,81 +234,33 @@ class EditMemory(OnHub):
         if not left:
             return
         hidden = not progress if progress is not None else True if len(left) <= _LONG else None
-        with without_edits(self.model), tqdm(total=len(left), desc="adding", unit="edit", disable=hidden) as bar:
-            shared = {form: self._shared([todo[key] for key in left], form) for form in self.editor.forms}
-            for start in range(0, len(left), _WINDOW):
-                window = sorted(left[start : start + _WINDOW], key=lengths.__getitem__)
-                while window:
-                    keys = self._first(window, lengths, batch_size)
-                    records = self._records_of([todo[key] for key in keys], [places[key] for key in keys], shared)
-                    made.update(zip(keys, records, strict=True))
-                    if journal is not None:
-                        journal.write(records)
-                    bar.update(len(keys))
-                    del window[: len(keys)]
+        bar = tqdm(total=len(left), desc="adding", unit="edit", disable=hidden)
+        with without_edits(self.model), widening(self.model), bar:
+            maker = Maker(self.editor, [todo[key] for key in left])
+            for keys in maker.passes({key: todo[key] for key in left}, batch_size):
+                records = self._records_of([todo[key] for key in keys], [places[key] for key in keys], maker)
+                made.update(zip(keys, records, strict=True))
+                if journal is not None:
+                    journal.write(records)
+                bar.update(len(keys))
 
-    def _first(self, window: Sequence[str], lengths: Mapping[str, int], batch_size: int | None) -> Sequence[str]:
-        """Those of ``window``, which is sorted by length, that go through the model next."""
-        if self.editor.config.loss_reduction == "batch":  # by tokens of the whole batch, an edit's weight depends on
-            return window[:1]  # the others
-        if batch_size is not None:
-            return window[:batch_size]
-        count = 1
-        while count < len(window) and (count + 1) * lengths[window[count]] <= TOKENS_PER_PASS:
-            count += 1
-        return window[:count]
-
-    def _shared(self, requests: Sequence[EditRequest], form: str | None) -> SharedPrefix | None:
-        if self.editor.kind != "causal":
-            return None
-        texts = [self.editor.encode(*request, form)["input_ids"] for request in requests]
-        return SharedPrefix.of(self.model, self.editor.layers, texts)
-
-    def _length(self, request: EditRequest, place: int) -> int:
-        """In tokens; a ValueError where the model can't learn it."""
+    def _check(self, request: EditRequest, place: int) -> None:
+        """A ValueError where the model can't learn it."""
         try:
-            batch = self.editor.tokenize_edits([request])
-            self.editor.check(batch)
+            self.editor.check(self.editor.tokenize_edits([request]))
         except ValueError as error:
             raise ValueError(f"{_named(request, place)}: {error}") from error
-        return batch["input_ids"].shape[1]
 
-    def _records_of(
-        self, requests: Sequence[EditRequest], places: Sequence[int], shared: Mapping[str | None, SharedPrefix | None]
-    ) -> list[Record]:
+    def _records_of(self, requests: Sequence[EditRequest], places: Sequence[int], maker: Maker) -> list[Record]:
         try:
-            made = [self._rows_in(requests, form, shared[form]) for form in self.editor.forms]
+            rows = maker.rows_of(requests)
         except ValueError as error:
             if len(requests) > 1:  # which one is it?
                 for request, place in zip(requests, places, strict=True):
-                    self._records_of([request], [place], shared)
+                    self._records_of([request], [place], maker)
                 raise
             raise ValueError(f"{_named(requests[0], places[0])}: {error}") from error
-        rows = [
-            {name: tuple(map(torch.cat, zip(*(part[name] for part in parts), strict=True))) for name in parts[0]}
-            for parts in zip(*made, strict=True)
-        ]
         return [Record(request, part) for request, part in zip(requests, rows, strict=True)]
-
-    def _rows_in(
-        self, requests: Sequence[EditRequest], form: str | None, shared: SharedPrefix | None
-    ) -> list[dict[str, tuple[torch.Tensor, torch.Tensor]]]:
-        """Each request's rows (u, d) at every layer, asked in one form."""
-        batch = self.editor.tokenize([(*request, form) for request in requests])
-        with contextlib.nullcontext() if shared is None else shared.replayed(batch):
-            wanted = self.editor.wanted(batch)
-        rows: list[dict[str, tuple[torch.Tensor, torch.Tensor]]] = [{} for _ in requests]
-        for name, (u, d, sample) in wanted.items():
-            if not (ops.all_finite(u) and ops.all_finite(d)):
-                raise ValueError(
-                    f"its rows at {name} hold NaN or infinity: the model's activations on it are not finite in "
-                    "float32. Check the model, or load it in float32 or bfloat16."
-                )
-            counts = torch.bincount(sample, minlength=len(requests)).tolist()
-            sides = (side.float().cpu().split(counts) for side in (u, d))
-            for mine, pair in zip(rows, zip(*sides, strict=True), strict=True):
-                mine[name] = tuple(side.clone() for side in pair)  # a view would keep the whole batch
-        return rows
 
     def _identity(self) -> Identity:
         """Whose the records are; a ValueError where the editor is not the one that made those which are there."""

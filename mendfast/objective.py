@@ -6,7 +6,7 @@ import contextlib
 import inspect
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -46,11 +46,17 @@ def model_kind(model: nn.Module) -> str:
     return "causal"
 
 
-def context_length(model: nn.Module) -> int | None:
-    """The longest input that the model takes, None where there is no limit (T5's relative positions)."""
+def text_config(model: nn.Module) -> Any:
+    """The model's configuration, or its part for text where it also sees."""
     config = model.config
     if not getattr(config, "is_encoder_decoder", False) and hasattr(config, "get_text_config"):
-        config = config.get_text_config()  # of a model that also sees
+        return config.get_text_config()
+    return config
+
+
+def context_length(model: nn.Module) -> int | None:
+    """The longest input that the model takes, None where there is no limit (T5's relative positions)."""
+    config = text_config(model)
     for name in ("max_position_embeddings", "n_positions", "n_ctx"):
         length = getattr(config, name, None)
         if isinstance(length, int) and length > 0 and config.model_type not in ("t5", "mt5", "umt5"):
@@ -82,6 +88,15 @@ def target_rows(model: nn.Module, batch: Batch, *, for_nll: bool = False, learne
     keep = labels != IGNORE
     logits = _forward(model, batch, kind, keep, for_nll, learned)
     return Rows(logits, labels[keep].to(logits.device), keep.nonzero()[:, 0].to(logits.device))
+
+
+def labelled_rows(model: nn.Module, inputs: Batch, answers: torch.Tensor, sample: torch.Tensor) -> Rows:
+    """:func:`target_rows` of one long row of tokens [1, T] of a causal model, for :func:`nll` alone: ``answers`` [T]
+    are what each predicts (-100: nothing), of the samples ``sample`` [T]."""
+    keep = answers != IGNORE
+    device = inputs["input_ids"].device
+    logits = _forward(model, inputs, "causal", keep.unsqueeze(0).to(device), True)
+    return Rows(logits, answers[keep].to(logits.device), sample[keep].to(logits.device))
 
 
 def _predicted(labels: torch.Tensor, kind: str) -> torch.Tensor:
@@ -166,7 +181,7 @@ def _forward(
         inputs["decoder_input_ids"] = _shifted(model, batch["labels"])
     if kind == "causal" and "attention_mask" in inputs and "position_ids" not in inputs:
         taken = "position_ids" in inspect.signature(model.forward).parameters
-        if taken and not bool(inputs["attention_mask"][:, 0].all()) and not _counts_positions(model):
+        if taken and not bool(inputs["attention_mask"][:, 0].all()) and not counts_positions(model):
             # Left padding must not move the positions, as generate() knows but a plain forward does not.
             inputs["position_ids"] = (inputs["attention_mask"].long().cumsum(-1) - 1).clamp(min=0)
     masks = [_real(inputs.get("attention_mask"), keep if kind == "causal" else None)]
@@ -211,7 +226,7 @@ def _shifted(model: nn.Module, labels: torch.Tensor) -> torch.Tensor:
     return shifted.masked_fill(shifted == IGNORE, pad)
 
 
-def _counts_positions(model: nn.Module) -> bool:
+def counts_positions(model: nn.Module) -> bool:
     """Whether the model finds its positions itself, from padding tokens or from images, and not from 0 up."""
     own = ("get_rope_index", "create_position_ids_from_input_ids")
     return any(hasattr(module, name) for module in model.modules() for name in own)

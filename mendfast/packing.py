@@ -128,8 +128,8 @@ def _packed(forward: Callable, shape: torch.Size, sides: Sequence[torch.Tensor],
         if not mine or x.dim() != 3 or x.shape[:2] != shape:
             return forward(*args, **kwargs)
         x, at = x.reshape(-1, x.shape[2]), learned.to(x.device)
-        y = forward(_Taken.apply(x, at))
-        y = _Placed.apply(y, at, shape.numel())
+        y = forward(Taken.apply(x, at))
+        y = Placed.apply(y, at, shape.numel())
         if len(others):
             with torch.no_grad():
                 there = others.to(x.device)
@@ -139,7 +139,7 @@ def _packed(forward: Callable, shape: torch.Size, sides: Sequence[torch.Tensor],
     return run
 
 
-class _Taken(torch.autograd.Function):
+class Taken(torch.autograd.Function):
     """Rows [N, k], each at most once -> [K, k]; PyTorch's own backward adds one row after the other."""
 
     @staticmethod
@@ -155,7 +155,7 @@ class _Taken(torch.autograd.Function):
         return _place(grad, at, ctx.count), None
 
 
-class _Placed(torch.autograd.Function):
+class Placed(torch.autograd.Function):
     """Rows [K, k] -> [N, k], zeros elsewhere."""
 
     @staticmethod

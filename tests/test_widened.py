@@ -58,9 +58,10 @@ def test_a_product_and_its_gradient_are_those_of_float64_rounded(dtype, kind, bi
 def test_what_is_left_to_pytorch(monkeypatch):
     x, w = torch.randn(8, 16).bfloat16(), torch.randn(16, 4).bfloat16()
     assert widened.served(x, w, None)
+    assert widened.served(x.float(), w, None) and widened.served(x[:1].float(), w, None)
     assert not widened.served(x.float(), w.float(), None)
     assert not widened.served(x, w.half(), None)
-    assert not widened.served(x[:7], w, None)
+    assert widened.served(x[:2], w, None) and not widened.served(x[:1], w, None)
     assert not widened.served(x, w, torch.zeros(4))
     monkeypatch.setattr(widened, "has_units", lambda dtype: True)
     assert not widened.served(x, w, None)
