@@ -52,19 +52,6 @@ def test_rates_are_chosen_on_edits_that_are_not_measured(editor, data, tmp_path)
     assert all("chosen" not in row for row in off["rows"])
 
 
-def test_another_editor_of_the_same_name_is_told(editor, data, tmp_path):  # noqa: F811
-    options = ("--systems", "mend", "ft", "--option", "ft.max_steps=2", "--limit", 2, "--output", tmp_path / "out")
-    found = run_unfixed(editor, data, *options)
-    assert run_unfixed(editor, data, *options)["rows"] == found["rows"]
-    other = copy.deepcopy(editor)
-    with torch.no_grad():
-        other.alpha_multiplier[0] *= 1.001
-    with pytest.raises(ValueError, match="measured of mend is of another editor .* choose another --output"):
-        run_unfixed(other, data, *options)
-    alone = run_unfixed(other, data, "--systems", "ft", *options[3:])  # which knows nothing of editors
-    assert alone["rows"] == [row for row in found["rows"] if row["system"] == "ft"]
-
-
 def run_unfixed(editor, data, *more):  # noqa: F811
     """As :func:`run`, without a rate that is given."""
     from mendfast.cli import read

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import html.parser
 import json
@@ -353,3 +354,16 @@ def test_exit_code_2(editor, tokenizer, data, tmp_path, capsys):
     data.write_text("")
     assert main(["eval", "--data", str(data)]) == 2
     assert "No question and answer was found" in capsys.readouterr().err
+
+
+def test_another_editor_of_the_same_name_is_told(editor, data, tmp_path):
+    options = ("--systems", "mend", "ft", "--limit", 2, "--output", tmp_path / "out")
+    found = run(editor, data, *options)
+    assert run(editor, data, *options)["rows"] == found["rows"]
+    other = copy.deepcopy(editor)
+    with torch.no_grad():
+        other.alpha_multiplier[0] *= 1.001
+    with pytest.raises(ValueError, match="measured of mend is of another editor .* choose another --output"):
+        run(other, data, *options)
+    alone = run(other, data, "--systems", "ft", *options[3:])  # which knows nothing of editors
+    assert alone["rows"] == [row for row in found["rows"] if row["system"] == "ft"]
