@@ -25,6 +25,15 @@ from .locks import exclusive, holding
 from .ops.frozen_linear import frozen_forwards
 from .sharding import is_sharded, slices_of
 
+UNSERVED = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
+"""What a pass by another way than the model's own raises where the model keeps other things than keys and values."""
+
+
+def agree(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Whether two ways of one pass give the same, to the rounding of their dtype through many blocks."""
+    bound = min(0.05, 10 * torch.finfo(expected.dtype).eps ** 0.75)
+    return bool((found - expected).norm() <= bound * expected.norm())
+
 Factors = tuple[torch.Tensor, torch.Tensor, "torch.Tensor | float"]
 """u [T, m], delta [T, n], alpha: one update for all samples; or u [G, T, m], delta [G, T, n]: G groups of
 consecutive samples, each with its own."""

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from .capture import ended_after, replaced_forwards
+from .capture import UNSERVED, ended_after, replaced_forwards
 from .choice import frozen_ends, stacks
 from .labels import collate
 from .layers import Layer
@@ -69,7 +69,7 @@ class PromptKeys:
         """
         try:
             found = self._of(prompts)
-        except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError) as problem:
+        except UNSERVED as problem:
             # whatever a model that keeps other things than keys and values makes of it; the caller's pass reads all
             log.info("%s reads prompts whole for each edit: %s", type(self.model).__name__, problem)
             self.blocks = []

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .capture import ended_after, frozen, replaced_forwards, undone
+from .capture import UNSERVED, agree, ended_after, frozen, replaced_forwards, undone
 from .choice import frozen_ends, stacks
 from .layers import Layer, execution_device
 from .objective import Batch, model_kind, to_device
@@ -60,12 +60,12 @@ class SharedPrefix:
             prefix = cls(model, ends[0], texts[0][:shared])
             longest = {"input_ids": torch.tensor([list(max(texts, key=len))])}
             plain, _ = prefix._run(longest, None)
-            error = (prefix._whole(longest) - plain).norm() / plain.norm()
-        except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError) as problem:
+            whole = prefix._whole(longest)
+        except UNSERVED as problem:
             # whatever a model that keeps other things than keys and values makes of them
             log.info("%s runs the %d tokens that all begin with for each: %s", type(model).__name__, shared, problem)
             return None
-        if not error <= min(0.05, 10 * torch.finfo(plain.dtype).eps ** 0.75):
+        if not agree(whole, plain):
             log.info("%s runs the tokens that all begin with for each: kept, they give others", type(model).__name__)
             return None
         return prefix

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import itertools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -20,7 +21,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from .capture import capture, ended_after, frozen, replaced_forwards, undone
+from .capture import UNSERVED, agree, capture, ended_after, frozen, replaced_forwards, undone
 from .choice import frozen_ends, stacks
 from .layers import Layer
 from .objective import IGNORE, Batch, Rows, counts_positions, labelled_rows, model_kind, nll, text_config
@@ -61,7 +62,7 @@ class Tree:
             self.shared.append(first - made)
         self.nodes = len(tokens)
         self.counts = [end - first for first, end in zip(self.firsts, ends, strict=True)]
-        self.starts = [self.nodes + s for s in _sums(self.counts)]  # each text's first row of its own
+        self.starts = list(itertools.accumulate(self.counts[:-1], initial=self.nodes))  # of their own rows
         for text, first, end in zip(ids, self.firsts, ends, strict=True):
             tokens += text[first:end]
             positions += range(first, end)
@@ -81,15 +82,6 @@ class Tree:
             else:
                 groups.append([i])
         return groups
-
-
-def _sums(counts: Sequence[int]) -> list[int]:
-    """Of all before each."""
-    sums, total = [], 0
-    for count in counts:
-        sums.append(total)
-        total += count
-    return sums
 
 
 class Span(NamedTuple):
@@ -292,7 +284,7 @@ def why_not_tried(
     tree = Tree(batch)
     try:
         found = answers_through(model, layers, batch)
-    except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as problem:
+    except UNSERVED as problem:
         return str(problem)  # whatever a model that attends to other things than tokens makes of them
     place = torch.tensor(tree.firsts)[:, None] + torch.arange(max(tree.counts))
     real = torch.arange(max(tree.counts)) < torch.tensor(tree.counts)[:, None]
@@ -301,8 +293,7 @@ def why_not_tried(
         for side, other in zip(sides, found[name], strict=True):
             at = place.to(side.device)
             expected = side[torch.arange(2, device=side.device)[:, None], at] * real.to(side.device)[..., None]
-            eps = torch.finfo(side.dtype).eps
-            if not (other - expected).norm() <= min(0.05, 10 * eps**0.75) * expected.norm():
+            if not agree(other, expected):
                 return "it gives other rows"
     return None
 

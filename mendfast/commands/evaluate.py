@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import math
 import platform
@@ -31,7 +30,9 @@ from ..tasks.load import load_task
 from ..tasks.records import Example, Problem
 from ..tasks.task import usable
 from ..training import TrainConfig
+from ..training.data import digest
 from ..training.processes import Processes, launched
+from ..updates import checksum
 from . import sequences
 from .console import make_console, text
 from .doctor import device_name
@@ -178,15 +179,11 @@ def tell(problems: Sequence[Problem], console: Console) -> None:
 
 def _digest(editor: MendEditor) -> str:
     """A short name for an editor's parameters, and for what it protects."""
-    found = hashlib.blake2b(digest_size=8)
-    protected = {
-        f"{layer.name}:{part}": value
-        for layer in (editor.layers if editor.metric is not None else ())
-        for part, value in editor.metric.spectrum(layer.name)._asdict().items()
-    }
-    for name, tensor in sorted({**editor.state_dict(), **protected}.items()):
-        found.update(name.encode() + tensor.detach().cpu().numpy().tobytes())
-    return found.hexdigest()
+    held = editor.state_dict()
+    for layer in editor.layers if editor.metric is not None else ():
+        parts = editor.metric.spectrum(layer.name)._asdict()
+        held |= {f"{layer.name}:{part}": value for part, value in parts.items()}
+    return digest(sorted(f"{name} {int(checksum(value))}" for name, value in held.items()))
 
 
 def _environment(editor: MendEditor) -> dict[str, str]:
