@@ -16,7 +16,7 @@ from . import few_rows
 PART = 1 << 18
 """Weights that are widened at a time: 1 MiB."""
 LEAST_ROWS = 2
-"""Below, widening takes longer than a product in 16 bits."""
+"""Below, a product in 16 bits takes no longer."""
 LEAST_WEIGHTS = 1 << 16
 UNITS = {torch.bfloat16: ("avx512_bf16", "amx_bf16"), torch.float16: ("avx512_fp16", "amx_fp16")}
 
