@@ -47,7 +47,7 @@ SHAPES = {
         Shape("BART-base", "bart", 768, 3072, 6, 12, 50265, modes=4, on_cpu=True),
         Shape("BERT-base", "bert", 768, 3072, 12, 12, 30522, on_cpu=True),
         Shape(
-            "SmolLM2-135M", "llama", 576, 1536, 30, 9, 49152, modes=6, rank=192, kv_heads=3, tied=True, on_cpu=True
+            "SmolLM2-135M", "llama", 576, 1536, 30, 9, 49152, rank=384, kv_heads=3, tied=True, on_cpu=True
         ),
         Shape("GPT-2-XL", "gpt2", 1600, 6400, 48, 25, 50257),
         Shape("GPT-J-6B", "gptj", 4096, 16384, 28, 16, 50400),
