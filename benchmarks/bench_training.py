@@ -10,11 +10,14 @@ from mendfast.training import editor_loss
 from mendfast.training.cache import PrefixCache
 
 from .bench_edit import _editor
-from .cases import cases
+from .cases import Case, cases
 from .contest import Contestant, relative_error
-from .shapes import LOCALITY_TOKENS, TARGET_TOKENS, batch
+from .shapes import LOCALITY_TOKENS, SHAPES, TARGET_TOKENS, batch
 
-CASES = cases((4, 16), typical=4, cpu=(4,), cpu_others=False)
+CASES = [case for case in cases((4, 16), typical=4, cpu=(4,), cpu_others=False) if case.shape.name != "SmolLM2-135M"]
+CASES.append(Case(SHAPES["SmolLM2-135M"], 8, True, False))
+LOCALITY = {"SmolLM2-135M": (3, 32)}
+"""Locality texts for each edit and their length, where it is not one of LOCALITY_TOKENS."""
 POSITIONS = 12
 CACHE_BYTES = 1 << 30
 
@@ -50,8 +53,9 @@ def test_a_step(contest, case):
     cache = PrefixCache(editor.model, editor.layers, CACHE_BYTES)
 
     def data(seed: int) -> tuple:
-        lengths = (20, 20, LOCALITY_TOKENS)
-        made = (_ragged(shape, size, length, seed=3 * seed + i) for i, length in enumerate(lengths))
+        texts, length = LOCALITY.get(shape.name, (1, LOCALITY_TOKENS))
+        sizes = ((size, 20), (size, 20), (texts * size, length))
+        made = (_ragged(shape, *drawn, seed=3 * seed + i) for i, drawn in enumerate(sizes))
         return tuple(to_device(tokens, contest.device) for tokens in made)
 
     def warm(batches: tuple) -> tuple:
@@ -75,6 +79,7 @@ def test_a_step(contest, case):
         "padded": Contestant(lambda b: _step(editor, b, cache=cache, pack=False), warm),
         "cold cache": Contestant(lambda b: _step(editor, b, cache=cache), forget),
         "no cache": lambda b: _step(editor, b),
+        "no cache, padded": lambda b: _step(editor, b, pack=False),
         f"({POSITIONS} positions)": Contestant(lambda b: _step(editor, b, cache=cache, loc_positions=POSITIONS), warm),
     }
     row = {"shape": case.shape.name, "edits": case.size, "dtype": str(dtype)[6:]}

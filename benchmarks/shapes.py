@@ -16,7 +16,10 @@ EDIT_TOKENS, TARGET_TOKENS, LOCALITY_TOKENS = 20, 5, 200
 
 @dataclass(frozen=True)
 class Shape:
-    """A transformer's sizes; ``modes`` is the number of edited layers that share a network."""
+    """A transformer's sizes; ``modes`` is the number of edited layers that share a network.
+
+    ``kv_heads``: where they are not a quarter of the heads. ``tied``: the embeddings are the output head too.
+    """
 
     name: str
     family: str
@@ -27,12 +30,14 @@ class Shape:
     vocabulary: int
     modes: int = 3
     rank: int = RANK
+    kv_heads: int = 0
+    tied: bool = False
     on_cpu: bool = False
 
     def small(self) -> Shape:
         """The same kind of model, small enough to run every benchmark once in seconds."""
         vocabulary = self.vocabulary // 100 + 24
-        return replace(self, width=48, hidden=96, blocks=4, heads=4, vocabulary=vocabulary, rank=32)
+        return replace(self, width=48, hidden=96, blocks=4, heads=4, kv_heads=0, vocabulary=vocabulary, rank=32)
 
 
 SHAPES = {
@@ -41,6 +46,9 @@ SHAPES = {
         Shape("distilGPT-2", "gpt2", 768, 3072, 6, 12, 50257, on_cpu=True),
         Shape("BART-base", "bart", 768, 3072, 6, 12, 50265, modes=4, on_cpu=True),
         Shape("BERT-base", "bert", 768, 3072, 12, 12, 30522, on_cpu=True),
+        Shape(
+            "SmolLM2-135M", "llama", 576, 1536, 30, 9, 49152, rank=384, kv_heads=3, tied=True, on_cpu=True
+        ),
         Shape("GPT-2-XL", "gpt2", 1600, 6400, 48, 25, 50257),
         Shape("GPT-J-6B", "gptj", 4096, 16384, 28, 16, 50400),
         Shape("T5-XL", "t5", 2048, 5120, 24, 32, 32128, modes=8),
@@ -53,7 +61,8 @@ SHAPES = {
 def _config(s: Shape) -> hf.PretrainedConfig:
     gated = {
         "vocab_size": s.vocabulary, "hidden_size": s.width, "intermediate_size": s.hidden,
-        "num_hidden_layers": s.blocks, "num_attention_heads": s.heads, "num_key_value_heads": max(1, s.heads // 4),
+        "num_hidden_layers": s.blocks, "num_attention_heads": s.heads,
+        "num_key_value_heads": s.kv_heads or max(1, s.heads // 4), "tie_word_embeddings": s.tied,
     }  # fmt: skip
     layers = {"n_embd": s.width, "n_layer": s.blocks, "n_head": s.heads, "vocab_size": s.vocabulary}
     if s.family == "gpt2":

@@ -3,6 +3,7 @@
     python -m benchmarks.tables                       # write both
     python -m benchmarks.tables --check               # fail if they differ from the files
     python -m benchmarks.tables --add runs/eval qa-gpt2 --title "..." --command "mendfast train ..." --command "..."
+    python -m benchmarks.tables --add runs/seed0 runs/seed1 runs/seed2 fc-bert ...   # one table of three seeds
 """
 
 from __future__ import annotations
@@ -40,9 +41,9 @@ def load() -> list[dict]:
     return [json.loads(path.read_text()) for path in sorted(FOLDER.glob("*.json"))]
 
 
-def add(directory: Path, name: str, title: str, commands: Sequence[str]) -> Path:
-    """Keep the results of an evaluation, without its examples, which are the data's."""
-    result = json.loads((directory / "results.json").read_text())
+def add(directories: Sequence[Path], name: str, title: str, commands: Sequence[str]) -> Path:
+    """Keep the results of an evaluation, or of equal ones of several seeds, without their examples, the data's."""
+    result = pooled([json.loads((directory / "results.json").read_text()) for directory in directories])
     for key in ("model", "editor", "data", "known", "train_data"):
         if result[key] and Path(result[key]).is_absolute():
             raise ValueError(f"{key} is {result[key]}; evaluate with relative paths, which mean something elsewhere.")
@@ -51,6 +52,39 @@ def add(directory: Path, name: str, title: str, commands: Sequence[str]) -> Path
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n")
     return path
+
+
+def pooled(results: Sequence[dict]) -> dict:
+    """Evaluations that differ in their seeds as one: means of the means, within the widest of their intervals."""
+    first = results[0]
+    if len(results) == 1:
+        return first
+    for key in ("task", "table", "data", "known", "limit", "unrelated", "text"):
+        if len({str(result.get(key)) for result in results}) > 1:
+            raise ValueError(f"The evaluations differ in {key}: {', '.join(str(r.get(key)) for r in results)}.")
+    seeds = [result["seed"] for result in results]
+    if len({*seeds}) < len(seeds):
+        raise ValueError(f"The evaluations' seeds are {', '.join(map(str, seeds))}; give each of its own.")
+    rows = [[row for row in result["rows"] if row["k"] == own["k"] and row["system"] == own["system"]]
+            for own in first["rows"] for result in results]  # fmt: skip
+    if not all(len(found) == 1 for found in rows):
+        raise ValueError("The evaluations are not of the same systems and sizes.")
+    step = len(results)
+    groups = [[found[0] for found in rows[i : i + step]] for i in range(0, len(rows), step)]
+    return {**first, "seed": seeds, "rows": [_pooled_row(group) for group in groups]}
+
+
+def _pooled_row(rows: Sequence[dict]) -> dict:
+    figures = {}
+    for name in rows[0]["figures"]:
+        found = [row["figures"][name] for row in rows if name in row["figures"]]
+        figures[name] = {
+            "mean": sum(figure["mean"] for figure in found) / len(found),
+            "low": min(figure["low"] for figure in found),
+            "high": max(figure["high"] for figure in found),
+            "n": sum(figure["n"] for figure in found),
+        }
+    return {**rows[0], "failed": sum(row["failed"] for row in rows), "figures": figures}
 
 
 def page(results: Sequence[dict]) -> str:
@@ -108,8 +142,8 @@ def _figure(name: str, figure: dict | None) -> str:
 def summary(results: Sequence[dict]) -> str:
     """The README's tables: the one that decides, and success, generality and drawdown of every system on every task."""
     tables = [result for result in results if result["table"] == "systems"]
-    real = [result for result in tables if result["model"] == DECIDING]
-    tables = [result for result in tables if result["model"] != DECIDING]
+    real = [result for result in tables if result["model"] == DECIDING and result["task"] == "qa"]
+    tables = [result for result in tables if result not in real]
     lines = [*(line for result in real for line in [*deciding(result), ""])]
     lines += [
         "Edit success (the mean of an edit and its rephrasings) / generality (the rephrasings alone) / drawdown (of",
@@ -141,12 +175,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         epilog='Example: python -m benchmarks.tables --add runs/eval qa-gpt2 --title "zsRE, GPT-2"',
     )
     parser.add_argument("--check", action="store_true", help="write nothing; fail if README.md or TABLES.md differ")
-    parser.add_argument("--add", nargs=2, metavar=("DIR", "NAME"), help="keep what mendfast eval wrote into DIR")
+    parser.add_argument("--add", nargs="+", metavar="DIR", help="keep what mendfast eval wrote into DIR ..., as NAME")
     parser.add_argument("--title", default="", help="of the table that is added")
     parser.add_argument("--command", action="append", default=[], help="that made it; may be repeated")
     args = parser.parse_args(argv)
     if args.add:
-        print(add(Path(args.add[0]), args.add[1], args.title or args.add[1], args.command))
+        *directories, name = args.add
+        if not directories:
+            parser.error("--add takes one directory or several, and the table's name")
+        print(add([Path(directory) for directory in directories], name, args.title or name, args.command))
     results = load()
     readme = ROOT / "README.md"
     pages = {

@@ -234,19 +234,35 @@ def evaluation(**changes) -> dict:
 def test_a_kept_table_says_how_it_was_made_and_holds_none_of_the_data(tmp_path, monkeypatch):
     monkeypatch.setattr(tables, "FOLDER", tmp_path / "tables")
     (tmp_path / "results.json").write_text(json.dumps(evaluation()))
-    path = tables.add(tmp_path, "b", "Questions", ["mendfast train", "mendfast eval"])
+    path = tables.add([tmp_path], "b", "Questions", ["mendfast train", "mendfast eval"])
     assert "text of the data" not in path.read_text()
     (tmp_path / "results.json").write_text(json.dumps(evaluation(task="generation")))
-    tables.add(tmp_path, "a", "Text", [])
+    tables.add([tmp_path], "a", "Text", [])
     (tmp_path / "results.json").write_text(json.dumps(evaluation(model=str(tmp_path))))
     with pytest.raises(ValueError, match="model is .*relative paths"):
-        tables.add(tmp_path, "c", "", [])
+        tables.add([tmp_path], "c", "", [])
     kept = tables.load()
     assert [result["title"] for result in kept] == ["Text", "Questions"]
     text = tables.page(kept)
     assert "mendfast train\nmendfast eval\n```" in text and "1 edits could not be asked" in text
     rows = [f"| {cells} |{' - |' * 5}" for cells in ("Text | 0.90 / 0.80 / 0.500", "Questions | 0.90 / 0.80 / 0.010")]
     assert tables.summary(kept).splitlines()[-2:] == rows
+
+
+def test_a_table_of_several_seeds_holds_their_means_within_the_widest_interval():
+    first, second = evaluation(seed=1), evaluation(seed=2)
+    second["rows"][0]["figures"]["edit_success"] = {"mean": 0.5, "low": 0.3, "high": 0.7, "n": 3}
+    second["rows"][0]["failed"] = 1
+    both = tables.pooled([first, second])
+    assert both["rows"][0]["figures"]["edit_success"] == {"mean": 0.7, "low": 0.3, "high": 0.9, "n": 6}
+    page = tables.page([both | {"title": "t", "commands": []}])
+    assert "means of seeds 1, 2." in page and "1 measurements failed" in page
+    with pytest.raises(ValueError, match="seeds are 1, 1"):
+        tables.pooled([first, first])
+    with pytest.raises(ValueError, match="differ in limit: None, 3"):
+        tables.pooled([first, {**second, "limit": 3}])
+    with pytest.raises(ValueError, match="not of the same systems"):
+        tables.pooled([first, {**second, "rows": []}])
 
 
 def test_the_table_of_the_real_model_decides_and_hides_no_loss():

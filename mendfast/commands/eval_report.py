@@ -108,7 +108,9 @@ def number(name: str, value: float | None) -> str:
 def caption(result: dict[str, Any]) -> str:
     """What was measured, in a sentence or two."""
     failed = sum(row["failed"] for row in result["rows"])
-    text = f"Task {result['task']}, {result['edits']:,} edits of {result['data']}, seed {result['seed']}."
+    seed = result["seed"]
+    said = f"means of seeds {', '.join(map(str, seed))}" if isinstance(seed, list) else f"seed {seed}"
+    text = f"Task {result['task']}, {result['edits']:,} edits of {result['data']}, {said}."
     left_out = result["read"] - result["edits"]
     text += f" {left_out:,} edits could not be asked." if left_out else ""
     return text + (f" {failed:,} measurements failed." if failed else "")
