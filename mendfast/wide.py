@@ -2,8 +2,8 @@
 
 Such a CPU rounds every sum for nothing: it multiplies and adds in float32 all the same. Within a block of
 :func:`widening` the embeddings give float32, the norms keep it, and the linear layers of a frozen model widen their
-weights part by part (:mod:`mendfast.ops.widened`): the pass of a float32 model with these weights, in the memory of a
-16-bit one.
+weights as they read them (:mod:`mendfast.ops.widened`): the pass of a float32 model with these weights, in the memory
+of a 16-bit one.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from mendfast.capture import frozen
 from mendfast.ops import few_rows
 from mendfast.training import editor_loss as meta_loss
 
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 needs_extension = pytest.mark.skipif(few_rows.problem() is not None, reason=f"{few_rows.problem()}")
 
 
@@ -37,10 +38,10 @@ def always(monkeypatch):
     return calls
 
 
-def matrix(rows, cols, transposed, padding):
+def matrix(rows, cols, transposed, padding, dtype=torch.float32):
     """[rows, cols] with its rows or its columns contiguous, NaN between them."""
     shape = (cols, rows) if transposed else (rows, cols)
-    whole = torch.full((shape[0], shape[1] + padding), float("nan"))
+    whole = torch.full((shape[0], shape[1] + padding), float("nan"), dtype=dtype)
     part = whole[:, : shape[1]].copy_(torch.randn(shape))
     return part.T if transposed else part
 
@@ -49,25 +50,38 @@ def matrix(rows, cols, transposed, padding):
 class TestKernel:
     @pytest.mark.usefixtures("poisoned")
     @pytest.mark.parametrize("transposed", [False, True], ids=["rows", "columns"])
-    def test_shapes(self, transposed):
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_shapes(self, transposed, dtype):
         torch.manual_seed(0)
         draw = random.Random(0)
-        tall = [1, 2, 3, 4, 5, 6, 7, 12, 20, 43, 70]
+        tall = [1, 2, 3, 4, 5, 6, 7, 12, 20, 43, 70, 96]
         edges = [1, 2, 7, 8, 9, 63, 64, 65, 383, 384, 385, 511, 513, 767, 769, 1537]
         for _ in range(150):
             rows, cols, depth = draw.choice(tall), draw.choice(edges), draw.choice(edges)
             x = matrix(rows, depth, False, draw.choice([0, 3]))
-            w = matrix(depth, cols, transposed, draw.choice([0, 5]))
-            bias = draw.choice([None, torch.randn(cols)])
+            w = matrix(depth, cols, transposed, draw.choice([0, 5]), dtype)
+            bias = draw.choice([None, torch.randn(cols).to(dtype)])
             expected = x.double() @ w.double() + (0 if bias is None else bias.double())
             size = x.double().abs() @ w.double().abs() + (0 if bias is None else bias.double().abs())
             bound = torch.finfo(torch.float32).eps * (2 + math.sqrt(depth) / 4) * size
             assert ((few_rows.kernel_mm(x, w, bias) - expected).abs() <= bound).all(), (rows, cols, depth)
 
     @pytest.mark.parametrize("transposed", [False, True], ids=["rows", "columns"])
+    @pytest.mark.parametrize("dtype", DTYPES[1:])
+    def test_16_bits_give_the_bits_of_the_widened_weights(self, transposed, dtype):
+        """Of 1 to 7 rows, and of more than one and two tiles; columns and depths that no tile divides."""
+        for rows in [*range(1, 8), 20, 96]:
+            for depth, cols in ((1, 1), (9, 5), (777, 1), (1, 70), (100, 803), (1601, 34)):
+                x, w = torch.randn(rows, depth), matrix(depth, cols, transposed, 3, dtype)
+                bias = torch.randn(cols).to(dtype)
+                expected = few_rows.kernel_mm(x, w.float(), bias.float())
+                assert torch.equal(few_rows.kernel_mm(x, w, bias), expected), (rows, depth, cols)
+
+    @pytest.mark.parametrize("transposed", [False, True], ids=["rows", "columns"])
     @pytest.mark.parametrize("rows", [3, 20])
-    def test_the_bits_do_not_depend_on_the_threads(self, transposed, rows):
-        x, w = torch.randn(rows, 1500), matrix(1500, 900, transposed, 0)
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_the_bits_do_not_depend_on_the_threads(self, transposed, rows, dtype):
+        x, w = torch.randn(rows, 1500), matrix(1500, 900, transposed, 0, dtype)
         out = at_threads(lambda: few_rows.kernel_mm(x, w))
         assert torch.equal(out[0], out[1]) and torch.equal(out[0], out[2])
 
@@ -83,12 +97,15 @@ class TestKernel:
         assert x.is_contiguous() and x.stride(0) == 0
         assert torch.equal(few_rows.mm(x, w), few_rows.mm(row[None].clone(), w))
 
-    def test_not_a_number_stays(self):
-        x, w = torch.randn(3, 40), torch.randn(40, 20)
-        x[1, 7], w[5, 3] = float("nan"), float("inf")
+    @pytest.mark.parametrize("rows", [3, 8])
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_not_a_number_stays(self, rows, dtype):
+        x, w = torch.randn(rows, 40), torch.randn(40, 20).to(dtype)
+        x[1, 7], w[5, 3], w[9, 17] = float("nan"), float("inf"), float("nan")
         for layout in (w, w.T.contiguous().T):
             out = few_rows.kernel_mm(x, layout)
             assert out[1].isnan().all() and not out[0, 3].isfinite() and out[0, :3].isfinite().all()
+            assert out[:, 17].isnan().all() and out[2:, 4:17].isfinite().all()
 
     @pytest.mark.parametrize(
         ("changes", "match"),
@@ -100,6 +117,7 @@ class TestKernel:
             ({"w_stride": 3}, "a stride is less"),
             ({"w_stride": 2, "transposed": True}, "a stride is less"),
             ({"y_stride": 3}, "a stride is less"),
+            ({"kind": "float64"}, "kind is float64; use float32, bfloat16 or float16"),
             ({"x": 0}, "a pointer is null"),
             ({"y": 0}, "a pointer is null"),
         ],
@@ -107,8 +125,9 @@ class TestKernel:
     def test_the_binding_refuses(self, changes, match):
         from mendfast import _cpu
 
-        good = {"x": 4096, "x_stride": 3, "w": 4096, "w_stride": 4, "transposed": False, "bias": 0, "y": 4096,
-                "y_stride": 4, "rows": 2, "cols": 4, "depth": 3, "threads": 1}  # fmt: skip
+        good = {"x": 4096, "x_stride": 3, "w": 4096, "w_stride": 4, "transposed": False,
+                "kind": "float32", "bias": 0, "y": 4096, "y_stride": 4, "rows": 2, "cols": 4, "depth": 3,
+                "threads": 1}  # fmt: skip
         with pytest.raises(ValueError, match=match):
             _cpu.few_rows(**{**good, **changes})
 
@@ -121,6 +140,10 @@ class TestChoice:
 
     def test_served(self):
         assert few_rows.served(self.x, self.w, None) and few_rows.served(self.x, self.w.T, torch.randn(300))
+        for dtype in DTYPES[1:]:
+            w, bias = self.w.to(dtype), torch.randn(300).to(dtype)
+            assert few_rows.served(self.x, w, None) and few_rows.served(self.x, w.T, bias)
+            assert not few_rows.served(self.x, w, bias.float())
 
     @pytest.mark.parametrize(
         ("x", "w", "bias"),

@@ -16,13 +16,15 @@ import mendfast
 from mendfast import MendConfig, MendEditor, ops
 from mendfast.capture import frozen
 from mendfast.objective import target_rows
-from mendfast.ops import few_rows, linear_nll
+from mendfast.ops import few_rows, linear_nll, widened
 from mendfast.ops.linear_nll import Logits, kernel_nll, serves
 from mendfast.reference import token_nll_rows
+from mendfast.wide import widening
 
 pytestmark = pytest.mark.skipif(few_rows.problem() is not None, reason=f"{few_rows.problem()}")
 
 
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 FIVE = torch.arange(9) < 5
 
 
@@ -40,9 +42,9 @@ def calls(monkeypatch):
     return found
 
 
-def padded(rows, cols, padding):
+def padded(rows, cols, padding, dtype=torch.float32):
     """[rows, cols] with NaN between its rows."""
-    whole = torch.full((rows, cols + padding), float("nan"))
+    whole = torch.full((rows, cols + padding), float("nan"), dtype=dtype)
     return whole[:, :cols].copy_(torch.randn(rows, cols))
 
 
@@ -58,26 +60,29 @@ def head(vocabulary=30, depth=8, **options):
 
 class TestKernel:
     @pytest.mark.usefixtures("poisoned")
-    def test_shapes(self):
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_shapes(self, dtype):
         torch.manual_seed(0)
         draw = random.Random(0)
-        for _ in range(120):
+        for _ in range(120 if dtype == torch.float32 else 40):
             rows, depth = draw.choice([1, 2, 5, 6, 7, 12, 20, 43]), draw.choice([1, 7, 8, 9, 64, 767, 769, 1537])
             vocabulary = draw.choice([1, 2, 15, 16, 17, 63, 65, 1000, 1025, 5000])
-            x, weight = padded(rows, depth, draw.choice([0, 3])), padded(vocabulary, depth, draw.choice([0, 5]))
+            x, weight = padded(rows, depth, draw.choice([0, 3])), padded(vocabulary, depth, draw.choice([0, 5]), dtype)
             weight *= 3 / math.sqrt(depth)
-            bias = draw.choice([None, torch.randn(vocabulary)])
+            bias = draw.choice([None, torch.randn(vocabulary).to(dtype)])
             labels = torch.randint(vocabulary, (rows,))
             labels[draw.randrange(rows)] = draw.choice([-100, 0, vocabulary - 1])
             nll, dx = kernel_nll(x, weight, bias, labels, gradient=True)
             exact, exact_dx = expected(x, weight, bias, labels)
             # a loss is the difference of numbers as large as the logits
-            size = exact.norm() + F.linear(x, weight, bias).abs().max()
+            size = exact.norm() + F.linear(x, weight.float(), None if bias is None else bias.float()).abs().max()
             bound = tolerance(torch.float32, depth + vocabulary)
             assert (nll - exact).norm() <= bound * size, (rows, vocabulary, depth)
             assert (dx - exact_dx).norm() <= bound * size * (exact_dx.norm() + weight.norm(dim=1).max())
             alone, nothing = kernel_nll(x, weight, bias, labels, gradient=False)
             assert nothing is None and error(alone, nll) <= bound
+            wide = kernel_nll(x, weight.float(), None if bias is None else bias.float(), labels, gradient=True)
+            assert torch.equal(nll, wide[0]) and torch.equal(dx, wide[1])
 
     def test_a_row_without_a_stride(self):
         """PyTorch gives a single row any stride, and calls it contiguous."""
@@ -88,8 +93,9 @@ class TestKernel:
             assert torch.equal(out, plain)
 
     @pytest.mark.parametrize("rows", [3, 20])
-    def test_the_bits_do_not_depend_on_the_threads(self, rows):
-        x, weight, labels = torch.randn(rows, 100), torch.randn(5000, 100), torch.randint(5000, (rows,))
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_the_bits_do_not_depend_on_the_threads(self, rows, dtype):
+        x, weight, labels = torch.randn(rows, 100), torch.randn(5000, 100).to(dtype), torch.randint(5000, (rows,))
         out = at_threads(lambda: torch.cat([o.flatten() for o in kernel_nll(x, weight, None, labels, gradient=True)]))
         assert torch.equal(out[0], out[1]) and torch.equal(out[0], out[2])
 
@@ -113,9 +119,10 @@ class TestKernel:
         assert torch.allclose(nll.double(), exact, rtol=1e-6)
         assert (dx - exact_dx).abs().max() <= 1e-6 * 1500  # a difference of rows of the weight
 
-    def test_not_a_number_stays(self):
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_not_a_number_stays(self, dtype):
         for poison in (math.nan, math.inf):
-            x, weight, labels = torch.randn(3, 40), torch.randn(500, 40), torch.tensor([1, 2, 3])
+            x, weight, labels = torch.randn(3, 40), torch.randn(500, 40).to(dtype), torch.tensor([1, 2, 3])
             x[1, 7] = poison
             nll, dx = kernel_nll(x, weight, None, labels, gradient=True)
             assert nll[1].isnan() and dx[1].isnan().all() and nll[::2].isfinite().all() and dx[::2].isfinite().all()
@@ -132,6 +139,7 @@ class TestKernel:
             ({"threads": 0}, "threads must be at least 1"),
             ({"x_stride": 2}, "a stride is less than its row is long"),
             ({"w_stride": 2}, "a stride is less"),
+            ({"kind": "int8"}, "kind is int8; use float32, bfloat16 or float16"),
             ({"w": 0}, "a pointer is null"),
             ({"nll": 0}, "a pointer is null"),
             ({"vocabulary": 3}, "a label is not in the vocabulary"),
@@ -141,8 +149,9 @@ class TestKernel:
         from mendfast import _cpu
 
         labels = torch.tensor([0, 3])
-        good = {"x": 4096, "x_stride": 3, "w": 4096, "w_stride": 3, "bias": 0, "labels": labels.data_ptr(), "nll": 4096,
-                "dx": 0, "rows": 2, "vocabulary": 4, "depth": 3, "threads": 1}  # fmt: skip
+        good = {"x": 4096, "x_stride": 3, "w": 4096, "w_stride": 3, "kind": "float32", "bias": 0,
+                "labels": labels.data_ptr(), "nll": 4096, "dx": 0, "rows": 2, "vocabulary": 4, "depth": 3,
+                "threads": 1}  # fmt: skip
         with pytest.raises(ValueError, match=match):
             _cpu.linear_nll(**{**good, **changes})
 
@@ -166,6 +175,16 @@ class TestLogits:
         exact = token_nll_rows(layer(x), labels)
         (exact_grad,) = torch.autograd.grad((exact * torch.arange(1.0, 5)).sum(), x)
         assert error(nll, exact) <= 1e-6 and error(grad, exact_grad) <= 1e-6
+
+    @pytest.mark.parametrize("dtype", DTYPES[1:])
+    def test_of_16_bits_the_gradient_alone_is_rounded(self, calls, dtype):
+        layer, labels = head().to(dtype), torch.tensor([3, -100, 0, 29])
+        x = torch.randn(4, 8).to(dtype).requires_grad_()
+        nll = ops.token_nll_rows(Logits.of(x, layer), labels)
+        (grad,) = torch.autograd.grad(nll.sum(), x)
+        exact, exact_grad = expected(x.detach(), layer.weight, layer.bias, labels)
+        assert calls == [(4, 30)] and nll.dtype == torch.float32 and error(nll, exact) <= 1e-6
+        assert grad.dtype == dtype and error(grad, exact_grad) <= torch.finfo(dtype).eps
 
     def test_labels_are_checked(self):
         _, _, logits = self.logits()
@@ -199,12 +218,19 @@ class TestServes:
     @pytest.fixture(autouse=True)
     def small(self, monkeypatch):
         monkeypatch.setattr(few_rows, "LEAST_WEIGHTS", 1)
+        monkeypatch.setattr(widened, "has_units", lambda dtype: True)
 
     def test_a_frozen_head(self):
         layer = head().requires_grad_(True)
         with frozen(layer):
             assert serves(layer, FIVE)
         assert serves(head(bias=False), FIVE)
+
+    @pytest.mark.parametrize("dtype", DTYPES[1:])
+    def test_16_bits_without_units(self, monkeypatch, dtype):
+        monkeypatch.setattr(widened, "has_units", lambda dtype: False)
+        assert serves(head().to(dtype), FIVE)
+        assert not serves(head().to(dtype), torch.ones(few_rows.MOST_ROWS + 1, dtype=torch.bool))
 
     def test_what_it_leaves_alone(self):
         assert not serves(head(), torch.zeros(3, dtype=torch.bool))
@@ -241,6 +267,18 @@ class TestModels:
         assert len(calls) == 1
         for name, (_, delta) in found.items():
             assert error(delta, expected[name][1]) <= 1e-5
+
+    @pytest.mark.parametrize("dtype", DTYPES[1:])
+    def test_an_edit_of_a_16_bit_model_takes_it(self, calls, monkeypatch, dtype):
+        monkeypatch.setattr(widened, "has_units", lambda dtype: False)
+        model, batch = make_model("llama").to(dtype), make_batch("llama")
+        editor = MendEditor.from_model(model)
+        with widening(model):
+            found = editor.gradients(batch)
+        assert len(calls) == 1
+        model.float()
+        for name, (u, delta) in editor.gradients(batch).items():
+            assert error(found[name][0], u) <= 1e-5 and error(found[name][1], delta) <= 1e-5
 
     @pytest.mark.parametrize("architecture", ["bart", "gemma2"])
     def test_a_model_that_does_more_with_its_logits(self, calls, monkeypatch, architecture):

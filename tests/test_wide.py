@@ -1,4 +1,4 @@
-"""16-bit models whose passes are in float32: the float32 model's with these weights, in parts of them at a time."""
+"""16-bit models whose passes are in float32: the float32 model's with these weights, none of them widened whole."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from conftest import CAUSAL, make_batch, make_model
 from torch import nn
 
 from mendfast import MendEditor, backend
-from mendfast.ops import widened
+from mendfast.ops import few_rows, widened
 from mendfast.wide import widening
 
 
@@ -18,11 +18,13 @@ def no_units(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", [*CAUSAL])
-def test_an_edits_rows_are_those_of_the_float32_model_with_these_weights(name, dtype, monkeypatch):
+@pytest.mark.parametrize(("name", "parts"), [*((name, False) for name in CAUSAL), ("llama", True), ("gpt2", True)])
+def test_an_edits_rows_are_those_of_the_float32_model_with_these_weights(name, parts, dtype, monkeypatch):
     places = []
     make = widened._place
     monkeypatch.setattr(widened, "PART", 1 << 10)
+    if parts:
+        monkeypatch.setattr(few_rows, "MOST_ROWS", 0)
     monkeypatch.setattr(widened, "_place", lambda *args: places.append(make(*args)) or places[-1])
     model = make_model(name).to(dtype)
     batch = make_batch(name, 3)
@@ -37,7 +39,8 @@ def test_an_edits_rows_are_those_of_the_float32_model_with_these_weights(name, d
             assert one.dtype == torch.float32
             # rows of 32 and 64 terms, through four blocks and back
             assert (one - other).norm() <= 64 * eps * other.norm(), layer
-    assert places and max(place.numel() for place in places) <= 1 << 10
+    assert bool(places) is (parts or few_rows.problem() is not None)
+    assert max((place.numel() for place in places), default=0) <= 1 << 10
     assert all("forward" not in vars(module) for module in model.modules())
     assert all(parameter.dtype == dtype for parameter in model.parameters())
 

@@ -1,4 +1,4 @@
-"""Products in 16 bits whose weights are widened part by part: as exact as rounding allows, in both directions."""
+"""Products with 16-bit weights, by the kernel and part by part: as exact as rounding allows, in both directions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from mendfast import MendEditor
 from mendfast.capture import frozen
-from mendfast.ops import frozen_linear, widened
+from mendfast.ops import few_rows, frozen_linear, widened
 
 DTYPES = [torch.bfloat16, torch.float16]
 
@@ -21,6 +21,19 @@ def small(monkeypatch):
     monkeypatch.setattr(widened, "PART", 1 << 9)
     monkeypatch.setattr(widened, "LEAST_WEIGHTS", 1)
     monkeypatch.setattr(widened, "has_units", lambda dtype: False)
+
+
+@pytest.fixture(params=["kernel", "parts"])
+def way(request, monkeypatch):
+    """How few rows are multiplied."""
+    kernel, made = few_rows.kernel_mm, []
+    monkeypatch.setattr(few_rows, "kernel_mm", lambda *args: made.append(1) or kernel(*args))
+    if request.param == "parts":
+        monkeypatch.setattr(few_rows, "MOST_ROWS", 0)
+    elif few_rows.problem():
+        pytest.skip(few_rows.problem())
+    yield request.param
+    assert bool(made) is (request.param == "kernel")
 
 
 def layer_of(kind: str, depth: int, cols: int, bias: bool, dtype: torch.dtype) -> nn.Module:
@@ -34,6 +47,7 @@ def layer_of(kind: str, depth: int, cols: int, bias: bool, dtype: torch.dtype) -
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("kind", "bias"), [("linear", True), ("linear", False), ("conv1d", True)])
 @pytest.mark.parametrize(("rows", "depth", "cols"), [(8, 16, 32), (37, 33, 129), (8, 1025, 3), (20, 7, 600)])
+@pytest.mark.usefixtures("way")
 def test_a_product_and_its_gradient_are_those_of_float64_rounded(dtype, kind, bias, rows, depth, cols, monkeypatch):
     calls: list[int] = []
     monkeypatch.setattr(widened, "mm", lambda *args, mm=widened.mm: calls.append(1) or mm(*args))

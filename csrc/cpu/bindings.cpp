@@ -35,6 +35,15 @@ mendfast::Kind kind_of(const std::string& name) {
   throw py::value_error("kind is " + name + "; use float32, bfloat16 or float16.");
 }
 
+// Calls ``run`` with an element of that kind.
+template <class Run>
+void with_element(const std::string& name, Run run) {
+  const mendfast::Kind kind = kind_of(name);
+  if (kind == mendfast::Kind::float32) run(float{});
+  if (kind == mendfast::Kind::bfloat16) run(mendfast::BF16{});
+  if (kind == mendfast::Kind::float16) run(mendfast::F16{});
+}
+
 // On a cache line; kept for the next call of this thread: fresh pages take longer than many a product.
 float* scratch_of(size_t size) {
   constexpr size_t line = 64 / sizeof(float);
@@ -45,8 +54,8 @@ float* scratch_of(size_t size) {
   return static_cast<float*>(std::align(64, size * sizeof(float), start, space));
 }
 
-void few_rows(uintptr_t x, int64_t x_stride, uintptr_t w, int64_t w_stride, bool transposed, uintptr_t bias,
-              uintptr_t y, int64_t y_stride, int64_t rows, int64_t cols, int64_t depth, int threads) {
+void few_rows(uintptr_t x, int64_t x_stride, uintptr_t w, int64_t w_stride, bool transposed, const std::string& kind,
+              uintptr_t bias, uintptr_t y, int64_t y_stride, int64_t rows, int64_t cols, int64_t depth, int threads) {
   if (rows < 0 || cols < 0 || depth < 1)
     throw py::value_error("few_rows: rows and cols must not be negative, and depth must be at least 1.");
   if (threads < 1) throw py::value_error("few_rows: threads must be at least 1.");
@@ -55,15 +64,19 @@ void few_rows(uintptr_t x, int64_t x_stride, uintptr_t w, int64_t w_stride, bool
   if (rows == 0 || cols == 0) return;
   if (x == 0 || w == 0 || y == 0) throw py::value_error("few_rows: a pointer is null.");
   if (*problem()) throw std::runtime_error(std::string("few_rows: ") + problem() + ".");
-  const mendfast::Product product = {
-      reinterpret_cast<const float*>(x), reinterpret_cast<const float*>(w), reinterpret_cast<const float*>(bias),
-      reinterpret_cast<float*>(y), x_stride, w_stride, y_stride, rows, cols, depth, transposed};
-  const py::gil_scoped_release release;
-  mendfast::few_rows(product, scratch_of(mendfast::few_rows_scratch(product)), threads);
+  with_element(kind, [&](auto element) {
+    const mendfast::Product<decltype(element)> product = {
+        reinterpret_cast<const float*>(x), reinterpret_cast<const decltype(element)*>(w),
+        reinterpret_cast<const float*>(bias), reinterpret_cast<float*>(y), x_stride, w_stride, y_stride, rows, cols,
+        depth, transposed};
+    const py::gil_scoped_release release;
+    mendfast::few_rows(product, scratch_of(mendfast::few_rows_scratch(product)), threads);
+  });
 }
 
-void linear_nll(uintptr_t x, int64_t x_stride, uintptr_t w, int64_t w_stride, uintptr_t bias, uintptr_t labels,
-                uintptr_t nll, uintptr_t dx, int64_t rows, int64_t vocabulary, int64_t depth, int threads) {
+void linear_nll(uintptr_t x, int64_t x_stride, uintptr_t w, int64_t w_stride, const std::string& kind, uintptr_t bias,
+                uintptr_t labels, uintptr_t nll, uintptr_t dx, int64_t rows, int64_t vocabulary, int64_t depth,
+                int threads) {
   if (rows < 0 || vocabulary < 1 || depth < 1)
     throw py::value_error("linear_nll: rows must not be negative, and vocabulary and depth must be at least 1.");
   if (threads < 1) throw py::value_error("linear_nll: threads must be at least 1.");
@@ -75,11 +88,14 @@ void linear_nll(uintptr_t x, int64_t x_stride, uintptr_t w, int64_t w_stride, ui
   for (int64_t n = 0; n < rows; ++n)
     if (label[n] >= vocabulary) throw py::value_error("linear_nll: a label is not in the vocabulary.");
   if (*problem()) throw std::runtime_error(std::string("linear_nll: ") + problem() + ".");
-  const mendfast::LinearNLL loss = {
-      reinterpret_cast<const float*>(x), reinterpret_cast<const float*>(w), reinterpret_cast<const float*>(bias),
-      label, reinterpret_cast<float*>(nll), reinterpret_cast<float*>(dx), x_stride, w_stride, rows, vocabulary, depth};
-  const py::gil_scoped_release release;
-  mendfast::linear_nll(loss, scratch_of(mendfast::linear_nll_scratch(loss, threads)), threads);
+  with_element(kind, [&](auto element) {
+    const mendfast::LinearNLL<decltype(element)> loss = {
+        reinterpret_cast<const float*>(x), reinterpret_cast<const decltype(element)*>(w),
+        reinterpret_cast<const float*>(bias), label, reinterpret_cast<float*>(nll), reinterpret_cast<float*>(dx),
+        x_stride, w_stride, rows, vocabulary, depth};
+    const py::gil_scoped_release release;
+    mendfast::linear_nll(loss, scratch_of(mendfast::linear_nll_scratch(loss, threads)), threads);
+  });
 }
 
 // from, to, left, right; from_stride, to_stride, left_term, left_row, right_stride; rows, cols, terms; alpha, seed
@@ -212,17 +228,19 @@ PYBIND11_MODULE(_cpu, module) {
   module.doc() = "CPU kernels of mendfast.";
   module.def("problem", &problem, "Why no kernel can run on this processor, or an empty string.");
   module.def("few_rows", &few_rows, py::arg("x"), py::arg("x_stride"), py::arg("w"), py::arg("w_stride"),
-             py::arg("transposed"), py::arg("bias"), py::arg("y"), py::arg("y_stride"), py::arg("rows"),
-             py::arg("cols"), py::arg("depth"), py::arg("threads"),
-             "y [rows, cols] = x [rows, depth] w [depth, cols] + bias [cols], float32.\n\nx, w, bias (0: none) and y "
-             "are addresses, strides are from row to row in elements; transposed: w is kept as [cols, depth]. y must "
-             "not overlap the others. Raises ValueError before anything is written.");
+             py::arg("transposed"), py::arg("kind"), py::arg("bias"), py::arg("y"), py::arg("y_stride"),
+             py::arg("rows"), py::arg("cols"), py::arg("depth"), py::arg("threads"),
+             "y [rows, cols] = x [rows, depth] w [depth, cols] + bias [cols]; w of a kind (\"float32\", \"bfloat16\", "
+             "\"float16\"), the others float32.\n\nx, w, bias (0: none) and y are addresses, strides are from row to "
+             "row in elements; transposed: w is kept as [cols, depth]. y must not overlap the others. Raises "
+             "ValueError before anything is written.");
   module.def("linear_nll", &linear_nll, py::arg("x"), py::arg("x_stride"), py::arg("w"), py::arg("w_stride"),
-             py::arg("bias"), py::arg("labels"), py::arg("nll"), py::arg("dx"), py::arg("rows"), py::arg("vocabulary"),
-             py::arg("depth"), py::arg("threads"),
-             "nll [rows] = logsumexp(z) - z[label] of z = x [rows, depth] w [vocabulary, depth]^T + bias, float32, and "
-             "dx [rows, depth], its gradient at x.\n\nAddresses (bias, dx: 0 for none) and strides from row to row in "
-             "elements; labels int64, a negative one gives 0. Raises ValueError before anything is written.");
+             py::arg("kind"), py::arg("bias"), py::arg("labels"), py::arg("nll"), py::arg("dx"), py::arg("rows"),
+             py::arg("vocabulary"), py::arg("depth"), py::arg("threads"),
+             "nll [rows] = logsumexp(z) - z[label] of z = x [rows, depth] w [vocabulary, depth]^T + bias, and dx "
+             "[rows, depth], its gradient at x; w of a kind (\"float32\", \"bfloat16\", \"float16\"), the others "
+             "float32.\n\nAddresses (bias, dx: 0 for none) and strides from row to row in elements; labels int64, a "
+             "negative one gives 0. Raises ValueError before anything is written.");
   module.def("outer_update", &outer_update, py::arg("updates"), py::arg("kind"), py::arg("stochastic"),
              py::arg("check_memory"), py::arg("check_factors"), py::arg("threads"),
              "to [rows, cols] = from - alpha sum over terms of left [term, row] right [term, col], of each update.\n\n"

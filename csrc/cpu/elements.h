@@ -1,23 +1,34 @@
 // 32- and 16-bit floating-point numbers as the kernels read and write them, eight at a time in float32.
 #pragma once
 
+#include "kinds.h"
 #include "vectors.h"
 
 namespace mendfast {
 namespace {
-
-struct BF16 {
-  uint16_t bits;
-};
-struct F16 {
-  uint16_t bits;
-};
 
 inline __m256 load(const float* from) { return _mm256_loadu_ps(from); }
 inline __m256 load(const F16* from) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))); }
 inline __m256 load(const BF16* from) {
   const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+}
+
+inline float value(float x) { return x; }
+inline float value(F16 x) { return _cvtsh_ss(x.bits); }
+inline float value(BF16 x) {
+  const uint32_t bits = uint32_t{x.bits} << 16;
+  float wide;
+  __builtin_memcpy(&wide, &bits, sizeof wide);
+  return wide;
+}
+
+// ``from`` itself, or its elements in ``room``.
+inline const float* widened(const float* from, int64_t, float*) { return from; }
+template <class Element>
+const float* widened(const Element* from, int64_t count, float* room) {
+  for (int64_t i = 0; i < count; ++i) room[i] = value(from[i]);
+  return room;
 }
 
 // The low halves of eight words.

@@ -9,7 +9,8 @@ constexpr int64_t TASK_COLUMNS = 64;
 constexpr int64_t LEAST_PART = 512;  // of the depth that has a sum of its own,
 constexpr int64_t TASKS = 64;        // so that many threads find work in a narrow product
 
-void by_dot_products(const Product& p, float* scratch, int threads) {
+template <class Element>
+void by_dot_products(const Product<Element>& p, float* scratch, int threads) {
   const int64_t tasks = divide_up(p.cols, TASK_COLUMNS);
 #pragma omp parallel num_threads(threads)
   {
@@ -24,7 +25,8 @@ void by_dot_products(const Product& p, float* scratch, int threads) {
 struct Division {
   int64_t panels, depth, parts;
 
-  explicit Division(const Product& p) {
+  template <class Element>
+  explicit Division(const Product<Element>& p) {
     panels = divide_up(p.cols, PANEL);
     const int64_t wanted = divide_up(TASKS, panels), most = divide_up(p.depth, LEAST_PART);
     depth = divide_up(divide_up(p.depth, least(wanted, most)), LANES) * LANES;
@@ -33,7 +35,8 @@ struct Division {
   int64_t stride() const { return panels * PANEL; }
 };
 
-void by_outer_products(const Product& p, float* scratch, int threads) {
+template <class Element>
+void by_outer_products(const Product<Element>& p, float* scratch, int threads) {
   const Division by(p);
   const int64_t stride = by.stride();
 #pragma omp parallel num_threads(threads)
@@ -60,17 +63,26 @@ void by_outer_products(const Product& p, float* scratch, int threads) {
 
 }  // namespace
 
-int64_t few_rows_scratch(const Product& p) {
+template <class Element>
+int64_t few_rows_scratch(const Product<Element>& p) {
   if (p.transposed) return p.rows * divide_up(p.depth, dot_depth(p.depth)) * dot_depth(p.depth);
   const Division by(p);
   return by.parts * p.rows * by.stride();
 }
 
-void few_rows(const Product& product, float* scratch, int threads) {
+template <class Element>
+void few_rows(const Product<Element>& product, float* scratch, int threads) {
   if (product.transposed)
     by_dot_products(product, scratch, threads);
   else
     by_outer_products(product, scratch, threads);
 }
+
+template int64_t few_rows_scratch(const Product<float>&);
+template int64_t few_rows_scratch(const Product<BF16>&);
+template int64_t few_rows_scratch(const Product<F16>&);
+template void few_rows(const Product<float>&, float*, int);
+template void few_rows(const Product<BF16>&, float*, int);
+template void few_rows(const Product<F16>&, float*, int);
 
 }  // namespace mendfast

@@ -32,7 +32,8 @@ struct Part {
 struct Division {
   int64_t rows, block, length, parts, stride;
 
-  explicit Division(const LinearNLL& p) : rows(p.rows) {
+  template <class Element>
+  explicit Division(const LinearNLL<Element>& p) : rows(p.rows) {
     block = deep_of(p.rows);
     stride = p.dx ? divide_up(p.depth, PANEL) * PANEL : 0;
     int64_t most = p.dx ? SUMS / (p.rows * stride) : MOST_PARTS;
@@ -61,16 +62,18 @@ float exponentials(float* values, int64_t count, float top) {
 }
 
 // Rows [start, start + length) of w; the labels' logits among theirs go to ``hit`` [rows].
-void run_part(const LinearNLL& p, const Division& by, int64_t start, const float* pieces, float* z, float* hit,
+template <class Element>
+void run_part(const LinearNLL<Element>& p, const Division& by, int64_t start, const float* pieces, float* z, float* hit,
               const Part& part) {
   for (int64_t n = 0; n < p.rows; ++n) part.top[n] = -FLT_MAX, part.sum[n] = 0.0f;
   __builtin_memset(part.y, 0, p.rows * by.stride * sizeof(float));
   const int64_t end = least(p.vocabulary, start + by.length);
   for (int64_t v = start; v < end; v += by.block) {
     const int64_t width = least(by.block, end - v);
-    const float* w = p.w + v * p.w_stride;
+    const Element* w = p.w + v * p.w_stride;
     const float* bias = p.bias ? p.bias + v : nullptr;
-    dot_columns({nullptr, w, bias, z, 0, p.w_stride, by.block, p.rows, width, p.depth, true}, pieces, 0, width);
+    const Product<Element> logits_of = {nullptr, w, bias, z, 0, p.w_stride, by.block, p.rows, width, p.depth, true};
+    dot_columns(logits_of, pieces, 0, width);
     for (int64_t n = 0; n < p.rows; ++n) {
       float* logits = z + n * by.block;
       if (p.labels[n] >= v && p.labels[n] < v + width) hit[n] = logits[p.labels[n] - v];
@@ -87,13 +90,15 @@ void run_part(const LinearNLL& p, const Division& by, int64_t start, const float
     if (!p.dx) continue;
     // the rest of w, so that the next block is asked for
     const int64_t rest = p.vocabulary - v;
-    const Product gradient = {z, w, nullptr, nullptr, by.block, p.w_stride, 0, p.rows, p.depth, rest, false};
+    const Product<Element> gradient = {z,      w,       nullptr, nullptr, by.block, p.w_stride, 0,
+                                       p.rows, p.depth, rest,    false};
     for (int64_t k = 0; k < p.depth; k += PANEL) outer_panel(gradient, k, 0, width, part.y + k, by.stride);
   }
 }
 
 // Row n of the result, from all parts'.
-void gather(const LinearNLL& p, const Division& by, int64_t n, float* scratch, float hit) {
+template <class Element>
+void gather(const LinearNLL<Element>& p, const Division& by, int64_t n, float* scratch, float hit) {
   float* dx = p.dx ? p.dx + n * p.depth : nullptr;
   if (p.labels[n] < 0) {
     p.nll[n] = 0.0f;
@@ -112,8 +117,8 @@ void gather(const LinearNLL& p, const Division& by, int64_t n, float* scratch, f
   }
   p.nll[n] = static_cast<float>(std::log(sum) + (top - hit));
   if (!dx) return;
-  const float* label = p.w + p.labels[n] * p.w_stride;
-  for (int64_t k = 0; k < p.depth; ++k) dx[k] = -label[k];
+  const Element* label = p.w + p.labels[n] * p.w_stride;
+  for (int64_t k = 0; k < p.depth; ++k) dx[k] = -value(label[k]);
   for (int64_t i = 0; i < by.parts; ++i) {
     const Part part = by.part(scratch, i);
     const float scale = static_cast<float>(std::exp(part.top[n] - top) / sum);
@@ -123,26 +128,37 @@ void gather(const LinearNLL& p, const Division& by, int64_t n, float* scratch, f
 
 }  // namespace
 
-int64_t linear_nll_scratch(const LinearNLL& p, int threads) {
+template <class Element>
+int64_t linear_nll_scratch(const LinearNLL<Element>& p, int threads) {
   const Division by(p);
   const int64_t pieces = p.rows * divide_up(p.depth, dot_depth(p.depth)) * dot_depth(p.depth);
   return by.parts * by.part_size() + threads * lines(p.rows * by.block) + lines(p.rows) + pieces;
 }
 
-void linear_nll(const LinearNLL& p, float* scratch, int threads) {
+template <class Element>
+void linear_nll(const LinearNLL<Element>& p, float* scratch, int threads) {
   const Division by(p);
   float* const blocks = scratch + by.parts * by.part_size();
   float* const hits = blocks + threads * lines(p.rows * by.block);
   float* const pieces = hits + lines(p.rows);
+  const Product<Element> all = {p.x, p.w,    nullptr,      nullptr, p.x_stride, p.w_stride,
+                                0,   p.rows, p.vocabulary, p.depth, true};
 #pragma omp parallel num_threads(threads)
   {
     float* const z = blocks + omp_get_thread_num() * lines(p.rows * by.block);
-    split_depth({p.x, p.w, nullptr, nullptr, p.x_stride, p.w_stride, 0, p.rows, p.vocabulary, p.depth, true}, pieces);
+    split_depth(all, pieces);
 #pragma omp for schedule(dynamic)
     for (int64_t i = 0; i < by.parts; ++i) run_part(p, by, i * by.length, pieces, z, hits, by.part(scratch, i));
 #pragma omp for
     for (int64_t n = 0; n < p.rows; ++n) gather(p, by, n, scratch, hits[n]);
   }
 }
+
+template int64_t linear_nll_scratch(const LinearNLL<float>&, int);
+template int64_t linear_nll_scratch(const LinearNLL<BF16>&, int);
+template int64_t linear_nll_scratch(const LinearNLL<F16>&, int);
+template void linear_nll(const LinearNLL<float>&, float*, int);
+template void linear_nll(const LinearNLL<BF16>&, float*, int);
+template void linear_nll(const LinearNLL<F16>&, float*, int);
 
 }  // namespace mendfast

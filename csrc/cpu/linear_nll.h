@@ -3,12 +3,16 @@
 
 #include <cstdint>
 
+#include "kinds.h"
+
 namespace mendfast {
 
-// nll[n] = logsumexp(z[n]) - z[n, labels[n]] for z = x w^T + bias, and dx[n] its gradient at x[n], all float32.
+// nll[n] = logsumexp(z[n]) - z[n, labels[n]] for z = x w^T + bias, and dx[n] its gradient at x[n], all float32 but w:
+// float, BF16 or F16.
+template <class Element>
 struct LinearNLL {
   const float* x;         // [rows, depth]
-  const float* w;         // [vocabulary, depth]
+  const Element* w;       // [vocabulary, depth]
   const float* bias;      // [vocabulary], or null
   const int64_t* labels;  // [rows], less than vocabulary; a negative one gives 0
   float* nll;             // [rows]
@@ -18,9 +22,11 @@ struct LinearNLL {
 };
 
 // How many floats linear_nll needs to work in.
-int64_t linear_nll_scratch(const LinearNLL& loss, int threads);
+template <class Element>
+int64_t linear_nll_scratch(const LinearNLL<Element>& loss, int threads);
 
-// The result does not depend on the number of threads.
-void linear_nll(const LinearNLL& loss, float* scratch, int threads);
+// The result does not depend on the number of threads, and is that of the widened w.
+template <class Element>
+void linear_nll(const LinearNLL<Element>& loss, float* scratch, int threads);
 
 }  // namespace mendfast

@@ -1,17 +1,23 @@
 // Products of few rows in pieces that stay in registers and near caches, for AVX2. One translation unit each.
 //
 // A row of w that lies along the depth is multiplied by dot products: a tile of ROWS x COLUMNS sums stays in
-// registers while it moves along the depth. One that lies along the columns is multiplied by outer products, for more
-// than one tile from a copy: rows of w are often a power of two apart, and evict each other from the first cache.
+// registers while it moves along the depth. One that lies along the columns is multiplied by outer products. The first
+// of several tiles leaves the others a copy in float32: 16 bits are widened once, and rows of w that lie along the
+// columns, often a power of two apart, would evict each other from the first cache.
 // Either reads w from memory once, and asks in good time for what comes next: the processor does not foresee pieces so
 // far apart. To ask for what lies beyond the matrix does nothing.
 #pragma once
 
+#include <type_traits>
+
+#include "elements.h"
 #include "few_rows.h"
-#include "vectors.h"
 
 namespace mendfast {
 namespace {
+
+// What a tile multiplies by: w; w, of which it makes a copy; or the copy.
+enum Copy { NONE, MADE, READ };
 
 // [sum of a, sum of b, sum of c, sum of d]
 inline __m128 sums_of(__m256 a, __m256 b, __m256 c, __m256 d) {
@@ -31,7 +37,8 @@ inline int64_t dot_depth(int64_t depth) {
 
 // x as pieces [rows, dot_depth], one after the other along the depth: pieces of far-apart rows lie on more pages than
 // the processor can keep in mind. Called by all threads of a team.
-inline void split_depth(const Product& p, float* pieces) {
+template <class Element>
+void split_depth(const Product<Element>& p, float* pieces) {
   const int64_t step = dot_depth(p.depth);
 #pragma omp for
   for (int64_t row = 0; row < p.rows; ++row)
@@ -40,11 +47,13 @@ inline void split_depth(const Product& p, float* pieces) {
                        least(step, p.depth - start) * sizeof(float));
 }
 
-// Of a piece of the depth, p.depth long; of the columns that come next, the tile asks for ``asks``. Inlined it is slower.
-template <int rows, int asks>
-[[gnu::noinline]] void dot_tile(const Product& p, bool first, int64_t row, int64_t col, const float* next) {
+// Of a piece of the depth, p.depth long; of the columns that come next, the tile asks for ``asks``. Inlined it is
+// slower.
+template <int rows, int asks, Copy copy, class Element>
+[[gnu::noinline]] void dot_tile(const Product<Element>& p, bool first, int64_t row, int64_t col, const Element* next,
+                                float* copied) {
   const float* x = p.x + row * p.x_stride;
-  const float* w = p.w + col * p.w_stride;
+  const Element* w = p.w + col * p.w_stride;
   __m256 sum[rows][COLUMNS] = {};
   int64_t k = 0;
 #pragma GCC unroll 4
@@ -55,7 +64,8 @@ template <int rows, int asks>
     for (int r = 0; r < rows; ++r) left[r] = _mm256_loadu_ps(x + r * p.x_stride + k);
 #pragma GCC unroll 4
     for (int c = 0; c < COLUMNS; ++c) {
-      const __m256 right = _mm256_loadu_ps(w + c * p.w_stride + k);
+      const __m256 right = copy == READ ? load(copied + c * DOT_DEPTH + k) : load(w + c * p.w_stride + k);
+      if constexpr (copy == MADE) store(copied + c * DOT_DEPTH + k, right);
 #pragma GCC unroll 4
       for (int r = 0; r < rows; ++r) sum[r][c] = _mm256_fmadd_ps(left[r], right, sum[r][c]);
     }
@@ -64,7 +74,8 @@ template <int rows, int asks>
   for (int r = 0; r < rows; ++r) {
     __m128 total = sums_of(sum[r][0], sum[r][1], sum[r][2], sum[r][3]);
     for (int64_t i = k; i < p.depth; ++i) {
-      const __m128 right = _mm_setr_ps(w[i], w[p.w_stride + i], w[2 * p.w_stride + i], w[3 * p.w_stride + i]);
+      const __m128 right = _mm_setr_ps(value(w[i]), value(w[p.w_stride + i]), value(w[2 * p.w_stride + i]),
+                                       value(w[3 * p.w_stride + i]));
       total = _mm_fmadd_ps(_mm_set1_ps(x[r * p.x_stride + i]), right, total);
     }
     float* y = p.y + (row + r) * p.y_stride + col;
@@ -73,21 +84,36 @@ template <int rows, int asks>
   }
 }
 
-template <int asks>
-void dot_tiles(const Product& p, bool first, int64_t col, int64_t tiles) {
-  const float* next = p.w + (col + COLUMNS) * p.w_stride;
+template <int asks, Copy copy, class Element>
+void dot_tile(int64_t rows, const Product<Element>& p, bool first, int64_t row, int64_t col, const Element* next,
+              float* copied) {
+  if (rows == 3) dot_tile<3, asks, copy>(p, first, row, col, next, copied);
+  if (rows == 2) dot_tile<2, asks, copy>(p, first, row, col, next, copied);
+  if (rows == 1) dot_tile<1, asks, copy>(p, first, row, col, next, copied);
+}
+
+template <int asks, class Element>
+void dot_tiles(const Product<Element>& p, bool first, int64_t col, int64_t tiles) {
+  constexpr bool copies = asks < COLUMNS && !std::is_same_v<Element, float>;
+  alignas(64) float copied[copies ? COLUMNS * DOT_DEPTH : 1];
+  const Element* next = p.w + (col + COLUMNS) * p.w_stride;
   for (int64_t tile = 0, row = 0; tile < tiles; ++tile) {
     const int64_t rows = divide_up(p.rows - row, tiles - tile);  // as equal as can be
-    const float* own = next + tile % (COLUMNS / asks) * p.w_stride;
-    if (rows == 3) dot_tile<3, asks>(p, first, row, col, own);
-    if (rows == 2) dot_tile<2, asks>(p, first, row, col, own);
-    if (rows == 1) dot_tile<1, asks>(p, first, row, col, own);
+    const Element* own = next + tile % (COLUMNS / asks) * p.w_stride;
+    if constexpr (!copies)
+      dot_tile<asks, NONE>(rows, p, first, row, col, own, copied);
+    else if (tile == 0)
+      dot_tile<asks, MADE>(rows, p, first, row, col, own, copied);
+    else
+      dot_tile<asks, READ>(rows, p, first, row, col, own, copied);
     row += rows;
   }
 }
 
-inline void dot_column(const Product& p, bool first, int64_t col) {
-  const float* w = p.w + col * p.w_stride;
+template <class Element>
+void dot_column(const Product<Element>& p, bool first, int64_t col) {
+  float room[DOT_DEPTH];
+  const float* w = widened(p.w + col * p.w_stride, p.depth, room);
   for (int64_t row = 0; row < p.rows; ++row) {
     const float* x = p.x + row * p.x_stride;
     __m256 sum = _mm256_setzero_ps();
@@ -101,10 +127,11 @@ inline void dot_column(const Product& p, bool first, int64_t col) {
 }
 
 // Columns [col, end) of y, from x as split_depth left it.
-inline void dot_columns(const Product& p, const float* pieces, int64_t from, int64_t end) {
+template <class Element>
+void dot_columns(const Product<Element>& p, const float* pieces, int64_t from, int64_t end) {
   const int64_t step = dot_depth(p.depth), tiles = divide_up(p.rows, ROWS);
   for (int64_t start = 0; start < p.depth; start += step) {
-    Product piece = p;
+    Product<Element> piece = p;
     piece.x = pieces + start * p.rows;
     piece.x_stride = step;
     piece.w += start;
@@ -136,11 +163,9 @@ inline int64_t deep_of(int64_t rows) {
   return deep;
 }
 
-enum Copy { NONE, MADE, READ };
-
 // y [rows, WIDTH] += x [rows, depth] w [depth, WIDTH]; the first of several tiles leaves a copy of w to the others.
-template <int rows, Copy copy>
-[[gnu::noinline]] void outer_tile(const float* x, int64_t x_stride, const float* w, int64_t w_stride, float* packed,
+template <int rows, Copy copy, class Element>
+[[gnu::noinline]] void outer_tile(const float* x, int64_t x_stride, const Element* w, int64_t w_stride, float* packed,
                                   int64_t depth, float* y, int64_t y_stride) {
   __m256 sum[rows][2];
 #pragma GCC unroll 6
@@ -148,16 +173,17 @@ template <int rows, Copy copy>
     for (int c = 0; c < 2; ++c) sum[r][c] = _mm256_loadu_ps(y + r * y_stride + c * LANES);
 #pragma GCC unroll 4
   for (int64_t k = 0; k < depth; ++k) {
-    const float* row = copy == READ ? packed + k * WIDTH : w + k * w_stride;
-    const __m256 first = _mm256_loadu_ps(row), second = _mm256_loadu_ps(row + LANES);
+    const Element* row = w + k * w_stride;
+    float* copied = packed + k * WIDTH;
+    const __m256 first = copy == READ ? load(copied) : load(row);
+    const __m256 second = copy == READ ? load(copied + LANES) : load(row + LANES);
     if constexpr (copy == NONE) {
-      __builtin_prefetch(row + WIDTH);
+      __builtin_prefetch(row + 64 / sizeof(Element));
       __builtin_prefetch(row + THIN_DEEP * w_stride, 0, 2);
     }
     if constexpr (copy == MADE) {
       __builtin_prefetch(row + SOON * w_stride);
-      _mm256_store_ps(packed + k * WIDTH, first);
-      _mm256_store_ps(packed + k * WIDTH + LANES, second);
+      store(copied, first), store(copied + LANES, second);
     }
 #pragma GCC unroll 6
     for (int r = 0; r < rows; ++r) {
@@ -171,8 +197,8 @@ template <int rows, Copy copy>
     for (int c = 0; c < 2; ++c) _mm256_storeu_ps(y + r * y_stride + c * LANES, sum[r][c]);
 }
 
-template <Copy copy>
-void outer_tile(int64_t rows, const float* x, int64_t x_stride, const float* w, int64_t w_stride, float* packed,
+template <Copy copy, class Element>
+void outer_tile(int64_t rows, const float* x, int64_t x_stride, const Element* w, int64_t w_stride, float* packed,
                 int64_t depth, float* y, int64_t y_stride) {
   if (rows == 6) outer_tile<6, copy>(x, x_stride, w, w_stride, packed, depth, y, y_stride);
   if (rows == 5) outer_tile<5, copy>(x, x_stride, w, w_stride, packed, depth, y, y_stride);
@@ -183,8 +209,10 @@ void outer_tile(int64_t rows, const float* x, int64_t x_stride, const float* w, 
 }
 
 // y [rows, PANEL] += x [rows, start .. end) w [start .. end, col .. col + PANEL)
-inline void outer_panel(const Product& p, int64_t col, int64_t start, int64_t end, float* y, int64_t y_stride) {
-  alignas(64) float packed[MOST_DEEP * WIDTH], edge[MOST_DEEP * WIDTH];
+template <class Element>
+void outer_panel(const Product<Element>& p, int64_t col, int64_t start, int64_t end, float* y, int64_t y_stride) {
+  alignas(64) float packed[MOST_DEEP * WIDTH];
+  alignas(64) Element edge[MOST_DEEP * WIDTH];
   const int64_t tiles = divide_up(p.rows, TALLEST), deep = deep_of(p.rows), share = divide_up(deep, tiles);
   const int64_t width = least(PANEL, p.cols - col);
   for (; start < end; start += deep) {
@@ -192,12 +220,12 @@ inline void outer_panel(const Product& p, int64_t col, int64_t start, int64_t en
     for (int64_t c = 0; c < width; c += WIDTH) {
       const bool last = c + WIDTH >= width;  // then the next rows' first columns come next
       const int64_t soon_row = last ? start + deep : start;
-      const float* soon = p.w + soon_row * p.w_stride + col + (last ? 0 : c + WIDTH);
-      const float* w = p.w + start * p.w_stride + col + c;
+      const Element* soon = p.w + soon_row * p.w_stride + col + (last ? 0 : c + WIDTH);
+      const Element* w = p.w + start * p.w_stride + col + c;
       int64_t w_stride = p.w_stride;
       if (c + WIDTH > width) {
         for (int64_t k = 0; k < depth; ++k)
-          for (int64_t i = 0; i < WIDTH; ++i) edge[k * WIDTH + i] = c + i < width ? w[k * w_stride + i] : 0.0f;
+          for (int64_t i = 0; i < WIDTH; ++i) edge[k * WIDTH + i] = c + i < width ? w[k * w_stride + i] : Element{};
         w = edge, w_stride = WIDTH;
       }
       for (int64_t tile = 0, row = 0; tile < tiles; ++tile) {

@@ -10,10 +10,12 @@ from collections.abc import Callable
 
 import torch
 
-from ._cpu_extension import problem, row_major, row_stride
+from ._cpu_extension import kind_of, problem, row_major, row_stride
 
 MOST_ROWS = 96
 """From about as many on PyTorch's product is as fast."""
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""Of w and bias."""
 LEAST_WEIGHTS = 1 << 16
 """Below, a product takes no longer than the call."""
 
@@ -25,7 +27,7 @@ def mm(
 ) -> torch.Tensor:  # [N, M]
     """``x @ w + bias`` by the kernel where that is faster, else by PyTorch. Not differentiable.
 
-    float32; the result does not depend on the number of threads.
+    float32, of w and bias of 16 bits too; the result does not depend on the number of threads.
     """
     if problem() is None and served(x, w, bias):
         return kernel_mm(x, w, bias)
@@ -43,20 +45,26 @@ def library_mm(
 def served(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None) -> bool:
     """Whether the kernel takes these arguments and is the faster one; what is wrong is left to PyTorch to refuse."""
     return (
-        x.dtype == w.dtype == torch.float32
+        x.dtype == torch.float32
+        and w.dtype in DTYPES
         and x.device.type == w.device.type == "cpu"
         and x.dim() == w.dim() == 2
         and x.shape[1] == w.shape[0]
         and w.numel() >= LEAST_WEIGHTS
-        and (_transposed(w) or w.stride(1) == 1 and w.stride(0) >= w.shape[1])
+        and has_lines(w)
         and 0 < len(x) <= MOST_ROWS
         and (bias is None or _fits(bias, w))
     )
 
 
 def _fits(bias: torch.Tensor, w: torch.Tensor) -> bool:
-    alike = bias.dtype == torch.float32 and bias.device == w.device
+    alike = bias.dtype == w.dtype and bias.device == w.device
     return alike and bias.shape == w.shape[1:] and bias.is_contiguous()
+
+
+def has_lines(w: torch.Tensor) -> bool:
+    """Whether the rows or the columns are contiguous, as the kernel needs them."""
+    return _transposed(w) or w.stride(1) == 1 and w.stride(0) >= w.shape[1]
 
 
 def _transposed(w: torch.Tensor) -> bool:
@@ -65,11 +73,12 @@ def _transposed(w: torch.Tensor) -> bool:
 
 
 def kernel_mm(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """:func:`mm` by the kernel, whatever the number of rows."""
+    """:func:`mm` by the kernel, whatever the number of rows; w and bias of 16 bits too, which is the product with
+    the widened ones, to the bit."""
     from .. import _cpu
 
     (rows, depth), cols = x.shape, w.shape[1]
-    x = row_major(x)
+    x, bias = row_major(x), None if bias is None else bias.float()
     transposed = _transposed(w)
     y = x.new_empty(rows, cols)
     _cpu.few_rows(
@@ -78,6 +87,7 @@ def kernel_mm(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None = None
         w.data_ptr(),
         row_stride(w.T if transposed else w),
         transposed,
+        kind_of(w.dtype),
         0 if bias is None else bias.data_ptr(),
         y.data_ptr(),
         cols,

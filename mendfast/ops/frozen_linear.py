@@ -1,5 +1,5 @@
-"""The linear layers of a frozen model on the CPU: by the kernel for few rows, or with 16-bit weights widened part by
-part, where either is faster than PyTorch."""
+"""The linear layers of a frozen model on the CPU: by the kernel for few rows, or with 16-bit weights widened as they
+are read, where either is faster than PyTorch."""
 
 from __future__ import annotations
 

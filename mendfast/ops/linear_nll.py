@@ -12,8 +12,8 @@ from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_map_only
 
 from .. import backends
-from . import few_rows, frozen_linear
-from ._cpu_extension import row_major, row_stride
+from . import few_rows, frozen_linear, widened
+from ._cpu_extension import kind_of, row_major, row_stride
 
 
 class Logits(torch.Tensor):
@@ -63,6 +63,7 @@ class _LinearNLL(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, labels):
         nll, dx = kernel_nll(x, weight, bias, labels, gradient=ctx.needs_input_grad[0])
+        ctx.dtype = x.dtype
         ctx.save_for_backward(dx)
         return nll
 
@@ -70,7 +71,7 @@ class _LinearNLL(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         (dx,) = ctx.saved_tensors
-        return dx * grad.unsqueeze(1), None, None, None
+        return (dx * grad.unsqueeze(1)).to(ctx.dtype), None, None, None
 
 
 def kernel_nll(
@@ -80,11 +81,14 @@ def kernel_nll(
     labels: torch.Tensor,  # [N]
     gradient: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The losses [N] and, if asked for, the gradient of each at its row of x, [N, K]; whatever the number of rows."""
+    """The losses [N] and, if asked for, the gradient of each at its row of x, [N, K]; whatever the number of rows.
+
+    Both in float32, whatever 16 bits x, weight and bias have.
+    """
     from .. import _cpu
 
     rows, depth = x.shape
-    x = row_major(x)
+    x, bias = row_major(x.float()), None if bias is None else bias.float()
     labels = labels.to(torch.int64).contiguous()
     nll, dx = x.new_empty(rows), x.new_empty(rows, depth) if gradient else None
     _cpu.linear_nll(
@@ -92,6 +96,7 @@ def kernel_nll(
         row_stride(x),
         weight.data_ptr(),
         row_stride(weight),
+        kind_of(weight.dtype),
         0 if bias is None else bias.data_ptr(),
         labels.data_ptr(),
         nll.data_ptr(),
@@ -114,5 +119,6 @@ def serves(head: nn.Module, keep: torch.Tensor) -> bool:
         and not any(p.requires_grad for p in head.parameters())
         and weight.device.type == "cpu"  # before the rows are counted: on a GPU that is a wait
         and backends.preferred("frozen_linear", weight.device) == "cpu"
-        and few_rows.served(weight.new_empty(int(keep.sum()), head.in_features), weight.T, head.bias)
+        and (weight.dtype == torch.float32 or not widened.has_units(weight.dtype))
+        and few_rows.served(torch.empty(int(keep.sum()), head.in_features, dtype=torch.float32), weight.T, head.bias)
     )

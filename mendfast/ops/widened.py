@@ -1,14 +1,13 @@
-"""Products with 16-bit weights on CPUs that have no units for them: a part at a time is widened to float32.
+"""Products with 16-bit weights on CPUs that have no units for them, in float32.
 
-Such a CPU's library multiplies 16-bit matrices at a fraction of float32's speed. The weights stay as they are; what is
-widened of them fits the processor's cache, is multiplied there, and makes room for the next part. Sums are in float32,
-and rounded once where the other factor is in 16 bits too.
+Such a CPU's library multiplies 16-bit matrices at a fraction of float32's speed. The weights stay as they are: with few
+rows the kernel widens what it reads (:mod:`mendfast.ops.few_rows`), with many a part that fits the processor's cache is
+widened, multiplied there, and makes room for the next. Sums are rounded once where the other factor is in 16 bits too.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 
 import torch
 
@@ -17,7 +16,7 @@ from . import few_rows
 PART = 1 << 18
 """Weights that are widened at a time: 1 MiB."""
 LEAST_ROWS = 2
-"""Below, widening takes longer than a product in 16 bits."""
+"""Below, a product in 16 bits takes no longer."""
 LEAST_WEIGHTS = 1 << 16
 UNITS = {torch.bfloat16: ("avx512_bf16", "amx_bf16"), torch.float16: ("avx512_fp16", "amx_fp16")}
 
@@ -47,31 +46,32 @@ def mm(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None = None) -> to
     """``x @ w + bias`` of 16-bit w [K, M], bias [M] and x [N, K], of their dtype or float32: [N, M] of x's dtype.
     Not differentiable."""
     wide, (depth, cols) = x.float(), w.shape
-    y = x.new_empty(len(x), cols)
-    width, product = max(1, PART // depth), _product(len(x))
+    if _few(x, w):
+        return few_rows.kernel_mm(wide, w, bias).to(x.dtype)
+    y, width = x.new_empty(len(x), cols), max(1, PART // depth)
     part = _place(w, depth, min(width, cols))
     for start in range(0, cols, width):
         stop = min(start + width, cols)
-        found = product(wide, part[:, : stop - start].copy_(w[:, start:stop]))
+        found = torch.mm(wide, part[:, : stop - start].copy_(w[:, start:stop]))
         y[:, start:stop] = found if bias is None else found.add_(bias[start:stop])
     return y
 
 
 def mm_transposed(grad: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     """``grad @ w.T`` of 16-bit w [K, M] and grad [N, M], of its dtype or float32: [N, K] of grad's dtype."""
-    depth, cols = w.shape
-    width, product = max(1, PART // depth), _product(len(grad))
-    wide, y = grad.float(), torch.zeros(len(grad), depth)
+    wide, (depth, cols) = grad.float(), w.shape
+    if _few(grad, w):
+        return few_rows.kernel_mm(wide, w.T).to(grad.dtype)
+    y, width = torch.zeros(len(grad), depth), max(1, PART // depth)
     part = _place(w, depth, min(width, cols))
     for start in range(0, cols, width):
         stop = min(start + width, cols)
-        y += product(wide[:, start:stop], part[:, : stop - start].copy_(w[:, start:stop]).T)
+        y.addmm_(wide[:, start:stop], part[:, : stop - start].copy_(w[:, start:stop]).T)
     return y.to(grad.dtype)
 
 
-def _product(rows: int) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    few = rows <= few_rows.MOST_ROWS and few_rows.problem() is None
-    return few_rows.kernel_mm if few else torch.mm
+def _few(x: torch.Tensor, w: torch.Tensor) -> bool:
+    return len(x) <= few_rows.MOST_ROWS and few_rows.has_lines(w) and few_rows.problem() is None
 
 
 def _place(w: torch.Tensor, rows: int, cols: int) -> torch.Tensor:
