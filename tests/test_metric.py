@@ -159,17 +159,20 @@ def test_observe_counts_what_the_mask_keeps(architecture, left):
 
 
 def test_of_pairs_only_the_answers_can_be_protected():
-    """Position s predicts token s + 1."""
+    """Position s predicts token s + 1; and the first token, which all others attend to."""
     model = make_model("gpt2")
     layers, batch = find_layers(model, None), make_batch("gpt2", 3, 11)
     metric = observe(model, layers, [batch], answers=True)
     keep = torch.zeros_like(batch["labels"], dtype=torch.bool)
     keep[:, :-1] = batch["labels"][:, 1:] != -100
+    assert not keep[:, 0].any()
+    keep[:, 0] = True
     assert metric.tokens == keep.sum()
     seen = inputs_of(model, layers, batch)
     for layer in layers:
         x = seen[layer.name].reshape(*keep.shape, -1)[keep]
         assert close(metric.moments[layer.name].matrix(), exact(x), 1e-4), layer.name
+    assert observe(model, layers, [make_batch("gpt2", 3, 11, left=True)], answers=True).tokens == keep.sum()
     with pytest.raises(ValueError, match="no labels"):
         observe(model, layers, [{"input_ids": batch["input_ids"]}], answers=True)
 
