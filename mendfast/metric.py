@@ -83,14 +83,8 @@ class Metric:
             if not moment.count:
                 raise ValueError(f"No protected text has reached {layer.name}. {NOTHING}")
 
-    def merge(self, other: Metric, weight: float = 1.0) -> Metric:
-        """Count in what ``other`` has seen. Checked whole before anything is changed.
-
-        Args:
-            weight: how many times each of its tokens counts: short answers are soon outnumbered by running text.
-        """
-        if not 0 < weight < float("inf"):
-            raise ValueError(f"weight is {weight}; it must be a positive number.")
+    def merge(self, other: Metric) -> Metric:
+        """Count in what ``other`` has seen. Checked whole before anything is changed."""
         if self.model_type and other.model_type and self.model_type != other.model_type:
             raise ValueError(f"Metrics of a {self.model_type} and a {other.model_type} model can't be merged.")
         mine, theirs = ({name: moment.m for name, moment in metric.moments.items()} for metric in (self, other))
@@ -100,7 +94,7 @@ class Metric:
             said = "; ".join(f"{name} has {one} inputs and {other}" for name, one, other in widths)
             raise ValueError(f"These metrics are of different models or layers, and can't be merged: {said}.")
         for name, moment in self.moments.items():
-            moment.merge(other.moments[name], weight)
+            moment.merge(other.moments[name])
         self.tokens += other.tokens
         self.model_type = self.model_type or other.model_type
         return self

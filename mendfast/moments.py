@@ -70,17 +70,15 @@ class SecondMoment:
         self._spectrum = self._dense = None
 
     @torch.no_grad()
-    def merge(self, other: SecondMoment, weight: float = 1.0) -> None:
-        """Count in what ``other`` has seen, ``weight`` times; of low rank, what it has kept of it."""
+    def merge(self, other: SecondMoment) -> None:
+        """Count in what ``other`` has seen; of low rank, what it has kept of it."""
         if other.m != self.m:
             raise ValueError(f"Second moments of {self.m} and {other.m} inputs belong to different layers.")
         if not other.count:
             return
-        count = max(1, round(weight * other.count))
-        weight = count / other.count
-        self._whole().add_(other._whole().to(self.device), alpha=weight)
-        self._trace += weight * other._trace
-        self.count += count
+        self._whole().add_(other._whole().to(self.device))
+        self._trace += other._trace
+        self.count += other.count
         self._spectrum = self._dense = None
 
     def matrix(self) -> torch.Tensor:

@@ -172,11 +172,7 @@ def _build(
     if kept_metric.is_file():
         made.protect_with(Metric.load(kept_metric))
     else:
-        # half of C each: where answers to questions begin, edits of questions reach furthest
-        texts_metric = made.protect(chosen, answers=True, progress=None)
-        made.metric = None
-        asked = made.protect(questions, answers=True, progress=None)
-        asked.merge(texts_metric, asked.tokens / texts_metric.tokens).save(kept_metric)
+        made.protect([*questions, *chosen], answers=True, progress=None).save(kept_metric)
     texts = [*running, *own, *own]
     editable = [replace(item, wordings=item.wordings[:WORDINGS]) for item in items if len(item.wordings) > 1]
     editable = editable[:EDITABLE] or items
