@@ -168,6 +168,11 @@ def _build(
     tell(problems, make_console())
     rng.shuffle(items)
     questions = [(item.wordings[0], item.answer) for item in rng.sample(items, min(len(items), PROTECTED))]
+    # and of what everybody asks first, where an edit is seen to leak
+    askable = set(items)
+    known = [item for item in facts(None, training.seed) if item in askable]
+    known = rng.sample(known, min(len(known), PROTECTED))
+    questions += [(wording, item.answer) for item in known for wording in item.wordings[:WORDINGS]]
     chosen = [*rng.sample(running, min(len(running), PIECES)), *own]
     if kept_metric.is_file():
         made.protect_with(Metric.load(kept_metric))
