@@ -116,11 +116,11 @@ def readme(results: Sequence[dict]) -> str:
         "`pytest benchmarks/ --benchmark-only` times every row on this machine; `python -m benchmarks.run` also keeps",
         "them in `benchmarks/results/`, and `python -m benchmarks.report` makes these tables and plots from the files.",
         "Models have their real shapes and random weights; edits have 20 tokens, locality samples 200, the editor rank",
-        "1,920 (SmolLM2's 384). \"Naive\" is Algorithms 1 and 2 as the paper writes them, one edit at a time with",
-        "d × d gradients (`benchmarks/naive_mend.py`), its results checked against ours before anything is timed. The",
-        "floor is the larger of bytes and operations that can't be done without over the copy and matmul rates measured in the same",
-        "run. The bare pass is the model's forward pass and a backward pass that stops at the first edited layer, by",
-        "PyTorch alone.",
+        "1,920 (SmolLM2's 384). \"Naive\" is Algorithms 1 and 2 as the paper writes them, one edit at a time with d",
+        "× d gradients (`benchmarks/naive_mend.py`), its results checked against ours before anything is timed.",
+        "The floor is the larger of bytes and operations that can't be done without over the copy and matmul",
+        "rates measured in the same run. The bare pass is the model's forward pass and a backward pass that stops",
+        "at the first edited layer, by PyTorch alone.",
         "Every row, with all opponents: [benchmarks/RESULTS.md](benchmarks/RESULTS.md).",
     ]
     for result in results:
