@@ -14,9 +14,10 @@ from .cases import Case, cases
 from .contest import Contestant, relative_error
 from .shapes import LOCALITY_TOKENS, SHAPES, TARGET_TOKENS, batch
 
-CASES = [case for case in cases((4, 16), typical=4, cpu=(4,), cpu_others=False) if case.shape.name != "SmolLM2-135M"]
-CASES.append(Case(SHAPES["SmolLM2-135M"], 8, True, False))
-LOCALITY = {"SmolLM2-135M": (3, 32)}
+SMOLLM2 = SHAPES["SmolLM2-135M"]
+CASES = [case for case in cases((4, 16), typical=4, cpu=(4,), cpu_others=False) if case.shape != SMOLLM2]
+CASES.append(Case(SMOLLM2, 8, True, False))
+LOCALITY = {SMOLLM2.name: (3, 32)}
 """Locality texts for each edit and their length, where it is not one of LOCALITY_TOKENS."""
 POSITIONS = 12
 CACHE_BYTES = 1 << 30

@@ -26,7 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from mendfast import MendConfig, MendEditor, pretrained
 from mendfast.base_model import train_tokenizer
 from mendfast.training import FactSampler, Item, TrainConfig, Trainer
-from mendfast.training.memory import peak_bytes, reset_peak
+from mendfast.training.memory import peak_bytes, reset_peak, resident
 
 from . import machine
 
@@ -134,8 +134,7 @@ class OwnMemory:
 
     def _look(self) -> None:
         while not self._done.wait(0.01):
-            lines = Path("/proc/self/status").read_text().splitlines()
-            self.bytes = max(self.bytes, *(1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon")))
+            self.bytes = max(self.bytes, resident("RssAnon") or 0)
 
 
 def measure(directory: Path, what: str, small: bool) -> dict[str, Any]:

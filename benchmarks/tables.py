@@ -65,13 +65,10 @@ def pooled(results: Sequence[dict]) -> dict:
     seeds = [result["seed"] for result in results]
     if len({*seeds}) < len(seeds):
         raise ValueError(f"The evaluations' seeds are {', '.join(map(str, seeds))}; give each of its own.")
-    rows = [[row for row in result["rows"] if row["k"] == own["k"] and row["system"] == own["system"]]
-            for own in first["rows"] for result in results]  # fmt: skip
-    if not all(len(found) == 1 for found in rows):
+    rows = [{(row["system"], row["k"]): row for row in result["rows"]} for result in results]
+    if any(found.keys() != rows[0].keys() for found in rows):
         raise ValueError("The evaluations are not of the same systems and sizes.")
-    step = len(results)
-    groups = [[found[0] for found in rows[i : i + step]] for i in range(0, len(rows), step)]
-    return {**first, "seed": seeds, "rows": [_pooled_row(group) for group in groups]}
+    return {**first, "seed": seeds, "rows": [_pooled_row([found[key] for found in rows]) for key in rows[0]]}
 
 
 def _pooled_row(rows: Sequence[dict]) -> dict:

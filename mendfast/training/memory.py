@@ -193,17 +193,18 @@ class PeakMemory:
         else:
             with contextlib.suppress(OSError):
                 Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
-            self._start = _resident("VmRSS")
+            self._start = resident("VmRSS")
         return self
 
     def __exit__(self, *exception: Any) -> None:
         if self.device.type == "cuda":
             self.bytes = torch.cuda.max_memory_allocated(self.device) - self._start
         elif self._start is not None:
-            self.bytes = max(0, _resident("VmHWM") - self._start)
+            self.bytes = max(0, resident("VmHWM") - self._start)
 
 
-def _resident(name: str) -> int | None:
+def resident(name: str) -> int | None:
+    """Bytes of this process by a name of Linux' /proc/self/status, as VmRSS; None where there is none."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
