@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, on a machine that has one and nothing but this checkout: no network is used.
 #
-#     benchmarks/gpu.sh [OUT]        # default: gpu-results
+#     benchmarks/gpu.sh [OUT [PART ...]]        # default: gpu-results, and all parts
 #
 # Installs, tests, sanitizes, tunes and benchmarks into OUT, in less than nine minutes. Each part has a limit of its
 # own and leaves OUT/<part>.done when it ends well; a second call with the same OUT runs what is missing. Parts go on
@@ -12,6 +12,7 @@ out=$(mkdir -p "${1:-gpu-results}" && cd "${1:-gpu-results}" && pwd)
 python=${PYTHON:-python3}
 limit=${LIMIT:-530}
 parts=(environment install tests updates tune edit meta ops sanitize)
+chosen=("${@:2}")
 
 environment() { nvidia-smi && nvcc --version && "$python" -m pip list; }
 install() { "$python" -m pip install --no-index --no-build-isolation --no-deps -e . && "$python" -m mendfast.cli doctor; }
@@ -33,7 +34,7 @@ export -f "${parts[@]}" bench
 export python out
 export MENDFAST_KERNEL_TABLE=$out/tuned.json   # written by the tuner, read by every launch
 missing=0
-for part in "${parts[@]}"; do
+for part in "${chosen[@]:-${parts[@]}}"; do
     [[ -e $out/$part.done ]] && { echo "$part: done before"; continue; }
     left=$((limit - SECONDS))
     allowed=$((left < seconds[$part] ? left : seconds[$part]))
