@@ -87,7 +87,7 @@ def _stochastic_f16(exact, draw):
     above = (low + 1).to(tl.uint16).to(tl.float16, bitcast=True)
     finite = ((bits & 0x7C00) != 0x7C00) & (((low + 1) & 0x7C00) != 0x7C00)
     unit = tl.where(finite, above.to(tl.float32) - below.to(tl.float32), 1.0)
-    cut_off = (exact - below.to(tl.float32)) / unit * 65536.0
+    cut_off = tl.div_rn(exact - below.to(tl.float32), unit) * 65536.0  # "/" is approximate on a GPU
     rounded = tl.where(cut_off > 65535.5 - draw.to(tl.float32), above, below)
     return tl.where(finite, rounded, near)
 

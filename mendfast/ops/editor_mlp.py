@@ -53,8 +53,8 @@ def editor_mlp(
     if chosen == "reference":
         _check_values(u, stats or (), [block.s for block in blocks if block.s is not None], mode)
         return _reference(u, delta, stats, blocks, mode, precision=precision, residual=residual)
-    scaled = bool(blocks) and blocks[0].s is not None
-    shifted = bool(blocks) and blocks[0].o is not None
+    scaled = len(blocks) > 0 and blocks[0].s is not None
+    shifted = len(blocks) > 0 and blocks[0].o is not None
     config = (len(blocks), scaled, shifted, len(stats or ()), precision, residual, chosen)
     if torch.is_grad_enabled() and (
         u.requires_grad or delta.requires_grad or any(p.requires_grad for p in flat)
@@ -141,8 +141,8 @@ def _check(u, delta, stats, blocks, mode, precision) -> None:
                     f"editor_mlp: stats.{name} has shape {tuple(value.shape)}; the rows are {width} wide: "
                     "use the statistics of this layer's shape."
                 )
-    scaled = bool(blocks) and blocks[0].s is not None
-    shifted = bool(blocks) and blocks[0].o is not None
+    scaled = len(blocks) > 0 and blocks[0].s is not None
+    shifted = len(blocks) > 0 and blocks[0].o is not None
     modes = None
     for i, block in enumerate(blocks):
         rank = block.V.shape[0]
