@@ -66,8 +66,8 @@ def modules_of(module: nn.Module) -> list[nn.Module]:
     """``list(module.modules())``, which makes a generator for each level of each."""
     found, left = dict.fromkeys([module]), list(reversed(module._modules.values()))
     while left:
-        module = left.pop()
-        if module is not None and module not in found:
-            found[module] = None
-            left += reversed(module._modules.values())
+        below = left.pop()
+        if below is not None and below not in found:
+            found[below] = None
+            left += reversed(below._modules.values())
     return list(found)
