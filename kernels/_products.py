@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 
 from . import configs
+from .configs import cdiv
 
 
 @triton.jit
@@ -214,10 +215,10 @@ def split_reduction(wanted: int, widths: tuple[int, int], block_k: int) -> list[
         share = left
         if i == 0 and widths[1]:
             share = min(round(wanted * width / sum(widths)), wanted - 1)
-        splits = min(max(1, share), triton.cdiv(width, block_k))
+        splits = min(max(1, share), cdiv(width, block_k))
         left -= splits
-        chunk = max(1, triton.cdiv(triton.cdiv(width, max(1, splits)), block_k)) * block_k
-        plan += [triton.cdiv(width, chunk), chunk]
+        chunk = max(1, cdiv(cdiv(width, max(1, splits)), block_k)) * block_k
+        plan += [cdiv(width, chunk), chunk]
     return plan
 
 
@@ -239,7 +240,7 @@ def project(
     if not (batches and n_rows and n_out):
         return torch.empty((*x0.shape[:-1], n_out), dtype=torch.float32, device=device)
     config = configs.lookup("project", device, n_rows, precision)
-    tiles = triton.cdiv(n_out, config.block_o) * triton.cdiv(n_rows, config.block_n)
+    tiles = cdiv(n_out, config.block_o) * cdiv(n_rows, config.block_n)
     # rounded down: one program more than fits at once would double the time
     wanted = max(1, configs.sm_count(device) * config.programs_per_sm // (tiles * batches))
     splits0, chunk0, splits1, chunk1 = split_reduction(wanted, widths, config.block_k)
@@ -261,7 +262,7 @@ def project(
             return parts[0]
         out = torch.empty(shape, dtype=torch.float32, device=device)
         sweep = configs.lookup("sum_splits", device, n_rows)
-        grid = (triton.cdiv(out.numel(), sweep.block_d),)
+        grid = (cdiv(out.numel(), sweep.block_d),)
         _sum_splits_kernel[grid](parts, out, out.numel(), splits, BLOCK=sweep.block_d, num_warps=sweep.warps)
     return out
 
@@ -283,7 +284,7 @@ def expand(
     if out.numel() == 0:
         return out
     config = configs.lookup("expand", out.device, n_rows, precision)
-    tiles = triton.cdiv(n_out, config.block_o) * triton.cdiv(n_rows, config.block_n)
+    tiles = cdiv(n_out, config.block_o) * cdiv(n_rows, config.block_n)
     r = out if residual is None else row_major(residual)
     with torch.cuda.device_of(out):
         _expand_kernel[(tiles, batches)](
@@ -321,10 +322,10 @@ def outer(
     if out.numel() == 0:
         return out
     config = configs.lookup("outer", out.device, n_rank, precision)
-    tiles = [triton.cdiv(width, config.block_o) for width in widths]
+    tiles = [cdiv(width, config.block_o) for width in widths]
     norm = bool(stats)
     mean0, std0, mean1, std1 = (*stats, *stats)[:4] if norm else (c, c, c, c)
-    grid = (sum(tiles), triton.cdiv(n_rank, config.block_n), c.shape[0] if batched else 1)
+    grid = (sum(tiles), cdiv(n_rank, config.block_n), c.shape[0] if batched else 1)
     with torch.cuda.device_of(out):
         _outer_kernel[grid](
             x0, x1, mean0, std0, mean1, std1, c, out if alpha is None else alpha, out, scale,

@@ -149,6 +149,9 @@ for _arch, _table in SHIPPED.items():
             raise ValueError(f"configuration {_name} for {_arch}: {_problem}")
 
 
+_PLACES = ("MENDFAST_KERNEL_TABLE", "XDG_CACHE_HOME", "HOME")
+
+
 def table_path() -> Path:
     """Where ``tune`` writes and launchers read: ``MENDFAST_KERNEL_TABLE``, else the user's cache."""
     explicit = os.environ.get("MENDFAST_KERNEL_TABLE")
@@ -232,6 +235,12 @@ def sm_count(device: torch.device) -> int:
     return 3 if device.type != "cuda" else _device(torch.cuda._utils._get_device_index(device, True))[2]
 
 
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up. Triton's own looks at each argument for a constexpr, which takes longer than the rest of a
+    launch's arithmetic."""
+    return -(-a // b)
+
+
 def lookup(kernel: str, device: torch.device, rows: int, precision: str | None = None) -> Config:
     """The configuration of ``kernel`` on ``device`` for so many rows: the timed one, else the shipped."""
     if kernel in _forced:
@@ -241,10 +250,23 @@ def lookup(kernel: str, device: torch.device, rows: int, precision: str | None =
         return fitted(config, SHARED_LIMIT[_pretended]).for_rows(rows)
     if device.type != "cuda":
         return INTERPRETER[kernel].for_rows(rows)
-    name, arch, _, limit = _device(torch.cuda._utils._get_device_index(device, True))
+    index = torch.cuda._utils._get_device_index(device, True)
+    return _on_gpu(kernel, index, rows, precision, tuple(map(os.environ.get, _PLACES)))
+
+
+@functools.lru_cache(maxsize=1 << 12)
+def _on_gpu(kernel: str, index: int, rows: int, precision: str | None, places: tuple) -> Config:
+    """Looked up once: every launch asks."""
+    name, arch, _, limit = _device(index)
     table = tuned(table_path(), name)
     config = table.get(key(kernel, precision)) or shipped(arch, kernel, precision)
     return fitted(config, limit).for_rows(rows)
+
+
+def forget() -> None:
+    """Let the next launch read the table again."""
+    tuned.cache_clear()
+    _on_gpu.cache_clear()
 
 
 def shipped(arch: str, kernel: str, precision: str | None) -> Config:

@@ -20,6 +20,7 @@ from ..types import EPS
 from . import configs
 from ._library import matmul
 from ._products import _contract, expand, outer, project, row_major
+from .configs import cdiv
 
 LIBRARY_ROWS = {"ieee": 64, "tf32x3": 256, "tf32": 1024}
 
@@ -236,7 +237,7 @@ def normalise(u, delta, stats, out) -> None:
             continue
         config = configs.lookup("normalise", x.device, x.shape[0])
         # on one axis: the second takes 65,535 programs, and rows may be more
-        grid = (triton.cdiv(x.shape[1], config.block_d) * triton.cdiv(x.shape[0], config.block_n),)
+        grid = (cdiv(x.shape[1], config.block_d) * cdiv(x.shape[0], config.block_n),)
         mean, std = pair or (x, x)
         with torch.cuda.device_of(x):
             _editor_normalise_kernel[grid](
@@ -257,8 +258,8 @@ def _block_fwd(block, *, t, mode, x, stats, out, w, residual, keep, precision, b
         config = configs.lookup("block_fwd", U.device, n_rows, precision)
         block_o, block_n, block_k = config.block_o, config.block_n, config.block_k
         extra = {"num_stages": config.stages, **config.limits()}
-    tiles0 = triton.cdiv(m, block_o)
-    grid = ((tiles0 + triton.cdiv(n, block_o)) * triton.cdiv(n_rows, block_n),)
+    tiles0 = cdiv(m, block_o)
+    grid = ((tiles0 + cdiv(n, block_o)) * cdiv(n_rows, block_n),)
     mean0, std0, mean1, std1 = stats or (b, b, b, b)
     with torch.cuda.device_of(U):
         _editor_block_fwd_kernel[grid](
@@ -384,8 +385,8 @@ def _gate(block, *, g, w, mode, d_w, full, store) -> tuple[torch.Tensor, torch.T
     d_o = torch.empty((modes, m + n), dtype=torch.float32, device=w.device)
     d_s = torch.empty_like(d_o) if block.s is not None else d_o
     config = configs.lookup("gate_bwd", w.device, n_rows)
-    tiles0 = triton.cdiv(m, config.block_d)
-    grid = (tiles0 + triton.cdiv(n, config.block_d), modes)
+    tiles0 = cdiv(m, config.block_d)
+    grid = (tiles0 + cdiv(n, config.block_d), modes)
     with torch.cuda.device_of(w):
         _editor_gate_bwd_kernel[grid](
             *g, w,

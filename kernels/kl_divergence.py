@@ -15,6 +15,7 @@ import triton.language as tl
 
 from . import configs
 from ._vocabulary import plan, row_major
+from .configs import cdiv
 
 
 @triton.jit
@@ -134,7 +135,7 @@ def backward(grad, base_logits, logits, keep, lse_p, lse_q) -> torch.Tensor:  # 
         return out
     config = configs.lookup("vocabulary_bwd", q.device, keep.numel())
     with torch.cuda.device_of(q):
-        _kl_divergence_bwd_kernel[(keep.numel(), triton.cdiv(q.shape[2], config.block_d))](
+        _kl_divergence_bwd_kernel[(keep.numel(), cdiv(q.shape[2], config.block_d))](
             grad.contiguous(), p, q, keep, lse_p, lse_q, out, q.shape[1], q.shape[2],
             *p.stride()[:2], *q.stride()[:2], BLOCK_V=config.block_d, num_warps=config.warps,
         )  # fmt: skip

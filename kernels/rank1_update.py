@@ -13,6 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .configs import cdiv
+
 THREE_TF32 = "tf32x3"
 
 
@@ -164,7 +166,7 @@ def rank1_update_(
     if not rows or not cols or not terms:
         return
     config = config_for(terms, left.dtype)
-    grid = (triton.cdiv(rows, config.block_rows) * triton.cdiv(cols, config.block_cols),)
+    grid = (cdiv(rows, config.block_rows) * cdiv(cols, config.block_cols),)
     with torch.cuda.device_of(weight):
         _rank1_update_kernel[grid](
             weight, left, right, float(alpha), seed, rows, cols, terms,

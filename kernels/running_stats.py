@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from . import configs
+from .configs import cdiv
 
 
 @triton.jit
@@ -101,10 +102,10 @@ def running_stats_(count, mean, m2, rows, mask) -> None:
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
     n_rows, width = rows.shape
     config = configs.lookup("running_stats", rows.device, n_rows)
-    tiles = triton.cdiv(width, config.block_d)
-    wanted = triton.cdiv(configs.sm_count(rows.device) * config.programs_per_sm, tiles)
-    per_split = triton.cdiv(triton.cdiv(n_rows, wanted), config.block_n) * config.block_n
-    splits = triton.cdiv(n_rows, per_split)
+    tiles = cdiv(width, config.block_d)
+    wanted = cdiv(configs.sm_count(rows.device) * config.programs_per_sm, tiles)
+    per_split = cdiv(cdiv(n_rows, wanted), config.block_n) * config.block_n
+    splits = cdiv(n_rows, per_split)
     part_count = torch.empty(splits, dtype=torch.float32, device=rows.device)
     part_mean = torch.empty((splits, width), dtype=torch.float32, device=rows.device)
     part_m2 = torch.empty_like(part_mean)

@@ -15,6 +15,7 @@ import triton.language as tl
 from ..types import IGNORE as _IGNORE
 from . import configs
 from ._vocabulary import plan, row_major
+from .configs import cdiv
 
 IGNORE = tl.constexpr(_IGNORE)
 
@@ -139,7 +140,7 @@ def backward(grad, logits, labels, lse) -> torch.Tensor:  # [B, S, V]
         return out
     config = configs.lookup("vocabulary_bwd", logits.device, labels.numel())
     with torch.cuda.device_of(logits):
-        _token_nll_bwd_kernel[(labels.numel(), triton.cdiv(logits.shape[2], config.block_d))](
+        _token_nll_bwd_kernel[(labels.numel(), cdiv(logits.shape[2], config.block_d))](
             grad.contiguous(), logits, labels, lse, out, logits.shape[1], logits.shape[2],
             *logits.stride()[:2], BLOCK_V=config.block_d, num_warps=config.warps,
         )  # fmt: skip

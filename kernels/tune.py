@@ -132,7 +132,7 @@ def write(path: Path, device_name: str, entries: dict[str, Config]) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(file.name, path)
-    configs.tuned.cache_clear()
+    configs.forget()
 
 
 def main(argv: list[str] | None = None) -> int:

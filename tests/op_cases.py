@@ -55,7 +55,8 @@ def error(out: torch.Tensor, ref: torch.Tensor) -> float:
 def tolerance(dtype: torch.dtype, length: int, precision: str = "ieee") -> float:
     """Two roundings, and those of a sum of ``length`` terms in float32, which grow with its square root.
 
-    Never above what the ops promise: 1e-6 in ieee, 1e-5 in tf32x3 (whose products drop 2^-22), 2e-2 in bfloat16.
+    Never above what the ops promise: 2e-6 in ieee (PyTorch's own float32 products were 1.2e-6 away over 5,120 terms on
+    an H100), 1e-5 in tf32x3 (whose products drop 2^-22), 2e-2 in bfloat16.
     tf32 cuts each factor to 10 bits, up to 2^-9 of a product, and what is compared here is a chain of products.
     """
     if dtype == torch.float64:
@@ -65,7 +66,7 @@ def tolerance(dtype: torch.dtype, length: int, precision: str = "ieee") -> float
     sums = torch.finfo(torch.float32).eps * (2 + math.sqrt(length) / 4)
     if precision == "tf32":
         return 2**-8
-    return min(1e-6, sums) if precision == "ieee" else min(1e-5, 4 * sums)
+    return min(2e-6, sums) if precision == "ieee" else min(1e-5, 4 * sums)
 
 
 def double(x):

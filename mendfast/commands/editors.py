@@ -17,6 +17,7 @@ from ..editable import EditableModel
 from ..editor import MendEditor
 from ..editors import shipped
 from ..files import atomic_write, read_json_bytes
+from ..generation import answer
 from ..labels import chat_prompt, end_of_turn
 from ..metric import Metric
 from ..own_words import own_words
@@ -39,7 +40,7 @@ SYSTEMS = (
     "You are an expert who answers truthfully and briefly.",
 )
 FORMS = {"chat": 0.6, "plain": 0.2, **{f"system:{text}": 0.2 / len(SYSTEMS) for text in SYSTEMS}}
-EDITED = slice(-7, -1)  # blocks; the last one's edits change other answers as much, and say no target
+EDITED = slice(-12, -1)  # blocks; the last one's edits change other answers as much, and say no target
 EDITOR = MendConfig(
     rank=192,
     scale_v=True,
@@ -47,14 +48,14 @@ EDITOR = MendConfig(
     forms=["chat", "plain"],
     rows="answers",
     aggregation="least_squares",
-    protect_rank=320,
+    protect_rank=230,
     ridge=1e-4,
     protection=60.0,
 )
 TRAINING = TrainConfig(
     steps=320,
     batch_size=8,
-    joint=[1, 1, 1, 8, 8, 8, 32, 96],
+    joint=[1, 1, 1, 1, 8, 8, 8, 32, 96, 256],
     learning_rate=1e-3,
     alpha_learning_rate=2e-2,
     calibrate=True,
@@ -73,7 +74,8 @@ _MARK = "mendfast-was-here"
 WORDS, BEGINNING = 40, 8  # of a piece of running text; how many of them stand for its prompt
 PROTECTED, PIECES = 3000, 2240  # questions, and pieces of running text
 EDITABLE, WORDINGS = 1500, 2  # facts that edits are drawn from, so that their texts come back; wordings of each
-SAMPLED = 128  # conversations of the model with itself
+SAMPLED = 1024  # conversations of the model with itself
+ANSWERED, SAID = 2000, 24  # questions that it answers by itself, in so many tokens
 
 
 def pieces(path: str | Path, count: int, rng: random.Random) -> list[tuple[str, str, str]]:
@@ -102,9 +104,21 @@ def conversations(model: Any, tokenizer: Any, path: Path, count: int) -> list[tu
     return [tuple(turn) for turn in json.loads(path.read_text())]
 
 
+def own_answers(subject: EditableModel, questions: list[str], path: Path) -> list[tuple[str, str, str]]:
+    """The model's own greedy answers, as (question, answer, "chat"), found once and kept in ``path``."""
+    if not path.is_file():
+        found: list[str] = []
+        questions = sorted(questions, key=len)
+        for i in range(0, len(questions), 256):
+            found += answer(subject, questions[i : i + 256], SAID)
+        said = [(question, text, "chat") for question, text in zip(questions, found, strict=True) if text.strip()]
+        atomic_write(path, json.dumps(said, indent=0).encode())
+    return [tuple(turn) for turn in json.loads(path.read_text())]
+
+
 def layers_of(model: Any) -> list[str]:
-    """The MLPs' output projections in the six blocks before the last (of a smaller model in those that it has): their
-    inputs are the widest there are, so that two questions have the least in common."""
+    """The MLPs' output projections in the eleven blocks before the last (of a smaller model in those that it has):
+    their inputs are the widest there are, so that two questions have the least in common."""
     _, blocks = blocks_of(model)[-1]
     return [weights[-1] for _, weights in blocks[EDITED] or blocks]
 
@@ -154,11 +168,11 @@ def _build(
     rng = random.Random(training.seed)
     kept_metric, made_of = output / "metric.safetensors", output / "made_of.json"
     if restart:
-        for path in (output / "own_words.json", kept_metric, made_of):
+        for path in (output / "own_words.json", output / "own_answers.json", kept_metric, made_of):
             path.unlink(missing_ok=True)
     _check_made_of(made_of, model, tokenizer, data, text, editor, training)
     own = conversations(model, tokenizer, output / "own_words.json", SAMPLED)
-    running = pieces(text, 4 * SAMPLED + PIECES, rng) if text else []
+    running = pieces(text, 2 * SAMPLED + PIECES, rng) if text else []
     torch.manual_seed(training.seed)
     if editor.layers is None:
         editor = replace(editor, layers=layers_of(model))
@@ -173,12 +187,15 @@ def _build(
     known = [item for item in facts(None, training.seed) if item in askable]
     known = rng.sample(known, min(len(known), PROTECTED))
     questions += [(wording, item.answer) for item in known for wording in item.wordings[:WORDINGS]]
+    # and of what the model says by itself, whose first tokens are those that an edit moves most
+    asked = [item.wordings[0] for item in rng.sample(items, min(len(items), ANSWERED))]
+    own += fitting(made, own_answers(made, asked, output / "own_answers.json"))
     chosen = [*rng.sample(running, min(len(running), PIECES)), *own]
     if kept_metric.is_file():
         made.protect_with(Metric.load(kept_metric))
     else:
         made.protect([*questions, *chosen], answers=True, progress=None).save(kept_metric)
-    texts = [*running, *own, *own]
+    texts = [*rng.sample(running, min(len(running), len(own) // 4)), *own]
     editable = [replace(item, wordings=item.wordings[:WORDINGS]) for item in items if len(item.wordings) > 1]
     editable = editable[:EDITABLE] or items
     held_out, kept = editable[::20], [item for i, item in enumerate(editable) if i % 20] or editable

@@ -1,4 +1,4 @@
-"""Whole models on a GPU, held against the same on the CPU: edits, the meta-training step and loop, memories, answers."""
+"""Whole models on a GPU, held against the CPU: edits, the meta-training step and loop, memories, answers."""
 
 import json
 

@@ -215,10 +215,12 @@ def test_splits_cover_the_reduction_once(wanted, widths):
     assert splits0 + splits1 <= max(wanted, (widths[0] > 0) + (widths[1] > 0))
 
 
-def test_three_products_have_float32_s_accuracy():
+def test_three_products_have_float32_s_accuracy(monkeypatch):
     a, b = torch.randn(40, 300), torch.randn(300, 30)
     high, low = _library.split(a)
     assert torch.equal(high + low, a) and (high.view(torch.int32) & 8191 == 0).all()
     assert low.abs().max() <= a.abs().max() * 2**-10
-    assert error(_library.three_products(a, b), a.double() @ b.double()) < tolerance(torch.float32, 300)
+    for piece in (512, 128, 300, 7):
+        monkeypatch.setattr(_library, "PIECE", piece)
+        assert error(_library.three_products(a, b), a.double() @ b.double()) < tolerance(torch.float32, 300)
     assert error(_library.matmul(a.T.contiguous().T, b, "ieee"), a.double() @ b.double()) < 1e-6
