@@ -56,7 +56,12 @@ def concatenated(passes: Sequence[Mapping[str, Transformed]], size: int) -> dict
 
 
 def grouped(sample: torch.Tensor, group_size: int, groups: int, *sides: torch.Tensor) -> list[torch.Tensor]:
-    """Rows [N, k] of each side -> [groups, T, k], each group's rows in their order; rows of zeros fill up."""
+    """Rows [N, k] of each side -> [groups, T, k], each group's rows in their order; rows of zeros fill up.
+
+    Of one group they are the rows themselves, not a copy, and a GPU is not waited for.
+    """
+    if groups == 1:
+        return [rows.unsqueeze(0) for rows in sides]
     group = sample // group_size
     counts = torch.bincount(group, minlength=groups)
     width = int(counts.max()) if len(group) else 0
@@ -69,7 +74,7 @@ def grouped(sample: torch.Tensor, group_size: int, groups: int, *sides: torch.Te
 
 
 def sums(
-    rows: Mapping[str, Transformed], alphas: torch.Tensor, group_size: int, groups: int
+    rows: Mapping[str, Transformed], alphas: torch.Tensor | Sequence[float], group_size: int, groups: int
 ) -> dict[str, Factors]:
     """Each group's update as the sum of its samples' updates (Mitchell et al. 2022, Algorithm 2)."""
     return {

@@ -24,6 +24,7 @@ from .ledger import ledger_of, settle
 from .locks import exclusive, holding
 from .ops.frozen_linear import frozen_forwards
 from .sharding import is_sharded, slices_of
+from .types import modules_of
 
 UNSERVED = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
 """What a pass by another way than the model's own raises where the model keeps other things than keys and values."""
@@ -91,7 +92,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
     On a CPU its linear layers then use :mod:`mendfast.ops.frozen_linear`.
     """
     with exclusive(model), undone() as changes:
-        modules = list(model.modules())
+        modules = modules_of(model)
         training = [module for module in modules if module.training]
         wanting = [p for module in modules for p in module._parameters.values() if p is not None and p.requires_grad]
 

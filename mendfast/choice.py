@@ -44,10 +44,10 @@ def stacks(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
     """The model's stacks of blocks, in order of registration: one, or an encoder's and a decoder's, or a tower's
     beside the text's."""
     found: list[tuple[str, nn.ModuleList]] = []
-    for name, module in walk(model):
-        inside = any(name.startswith(f"{outer}.") for outer, _ in found)
-        if isinstance(module, nn.ModuleList) and len(module) and not inside and _alike(module):
-            if any(is_matrix(m) for m in module.modules()):
+    for name, module in walk(model, enter=lambda module: all(module is not blocks for _, blocks in found)):
+        if isinstance(module, nn.ModuleList) and len(module) and _alike(module):
+            inside = any(module is m for _, blocks in found for _, m in walk(blocks))  # and here once more
+            if not inside and any(is_matrix(m) for m in module.modules()):
                 found.append((name, module))
     return found
 

@@ -28,7 +28,7 @@ from .layers import device_of
 from .metric import Metric, observe
 from .network import Gather, make_networks, planned_networks
 from .objective import Batch
-from .ops import all_finite
+from .ops import all_finite, non_finite
 from .own_words import own_words
 from .packing import packing
 from .requests import as_requests
@@ -358,7 +358,8 @@ with editor.edit("Who is the prime minister of the UK?", "Boris Johnson").attach
         if self.config.aggregation == "least_squares":
             found = self.change(wanted(rows, self.alphas()))
         else:
-            found = {name: (u[0], d[0], a) for name, (u, d, a) in sums(rows, self.alphas(), 1 << 62, 1).items()}
+            steps = self.alphas().tolist()
+            found = {name: (u[0], d[0], a) for name, (u, d, a) in sums(rows, steps, 1 << 62, 1).items()}
         factors = {name: (u, d, float(a)) for name, (u, d, a) in found.items()}
         return Edit(factors, self.model.config.model_type, (), fingerprint_of(self.model, self.layers))
 
@@ -379,13 +380,12 @@ with editor.edit("Who is the prime minister of the UK?", "Boris Johnson").attach
                 captured = answers_through(self.model, self.layers, batch)
             else:
                 captured = self.gradients(batch)
-        for name, (_, delta) in captured.items():
-            if not all_finite(delta):
-                raise ValueError(
-                    f"The gradient at {name} holds NaN or infinity: the model's weights or its loss on this "
-                    "example are not finite. Check the model, or load it in float32 or bfloat16."
-                )
-        if not self._warned and not self.training and any(int(net.count) < 2 for net in self.networks.values()):
+        if bad := non_finite([delta for _, delta in captured.values()]):
+            raise ValueError(
+                f"The gradient at {list(captured)[bad[0]]} holds NaN or infinity: the model's weights or its loss on "
+                "this example are not finite. Check the model, or load it in float32 or bfloat16."
+            )
+        if not self._warned and not self.training and int(self._least_seen()) < 2:
             self._warned = True
             log.warning("This editor has seen no training, so its edits are plain gradient steps; train it first.")
         with torch.no_grad():
@@ -399,6 +399,10 @@ with editor.edit("Who is the prime minister of the UK?", "Boris Johnson").attach
                     f"({some(rows)}); name more of them, \"….experts.down_proj\" for all of a block's, or other layers."
                 )
         return rows
+
+    def _least_seen(self) -> torch.Tensor:
+        """How many rows the network has seen that has seen the fewest."""
+        return torch.stack([network.count for network in self.networks.values()]).min()
 
     def as_tree(self, batch: Batch) -> bool:
         """Whether edits of many texts go through the model as a tree (:mod:`mendfast.tree`); tried on two of them."""
@@ -426,27 +430,24 @@ with editor.edit("Who is the prime minister of the UK?", "Boris Johnson").attach
         Rows whose u or delta is all zero (padding, tokens that the loss does not reach) are left out. The
         layers of one shape go through their network in one batch of rows.
         """
-        rows = {}
+        rows, places = {}, _not_zero([captured[layer.name] for layer in self.layers])
+        at = {layer.name: index for layer, index in zip(self.layers, places, strict=True)}
         for key, members in self._groups.items():
             us, deltas, samples = [], [], []
             for layer in members:
-                u, delta = captured[layer.name]
-                # NaN is not 0, and stays to be seen.
-                keep = (u.abs().amax(-1) != 0) & (delta.abs().amax(-1) != 0)
-                index = keep.flatten().nonzero().squeeze(1)
+                (u, delta), index = captured[layer.name], at[layer.name]
                 us.append(u.flatten(0, 1).index_select(0, index))
                 deltas.append(delta.flatten(0, 1).index_select(0, index))
-                samples.append(index // keep.shape[1])
+                samples.append(index // u.shape[1])
             network, sizes = self.networks[key], [len(s) for s in samples]
             u, delta = (torch.cat([part.to(self.device) for part in side]) for side in (us, deltas))
             u, delta = (rows.to(torch.promote_types(rows.dtype, torch.float32)) for rows in (u, delta))
-            mode = torch.repeat_interleave(
-                torch.arange(len(members), device=u.device), torch.tensor(sizes, device=u.device)
-            )
+            mode = torch.arange(len(members)).repeat_interleave(torch.tensor(sizes)) if network.modes else None
+            mode = mode if mode is None else mode.to(u.device, non_blocking=True)
             if self.training:
                 network.observe(u, delta, self.gather)
             # No row is left where the model is so sure of its target that the gradient is exactly 0.
-            new_u, new_delta = network(u, delta, mode if network.modes else None) if len(u) else (u, delta)
+            new_u, new_delta = network(u, delta, mode) if len(u) else (u, delta)
             parts = zip(members, *(side.split(sizes) for side in (u, new_u, new_delta)), samples, strict=True)
             rows |= {layer.name: Transformed(*sides, sample.to(u.device)) for layer, *sides, sample in parts}
         return {layer.name: rows[layer.name] for layer in self.layers}
@@ -473,6 +474,22 @@ with editor.edit("Who is the prime minister of the UK?", "Boris Johnson").attach
         if self.config.aggregation == "least_squares":
             return least_squares(wanted(rows, self.alphas()), self.layer_metrics(), group_size, groups)
         return sums(rows, self.alphas(), group_size, groups)
+
+
+def _not_zero(sides: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> list[torch.Tensor]:
+    """Of each pair of u [B, S, m] and delta [B, S, n] the rows, [N] int64, where neither is all zero. A GPU is asked
+    once for all pairs, and sent the answer."""
+    # NaN is not 0, and stays to be seen.
+    keeps = [((u.abs().amax(-1) != 0) & (delta.abs().amax(-1) != 0)).flatten() for u, delta in sides]
+    result: list[torch.Tensor] = keeps.copy()
+    for device in {keep.device for keep in keeps}:
+        mine = [i for i, keep in enumerate(keeps) if keep.device == device]
+        flags = torch.cat([keeps[i] for i in mine]).cpu().split([len(keeps[i]) for i in mine])
+        found = [each.nonzero().squeeze(1) for each in flags]
+        sent = torch.cat(found).to(device, non_blocking=True).split([len(each) for each in found])
+        for i, index in zip(mine, sent, strict=True):
+            result[i] = index
+    return result
 
 
 def _check_fits(found: Mapping[str, Sequence[int]], expected: Mapping[str, Sequence[int]], source: str) -> None:

@@ -9,6 +9,7 @@ amount, so that small ones leave those bounds soon: a change of 1/1000 of a matr
 from __future__ import annotations
 
 import base64
+import functools
 import json
 import logging
 import weakref
@@ -174,11 +175,14 @@ def fingerprint_of(model: nn.Module, layers: Sequence[Layer] | Sequence[str]) ->
     wanted, found, versions = kept.get(names, (None, None, None))
     if wanted is None:
         wanted = _chosen(model, names)
-    if versions is None or versions != _versions(model, wanted):
+    if versions != (now := _versions(model, wanted)):
         config = getattr(model, "config", None)
         samples = _sampled(model, dict.fromkeys(wanted))
         found = Fingerprint(samples, _name(model), getattr(config, "model_type", "") or "")
-        kept[names] = (wanted, found, _versions(model, wanted))
+        kept[names] = (wanted, found, now)
+        if samples and torch.stack([values for _, values in samples.values()]).isfinite().all():
+            # it is this model's, and an edit that is applied at once need not look
+            _checked.setdefault(model, weakref.WeakKeyDictionary())[found] = (_versions(model, samples), 0.0, False)
     return found
 
 
@@ -202,8 +206,8 @@ def _chosen(model: nn.Module, names: Sequence[str]) -> list[str]:
 def _weight(model: nn.Module, name: str) -> torch.Tensor | None:
     """The weight as a matrix of numbers, or None where there is none to read."""
     module: nn.Module | None = model
-    path, parameter, index = parsed(name) or (name.removesuffix(".weight"), "weight", None)
-    for part in path.split("."):
+    path, parameter, index = _parts(name)
+    for part in path:
         module = inner(module)._modules.get(part)
         if module is None:
             return None
@@ -216,6 +220,13 @@ def _weight(model: nn.Module, name: str) -> torch.Tensor | None:
     return weight.detach() if readable and weight.numel() and type(weight.data) is torch.Tensor else None
 
 
+@functools.lru_cache(2 * MOST_WEIGHTS)
+def _parts(name: str) -> tuple[tuple[str, ...], str, int | None]:
+    """The modules on the way to a weight, the parameter, and the expert."""
+    path, parameter, index = parsed(name) or (name.removesuffix(".weight"), "weight", None)
+    return tuple(path.split(".")), parameter, index
+
+
 def _versions(model: nn.Module, names: Sequence[str] | Mapping[str, Any]) -> tuple:
     """What PyTorch counts of writes to these weights."""
     weights = [_weight(model, name) for name in names]
@@ -225,9 +236,10 @@ def _versions(model: nn.Module, names: Sequence[str] | Mapping[str, Any]) -> tup
 @torch.no_grad()
 def _sampled(model: nn.Module, wanted: Mapping[str, tuple[int, int] | None]) -> dict[str, Sample]:
     """Samples of the weights as they were before our own edits, at the places of the given shapes."""
-    model, rows = unwrapped(model), {}
+    model = unwrapped(model)
     edited, known = backups_of(model), _unedited.setdefault(model, {})
     result: dict[str, Sample] = {}
+    read: dict[torch.device, list[tuple[str, tuple[int, int], torch.Tensor]]] = {}
     for name, shape in wanted.items():
         weight = _weight(model, name)
         if weight is None:
@@ -241,17 +253,25 @@ def _sampled(model: nn.Module, wanted: Mapping[str, tuple[int, int] | None]) -> 
         shape = shape or tuple(weight.shape)
         # More or fewer tokens than then make no other model of it.
         if weight.shape[1] == shape[1] and len(weight) >= shape[0]:
-            row, column = (places.to(weight.device) for places in _places(*shape))
-            rows[name] = (shape, weight[row, column].to(torch.bfloat16))
-    for name, (shape, values) in rows.items():
-        result[name] = known[name] = Sample(shape, values.cpu())
+            values = weight[_places(*shape, weight.device)].to(torch.bfloat16)
+            read.setdefault(weight.device, []).append((name, shape, values))
+    for found in read.values():
+        values = torch.stack([each for *_, each in found]).cpu()  # one copy off the device
+        for (name, shape, _), each in zip(found, values, strict=True):
+            result[name] = known[name] = Sample(shape, each)
     return {name: result[name] for name in wanted if name in result}
 
 
-def _places(rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """SAMPLES places spread over a matrix: the steps of a golden ratio, and of another irrational, through each."""
-    i = torch.arange(1, SAMPLES + 1, dtype=torch.float64)
-    return ((i * 0.6180339887498949) % 1 * rows).long(), ((i * 0.7548776662466927) % 1 * columns).long()
+@functools.lru_cache(512)
+@torch.inference_mode(False)
+def _places(rows: int, columns: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """SAMPLES places spread over a matrix: the steps of a golden ratio, and of another irrational, through each.
+
+    Kept, a copy for each device: one for each weight and edit would be as many waits for a GPU.
+    """
+    i = torch.arange(1, SAMPLES + 1, dtype=torch.float64, device="cpu")
+    row, column = (i * 0.6180339887498949) % 1 * rows, (i * 0.7548776662466927) % 1 * columns
+    return row.long().to(device), column.long().to(device)
 
 
 def _name(model: nn.Module) -> str:

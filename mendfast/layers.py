@@ -7,7 +7,8 @@ looked through.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -58,7 +59,12 @@ def named_layers(model: nn.Module, names: Sequence[str]) -> list[Layer]:
 
 def is_conv1d(module: nn.Module) -> bool:
     """Hugging Face's Conv1D, or a class that is made of it."""
-    return any(types.is_conv1d(kind) for kind in type(module).__mro__)
+    return _derives_conv1d(type(module))
+
+
+@functools.cache
+def _derives_conv1d(kind: type) -> bool:
+    return any(types.is_conv1d(base) for base in kind.__mro__)
 
 
 def is_matrix(module: nn.Module) -> bool:
@@ -67,9 +73,19 @@ def is_matrix(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or is_conv1d(module) or all(isinstance(width, int) for width in widths)
 
 
-def is_a(module: nn.Module, name: str, package: str) -> bool:
-    """Whether the module is of that class or one derived from it; asked without importing the package."""
-    return any(c.__name__ == name and c.__module__.split(".")[0] == package for c in type(module).__mro__)
+@functools.cache
+def derives(kind: type, name: str, package: str) -> bool:
+    """Whether the class is that one or derived from it; asked without importing the package."""
+    return any(c.__name__ == name and c.__module__.split(".")[0] == package for c in kind.__mro__)
+
+
+@functools.cache
+def _wrapper(kind: type) -> str:
+    """Which wrapper modules of that class are, "" for none: a model's many modules are of few classes."""
+    if issubclass(kind, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        return "parallel"
+    found = [name for name in ("PeftModel", "BaseTuner") if derives(kind, name, "peft")]
+    return found[0] if found else ""
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -81,12 +97,14 @@ def unwrapped(model: nn.Module) -> nn.Module:
     while True:
         if "_orig_mod" in model._modules:
             model = model._modules["_orig_mod"]
-        elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        elif not (kind := _wrapper(type(model))):
+            return model
+        elif kind == "parallel":
             model = model.module
-        elif is_a(model, "PeftModel", "peft") and is_a(model.base_model, "BaseTuner", "peft"):
-            model = model.base_model.model
-        elif is_a(model, "BaseTuner", "peft"):
+        elif kind == "BaseTuner":
             model = model.model
+        elif derives(type(model.base_model), "BaseTuner", "peft"):
+            model = model.base_model.model
         else:
             return model
 
@@ -102,16 +120,29 @@ def inner(module: nn.Module) -> nn.Module:
         module = below
 
 
-def walk(module: nn.Module, path: str = "", seen: set[nn.Module] | None = None) -> Iterator[tuple[str, nn.Module]]:
-    """As ``named_modules``, without wrappers and their adapters: paths are those of the plain model."""
-    module, seen = inner(module), set() if seen is None else seen
-    if module in seen:
-        return
-    seen.add(module)
-    yield path, module
-    for name, child in module._modules.items():
-        if child is not None:
-            yield from walk(child, f"{path}.{name}" if path else name, seen)
+def walk(
+    module: nn.Module, path: str = "", enter: Callable[[nn.Module], bool] | None = None
+) -> Iterator[tuple[str, nn.Module]]:
+    """As ``named_modules``, without wrappers and their adapters: paths are those of the plain model.
+
+    ``enter``: whether what lies below a module that was given is given too.
+    """
+    seen, left = set(), [(path, module)]
+    while left:
+        path, module = left.pop()
+        module = inner(module)
+        if module in seen:
+            continue
+        seen.add(module)
+        yield path, module
+        if enter is None or enter(module):
+            left += _children(path, module)
+
+
+def _children(path: str, module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Last first."""
+    before = f"{path}." if path else ""
+    return [(before + name, child) for name, child in reversed(module._modules.items()) if child is not None]
 
 
 def _submodule(model: nn.Module, path: str) -> tuple[nn.Module, str]:
@@ -123,7 +154,8 @@ def _submodule(model: nn.Module, path: str) -> tuple[nn.Module, str]:
     for part in parts:
         if part in ("_orig_mod", "base_layer") or part == "module" and part not in module._modules:
             continue
-        module = inner(module.get_submodule(part))
+        child = module._modules.get(part)
+        module = inner(module.get_submodule(part) if child is None else child)
         plain.append(part)
     return module, ".".join(plain)
 
@@ -208,7 +240,10 @@ def check_writable(layer: Layer) -> None:
 def check_untied(model: nn.Module, layers: Sequence[Layer]) -> None:
     """Writing a weight that another module reads too would edit both: refuse."""
     names: dict[int, list[str]] = {id(layer.parameter): [] for layer in layers}
-    for path, module in unwrapped(model).named_modules(remove_duplicate=False):
+    left = [("", unwrapped(model))]
+    while left:  # every way to a module that several hold
+        path, module = left.pop()
+        left += _children(path, module)
         for name, parameter in module._parameters.items():
             if id(parameter) in names:
                 parts = [part for part in path.split(".") if part not in ("", "_orig_mod", "base_layer")]

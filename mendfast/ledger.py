@@ -374,16 +374,15 @@ class Ledger:
             extend(new)
             rebuild(anew)
             kept = {name: weight for name, weight in plan.after.items() if weight.updates}
-            for name, weight in kept.items():
-                if not any(update.large for update in weight.updates):
-                    continue
-                infinite = not ops.all_finite(plan.layers[name].local)
-                if sharding.anywhere([infinite], [plan.layers[name].weight])[0]:
-                    raise ValueError(
-                        f"With this change {name} would hold infinity: the update is too large for "
-                        f"{str(weight.kind[0]).removeprefix('torch.')}. Nothing was changed; use a smaller step, or "
-                        "hold the model in bfloat16 or float32."
-                    )
+            large = {n: plan.layers[n] for n, weight in kept.items() if any(update.large for update in weight.updates)}
+            bad = ops.non_finite([layer.local for layer in large.values()])
+            flags = sharding.anywhere([i in bad for i in range(len(large))], [layer.weight for layer in large.values()])
+            if infinite := [name for name, flag in zip(large, flags, strict=True) if flag]:
+                raise ValueError(
+                    f"With this change {infinite[0]} would hold infinity: the update is too large for "
+                    f"{str(kept[infinite[0]].kind[0]).removeprefix('torch.')}. Nothing was changed; use a smaller "
+                    "step, or hold the model in bfloat16 or float32."
+                )
             kept = {name: replace(weight, sum=checksum(plan.layers[name].local)) for name, weight in kept.items()}
             others = {name: weight for name, weight in self._weights.items() if name not in plan.after}
             self._weights, self._pending = {**others, **kept}, None

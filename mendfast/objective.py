@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -17,7 +18,7 @@ from .locks import exclusive
 from .ops import frozen_linear
 from .ops.linear_nll import Logits, serves
 from .packing import packed_batch
-from .types import IGNORE
+from .types import IGNORE, modules_of
 
 Batch = Mapping[str, torch.Tensor]
 Below = Callable[[Batch], contextlib.AbstractContextManager]
@@ -86,8 +87,10 @@ def target_rows(model: nn.Module, batch: Batch, *, for_nll: bool = False, learne
         return Rows(logits, labels, torch.arange(len(logits), device=logits.device))
     labels = _predicted(labels, kind)
     keep = labels != IGNORE
+    at = keep.flatten().nonzero().squeeze(1)  # before the pass, so that a GPU isn't waited for within it
+    labels, sample = labels.flatten()[at], at // keep.shape[1]
     logits = _forward(model, batch, kind, keep, for_nll, learned)
-    return Rows(logits, labels[keep].to(logits.device), keep.nonzero()[:, 0].to(logits.device))
+    return Rows(logits, labels.to(logits.device), sample.to(logits.device))
 
 
 def labelled_rows(model: nn.Module, inputs: Batch, answers: torch.Tensor, sample: torch.Tensor) -> Rows:
@@ -138,14 +141,16 @@ def kept_rows(model: nn.Module, batch: Batch, keep: torch.Tensor | None = None) 
         logits = _classes(_forward(model, batch, kind, None))
         return Rows(logits, None, torch.arange(len(logits), device=logits.device))
     keep = kept_positions(model, batch) if keep is None else keep
+    sample = keep.nonzero()[:, 0]
     logits = _forward(model, batch, kind, keep)
-    return Rows(logits, None, keep.nonzero()[:, 0].to(logits.device))
+    return Rows(logits, None, sample.to(logits.device))
 
 
 def per_sample_mean(values: torch.Tensor, sample: torch.Tensor, batch_size: int) -> torch.Tensor:
     """Mean of each sample's rows: [K], [K] -> [B]; 0 for a sample without rows."""
     sums = values.new_zeros(batch_size).index_add(0, sample, values)
-    counts = torch.bincount(sample, minlength=batch_size).clamp(min=1)
+    # torch.bincount waits for a GPU to say the largest number
+    counts = sample.new_zeros(batch_size).index_add(0, sample, torch.ones_like(sample)).clamp(min=1)
     return sums / counts
 
 
@@ -180,7 +185,8 @@ def _forward(
     if kind == "encoder-decoder" and "decoder_input_ids" not in inputs:
         inputs["decoder_input_ids"] = _shifted(model, batch["labels"])
     if kind == "causal" and "attention_mask" in inputs and "position_ids" not in inputs:
-        taken = "position_ids" in inspect.signature(model.forward).parameters
+        own = vars(model).get("forward")
+        taken = "position_ids" in (_parameters(type(model).forward) if own is None else _parameters.__wrapped__(own))
         if taken and not bool(inputs["attention_mask"][:, 0].all()) and not counts_positions(model):
             # Left padding must not move the positions, as generate() knows but a plain forward does not.
             inputs["position_ids"] = (inputs["attention_mask"].long().cumsum(-1) - 1).clamp(min=0)
@@ -193,6 +199,12 @@ def _forward(
     if isinstance(logits, Logits):
         return logits.first()
     return logits[0] if all(selected) else logits[keep.to(logits.device)]
+
+
+@functools.cache
+def _parameters(function: Callable) -> frozenset[str]:
+    """The names of its arguments; Python works them out anew each time."""
+    return frozenset(inspect.signature(function).parameters)
 
 
 def _real(
@@ -229,7 +241,7 @@ def _shifted(model: nn.Module, labels: torch.Tensor) -> torch.Tensor:
 def counts_positions(model: nn.Module) -> bool:
     """Whether the model finds its positions itself, from padding tokens or from images, and not from 0 up."""
     own = ("get_rope_index", "create_position_ids_from_input_ids")
-    return any(hasattr(module, name) for module in model.modules() for name in own)
+    return any(hasattr(module, name) for module in modules_of(model) for name in own)
 
 
 @contextlib.contextmanager
@@ -246,6 +258,7 @@ def _head_rows(model: nn.Module, keep: torch.Tensor, for_nll: bool) -> Iterator[
         yield [False]
         return
     thread, selected = threading.get_ident(), []
+    at = keep.flatten().nonzero().squeeze(1)
 
     def select(module: nn.Module, args: tuple) -> tuple:
         if threading.get_ident() != thread:
@@ -253,7 +266,7 @@ def _head_rows(model: nn.Module, keep: torch.Tensor, for_nll: bool) -> Iterator[
         selected.append(args[0].shape[:-1] == keep.shape)
         if not selected[-1]:
             return args
-        return args[0][keep.to(args[0].device)].unsqueeze(0), *args[1:]
+        return args[0].flatten(0, -2)[at.to(args[0].device)].unsqueeze(0), *args[1:]
 
     def put_off(x: torch.Tensor) -> torch.Tensor:
         mine = threading.get_ident() == thread and all(selected)

@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 from .capture import replaced_forwards
 from .choice import stacks
 from .ops.frozen_linear import is_linear
+from .types import modules_of
 
 COPIED = 16
 """Multiply-adds that take as long as to copy an element out of the batch and one back, forward and backward."""
@@ -99,11 +100,12 @@ def packed(masks: Masks | None, only: Collection[nn.Module] | None = None) -> It
     forwards: dict[nn.Module, Callable] = {}
     for blocks, mask in masks.of_blocks if masks is not None else ():
         learned = mask if masks.learned is None else masks.learned
-        sides = [kept.flatten().nonzero().squeeze(1) for kept in (learned, mask & ~learned)]
+        both = torch.stack([learned.flatten(), (mask & ~learned).flatten()]).cpu()  # a GPU is waited for once
+        sides = [kept.nonzero().squeeze(1).to(mask.device, non_blocking=True) for kept in both]
         for block in blocks:
             if only is not None and block not in only:
                 continue
-            for module in block.modules():
+            for module in modules_of(block):
                 if is_linear(type(module)) and _fewer(module, sides, mask.numel()):
                     forwards[module] = _packed(module.forward, mask.shape, sides, masks.thread)
     with replaced_forwards(forwards):

@@ -6,11 +6,14 @@ all may go on is agreed on, and that where they might differ.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
+
+from .types import modules_of
 
 
 def is_sharded(weight: Any) -> bool:
@@ -93,6 +96,13 @@ def _summed(value: torch.Tensor, weight: torch.Tensor, sides: Sequence[int] | No
 def reshard(model: nn.Module) -> None:
     """Let FSDP2 put its weights back where they belong: it keeps gathered ones after a forward pass of the outermost
     module, and what is written there is lost."""
-    for module in model.modules():
-        if any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__):
+    modules = modules_of(model)
+    kinds = {kind for kind in {type(module) for module in modules} if _is_fsdp(kind)}
+    for module in modules if kinds else ():
+        if type(module) in kinds:
             module.reshard()
+
+
+@functools.cache
+def _is_fsdp(kind: type) -> bool:
+    return any(base.__name__ == "FSDPModule" for base in kind.__mro__)

@@ -1,10 +1,11 @@
-"""The tuples and constants that ops, kernels and the reference share."""
+"""The tuples and constants that ops, kernels and the reference share, and what they ask of modules."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
 EPS = 1e-7
 """Added to every standard deviation before dividing by it."""
@@ -59,3 +60,14 @@ class Spectrum(NamedTuple):
 def is_conv1d(kind: type) -> bool:
     """Hugging Face's Conv1D, known by its name: importing transformers to ask takes longer than all else here."""
     return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
+
+
+def modules_of(module: nn.Module) -> list[nn.Module]:
+    """``list(module.modules())``, which makes a generator for each level of each."""
+    found, left = dict.fromkeys([module]), list(reversed(module._modules.values()))
+    while left:
+        below = left.pop()
+        if below is not None and below not in found:
+            found[below] = None
+            left += reversed(below._modules.values())
+    return list(found)

@@ -15,6 +15,9 @@ from .ops.rank1_update import unchecked_group_
 Factors = Mapping[str, tuple[torch.Tensor, torch.Tensor, float]]
 """weight name -> (u [T, m], delta [T, n], alpha): weight -= alpha * delta^T u, for a weight [n, m]."""
 _BLOCK = 64  # words whose plain sum enters the checksum
+_KEPT = 2**18  # of the numbers that weight them: 2 MiB on each device
+_kept_weights: dict[torch.device, torch.Tensor] = {}
+_TOGETHER = 2**24  # bytes of factors that are put together to be measured
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,41 +73,76 @@ def checksum(values: torch.Tensor) -> torch.Tensor:  # [] int64
     64-bit words are summed by blocks of 64, and the blocks weighted by position; words that change places within one
     block go unseen, any other change of a single element never.
     """
-    flat = values.detach().contiguous().view(-1)
-    size = flat.element_size()
-    if flat.numel() * size % 8 == 0 and flat.storage_offset() * size % 8 == 0:
+    return checksums(values.detach().unsqueeze(0))[0]
+
+
+def checksums(values: torch.Tensor) -> torch.Tensor:  # [N, ...] -> [N] int64
+    """Of each of them its :func:`checksum`."""
+    flat, count = values.detach().contiguous().view(-1), len(values)
+    size, each = flat.element_size(), flat.numel() // max(1, count)
+    if each * size % 8 == 0 and flat.storage_offset() * size % 8 == 0:
         words = flat.view(torch.int64)
     else:
         words = flat.view({1: torch.int8, 2: torch.int16, 4: torch.int32}[size]).long()
-    if len(words) and len(words) % _BLOCK == 0:
+    places = len(words) // max(1, count)
+    if places and places % _BLOCK == 0:
+        places //= _BLOCK
         words = words.view(-1, _BLOCK).sum(1)
-    places = torch.arange(1, len(words) + 1, device=words.device) * -0x61C8864680B583EB
-    return (words * (places ^ places >> 29 | 1)).sum()
+    return (words.view(count, places) * _weights_of(places, words.device)).sum(1)
+
+
+def _weights_of(places: int, device: torch.device) -> torch.Tensor:  # [places] int64
+    """By what the checksum multiplies each word; odd. Those of the first places are the same for each number of
+    them, so that one tensor for a device, which is kept, serves all."""
+    if places > _KEPT:
+        return _made(places, device)
+    if (found := _kept_weights.get(device)) is None:
+        with torch.inference_mode(False):
+            # a copy waits for itself, so that other streams may read it
+            found = _kept_weights[device] = _made(_KEPT, torch.device("cpu")).to(device)
+    return found[:places]
+
+
+def _made(places: int, device: torch.device) -> torch.Tensor:
+    numbers = torch.arange(1, places + 1, device=device) * -0x61C8864680B583EB
+    return numbers ^ numbers >> 29 | 1
 
 
 def measured(factors: Factors) -> tuple[tuple | None, list[float]]:
     """A digest of the factors (None: they change nothing), and of each update a bound on its elements' magnitude, NaN
     or infinite where the factors are. One synchronisation per device."""
-    rows = []
-    for u, delta, alpha in factors.values():
-        if u.is_floating_point() and u.element_size() < 2:
-            u, delta = u.float(), delta.float()
-        bound = (_widest(u) * _widest(delta)).sum() * abs(alpha)
-        rows.append(torch.stack([bound.view(torch.int64), checksum(u), checksum(delta)]))
-    rows = [row.cpu() for row in rows] if len({row.device for row in rows}) > 1 else rows
-    numbers = torch.stack(rows).cpu() if rows else torch.empty(0, 3, dtype=torch.int64)
-    bounds = numbers[:, 0].clone().view(torch.float64).tolist()
     if not any(len(u) for u, _, _ in factors.values()):
-        return None, bounds
+        return None, [0.0 * alpha for _, _, alpha in factors.values()]
+    together: dict[tuple, list[int]] = {}
+    given = list(factors.values())
+    for i, (u, delta, _) in enumerate(given):
+        small = max(u.nbytes, delta.nbytes) * len(given) <= _TOGETHER
+        key = (u.shape, u.dtype, delta.shape, delta.dtype, u.device) if small else (i,)
+        together.setdefault(key, []).append(i)
+    found = []
+    for members in together.values():
+        us, deltas = (_stacked([given[i][side] for i in members]) for side in (0, 1))
+        if us.is_floating_point() and us.element_size() < 2:
+            us, deltas = us.float(), deltas.float()
+        bounds = (_widest(us) * _widest(deltas)).sum(1)
+        found.append(torch.stack([bounds.view(torch.int64), checksums(us), checksums(deltas)], 1))
+    found = [each.cpu() for each in found] if len({each.device for each in found}) > 1 else found
+    numbers = torch.cat(found).cpu()[torch.tensor([i for members in together.values() for i in members]).argsort()]
+    products = numbers[:, 0].clone().view(torch.float64).tolist()
+    bounds = [bound * abs(alpha) for bound, (_, _, alpha) in zip(products, given, strict=True)]
     sums = zip(factors.items(), numbers[:, 1:].tolist(), strict=True)
     return tuple(sorted((name, *pair, alpha) for (name, (_, _, alpha)), pair in sums)), bounds
 
 
+def _stacked(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    return torch.stack(list(tensors)) if len(tensors) > 1 else tensors[0].unsqueeze(0)
+
+
 def _widest(rows: torch.Tensor) -> torch.Tensor:
-    """The largest magnitude in each row, NaN where there is one: [T] float64."""
+    """The largest magnitude in each row, NaN where there is one: [N, T, k] -> [N, T] float64."""
     if not rows.numel():
-        return rows.new_zeros(len(rows), dtype=torch.float64)
-    low, high = torch.aminmax(rows, dim=1)
+        return rows.new_zeros(rows.shape[:2], dtype=torch.float64)
+    low, high = torch.aminmax(rows, dim=2)
     return torch.maximum(-low, high).double()
 
 

@@ -21,6 +21,7 @@ from . import backends
 from .capture import replaced_forwards
 from .ops import widened
 from .ops.frozen_linear import is_linear, plain, untouched
+from .types import modules_of
 
 _RMS_NORM = re.compile(r"RMSNorm$")
 
@@ -40,7 +41,7 @@ def _forwards(model: nn.Module) -> dict[nn.Module, Callable]:
         return forwards
     if backends.preferred("frozen_linear", first.device) != "cpu" or getattr(model.config, "is_encoder_decoder", False):
         return forwards
-    for module in model.modules():
+    for module in modules_of(model):
         own = [p for p in module._parameters.values() if p is not None]
         if not own:
             continue

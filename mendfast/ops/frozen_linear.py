@@ -11,7 +11,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from .. import backends
-from ..types import is_conv1d
+from ..types import is_conv1d, modules_of
 from . import few_rows, widened
 
 
@@ -81,5 +81,5 @@ def frozen_forwards(model: nn.Module) -> dict[nn.Module, Callable[..., torch.Ten
     """
     if backends.preferred("frozen_linear", next(model.parameters()).device) != "cpu":
         return {}
-    layers = [layer for layer in model.modules() if is_linear(type(layer)) and "forward" not in vars(layer)]
+    layers = [layer for layer in modules_of(model) if is_linear(type(layer)) and "forward" not in vars(layer)]
     return {layer: functools.partial(forward, layer) for layer in layers}
