@@ -3,9 +3,11 @@
 #
 #     benchmarks/gpu.sh [OUT [PART ...]]        # default: gpu-results, and all parts
 #
-# Installs, tests, sanitizes, tunes and benchmarks into OUT, in less than nine minutes. Each part has a limit of its
-# own and leaves OUT/<part>.done when it ends well; a second call with the same OUT runs what is missing. Parts go on
-# after one that failed; the exit status is the number of parts without a .done.
+# Installs, tests, sanitizes, tunes and benchmarks into OUT. A call takes at most LIMIT seconds (530), each part a limit
+# of its own, and leaves OUT/<part>.done when it ends well; a second call with the same OUT runs what is missing, and of
+# benchmarks the rows that are. Parts go on after one that failed; the exit status is the number of parts without a
+# .done. On an H100 installing took 29 s, tuning 96 s, all tests in eight processes 149 s, and the first 42 of some 330
+# rows of benchmarks 304 s.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=$(mkdir -p "${1:-gpu-results}" && cd "${1:-gpu-results}" && pwd)
@@ -27,7 +29,7 @@ sanitize() { bash tests/gpu/sanitize.sh; }
 
 # Seconds that a part may take in one call. Benchmarks that are cut off keep their rows, and go on with the others.
 declare -A seconds=(
-    [environment]=20 [install]=90 [tests]=100 [updates]=60 [tune]=110 [edit]=110 [meta]=90 [ops]=140 [sanitize]=150
+    [environment]=20 [install]=90 [tests]=300 [updates]=240 [tune]=110 [edit]=240 [meta]=240 [ops]=500 [sanitize]=240
 )
 
 export -f "${parts[@]}" bench
