@@ -81,7 +81,8 @@ def _machine(machine: dict) -> str:
         else f"{machine['name']}, {machine['threads']} thread{'s' * (machine['threads'] > 1)}"
     )
     rates = machine["ceilings"]
-    measured = ", ".join(f"{rates[k] / 1e9:,.0f} Gflop/s in {k}" for k in rates if k != "bytes")
+    units = {"float32": "TF32"} if machine["device"] == "cuda" else {}  # as machine.measure_ceilings has it
+    measured = ", ".join(f"{rates[k] / 1e9:,.0f} Gflop/s in {units.get(k, k)}" for k in rates if k != "bytes")
     return (
         f"{where}; PyTorch {versions['torch']}, transformers {versions['transformers']}; {machine['date']}, commit "
         f"{(machine['commit'] or 'unknown')[:10]}, `{machine['command']}`. "
