@@ -88,8 +88,10 @@ def _stochastic_f16(exact, draw):
     below = low.to(tl.uint16).to(tl.float16, bitcast=True)
     above = (low + 1).to(tl.uint16).to(tl.float16, bitcast=True)
     finite = ((bits & 0x7C00) != 0x7C00) & (((low + 1) & 0x7C00) != 0x7C00)
-    unit = tl.where(finite, above.to(tl.float32) - below.to(tl.float32), 1.0)
-    cut_off = tl.div_rn(exact - below.to(tl.float32), unit) * 65536.0  # "/" is approximate on a GPU
+    unit = tl.where(finite, tl.abs(above.to(tl.float32) - below.to(tl.float32)), 1.0)
+    # a power of two, whose reciprocal has the opposite exponent: "/" is approximate on a GPU, exact division spills
+    reciprocal = (0x7F000000 - unit.to(tl.uint32, bitcast=True)).to(tl.float32, bitcast=True)
+    cut_off = tl.abs(exact - below.to(tl.float32)) * reciprocal * 65536.0
     rounded = tl.where(cut_off > 65535.5 - draw.to(tl.float32), above, below)
     return tl.where(finite, rounded, near)
 
