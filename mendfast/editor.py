@@ -245,7 +245,8 @@ with editor.edit("Who is the prime minister of the UK?", "Boris Johnson").attach
         texts: Sequence[str | tuple[str, str] | Batch] | None = None,
         *,
         batch_size: int = 16,
-        answers: bool = False,
+        answers: bool | str = False,
+        share: float | None = None,
         progress: bool | None = False,
         **own: Any,
     ) -> Metric:
@@ -254,24 +255,26 @@ with editor.edit("Who is the prime minister of the UK?", "Boris Johnson").attach
         Args:
             texts: texts, (prompt, answer) pairs, or token batches ("input_ids", "attention_mask"); None: the model's
                 own words, sampled from it once (options in ``own``: see :func:`mendfast.own_words.own_words`).
-            answers: of pairs count only the positions that predict the answer (plain texts count whole): what is said
-                stays, though what is read before it may be seen otherwise.
+            answers: of pairs count only the positions that predict the answer (plain texts count whole), whatever is
+                read before it. "first": only the one where an answer begins, which edits move most.
+            share: of all that is protected, from 0 to 1, that these texts make up; None: as their tokens do.
             progress: True shows a bar, None where there is a terminal.
 
         Returns:
             The metric of everything protected so far; it is saved with the editor, in a file of its own.
 
         Raises:
-            ValueError: nothing to protect, or text on which the model's activations are not finite.
+            ValueError: nothing to protect, activations on it that are not finite, a ``share`` of nothing else.
         """
+        if share is not None and self.metric is None:
+            raise ValueError("share is of all that is protected, which is nothing yet; protect other texts first.")
         if texts is None:
-            options = {"chat": self.chat, "progress": progress, **own}
-            batches: Any = own_words(self.model, self.tokenizer, **options)
+            batches: Any = own_words(self.model, self.tokenizer, **{"chat": self.chat, "progress": progress, **own})
         else:
             batches = self.text_batches(texts, batch_size)
-        rank = self.config.protect_rank
-        seen = observe(self.model, self.layers, batches, protect_rank=rank, answers=answers, progress=progress)
-        self.metric = seen if self.metric is None else self.metric.merge(seen)
+        how = {"protect_rank": self.config.protect_rank, "answers": answers, "progress": progress}
+        seen = observe(self.model, self.layers, batches, **how)
+        self.metric = seen if self.metric is None else self.metric.merge(seen, share)
         return self.metric
 
     def protect_with(self, metric: Metric) -> None:

@@ -83,8 +83,15 @@ class Metric:
             if not moment.count:
                 raise ValueError(f"No protected text has reached {layer.name}. {NOTHING}")
 
-    def merge(self, other: Metric) -> Metric:
-        """Count in what ``other`` has seen. Checked whole before anything is changed."""
+    def merge(self, other: Metric, share: float | None = None) -> Metric:
+        """Count in what ``other`` has seen. Checked whole before anything is changed.
+
+        Args:
+            share: of C that ``other`` makes up from now on, between 0 and 1, whatever the tokens that each has seen;
+                None: by those.
+        """
+        if share is not None and not 0 < share < 1:
+            raise ValueError(f"share is {share}; it must be between 0 and 1, or None to count every token alike.")
         if self.model_type and other.model_type and self.model_type != other.model_type:
             raise ValueError(f"Metrics of a {self.model_type} and a {other.model_type} model can't be merged.")
         mine, theirs = ({name: moment.m for name, moment in metric.moments.items()} for metric in (self, other))
@@ -94,7 +101,10 @@ class Metric:
             said = "; ".join(f"{name} has {one} inputs and {other}" for name, one, other in widths)
             raise ValueError(f"These metrics are of different models or layers, and can't be merged: {said}.")
         for name, moment in self.moments.items():
-            moment.merge(other.moments[name])
+            seen, weight = other.moments[name], 1.0
+            if share is not None and seen.count:
+                weight = share / (1 - share) * moment.count / seen.count
+            moment.merge(seen, weight)
         self.tokens += other.tokens
         self.model_type = self.model_type or other.model_type
         return self
@@ -174,7 +184,7 @@ def observe(
     batches: Iterable[Batch],
     *,
     protect_rank: int | None = None,
-    answers: bool = False,
+    answers: bool | str = False,
     progress: bool | None = False,
 ) -> Metric:
     """Stream token batches through the model, forward only, and gather the second moments of the layers' inputs.
@@ -187,12 +197,15 @@ def observe(
             "decoder_input_ids". Labels of a causal model play no part but with ``answers``.
         answers: of a causal model only positions that predict a label, and each text's first token. All others attend
             to that one, and its inputs are of their own kind: in late blocks of SmolLM2 they are 2,400 long where the
-            others are 50 (Sun et al. 2024, "Massive Activations in Large Language Models").
+            others are 50 (Sun et al. 2024, "Massive Activations in Large Language Models"). "first": the positions
+            that predict each text's first label, and no others.
         progress: True shows a bar, None where there is a terminal.
 
     Raises:
-        ValueError: no batches, batches that keep no token, inputs of a layer that are not finite.
+        ValueError: no batches, batches that keep no token, inputs of a layer that are not finite, another ``answers``.
     """
+    if answers not in (True, False, "first"):
+        raise ValueError(f"answers is {answers!r}; it must be True, False or 'first'.")
     kind = model_kind(model)
     metric = Metric.empty(layers, model.config.model_type, protect_rank)
     device = execution_device(first_layer(model))
@@ -214,7 +227,9 @@ def observe(
             masks.clear()
             masks |= _masks(batch, kind)
             if answers and kind == "causal":
-                masks["encoder"] &= answer_positions(model, batch) | (masks["encoder"].cumsum(1) == 1)
+                predicts = answer_positions(model, batch)
+                begins = (masks["encoder"].cumsum(1) == 1) if answers is True else (predicts.cumsum(1) == 1)
+                masks["encoder"] &= predicts | begins if answers is True else predicts & begins
             batch = {name: value for name, value in batch.items() if _wanted(name, kind)}
             metric.tokens += sum(int(mask.sum()) for mask in masks.values())
             with ended_after(last):

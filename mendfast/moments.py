@@ -29,14 +29,15 @@ class SecondMoment:
         if rank is not None and not 0 < rank:
             raise ValueError(f"protect_rank is {rank}; it must be at least 1, or None to keep every direction.")
         self.m, self.rank = m, None if rank is None or rank >= m else rank
-        self.count, self._trace = 0, 0.0  # _trace: of the sum
+        self.count: float = 0  # of rows, some of them weighed
+        self._trace = 0.0  # of the sum
         self._sum: torch.Tensor | None = torch.zeros(m, m, device=device)
         self._spectrum: Spectrum | None = None
         self._dense: torch.Tensor | None = None
         self._error = 0.0
 
     def __repr__(self) -> str:
-        return f"SecondMoment(m={self.m}, rows={self.count:,}, rank={self.rank})"
+        return f"SecondMoment(m={self.m}, rows={self.count:,.0f}, rank={self.rank})"
 
     @property
     def device(self) -> torch.device:
@@ -70,15 +71,15 @@ class SecondMoment:
         self._spectrum = self._dense = None
 
     @torch.no_grad()
-    def merge(self, other: SecondMoment) -> None:
-        """Count in what ``other`` has seen; of low rank, what it has kept of it."""
+    def merge(self, other: SecondMoment, weight: float = 1.0) -> None:
+        """Count in what ``other`` has seen, each row ``weight`` times; of low rank, what it has kept of it."""
         if other.m != self.m:
             raise ValueError(f"Second moments of {self.m} and {other.m} inputs belong to different layers.")
         if not other.count:
             return
-        self._whole().add_(other._whole().to(self.device))
-        self._trace += other._trace
-        self.count += other.count
+        self._whole().add_(other._whole().to(self.device), alpha=weight)
+        self._trace += weight * other._trace
+        self.count += other.count if weight == 1 else weight * other.count
         self._spectrum = self._dense = None
 
     def matrix(self) -> torch.Tensor:

@@ -3,7 +3,7 @@ import torch
 from conftest import CLASSIFIER, SEQ2SEQ, make_batch, make_model
 from safetensors.torch import load_file, save_file
 
-from mendfast import ops
+from mendfast import MendConfig, MendEditor, ops
 from mendfast.choice import find_layers
 from mendfast.metric import Metric, observe
 from mendfast.moments import SecondMoment
@@ -177,6 +177,20 @@ def test_of_pairs_only_the_answers_can_be_protected():
         observe(model, layers, [{"input_ids": batch["input_ids"]}], answers=True)
 
 
+def test_where_answers_begin_alone_can_be_protected():
+    model = make_model("gpt2")
+    layers = find_layers(model, None)
+    batch, left = (make_batch("gpt2", 3, 11, left=side) for side in (False, True))
+    metric = observe(model, layers, [batch], answers="first")
+    first = (batch["labels"] != -100).int().argmax(1) - 1
+    assert metric.tokens == 3 == observe(model, layers, [left], answers="first").tokens
+    for layer, x in inputs_of(model, layers, batch).items():
+        x = x.reshape(3, 11, -1)[torch.arange(3), first]
+        assert close(metric.moments[layer].matrix(), exact(x), 1e-4), layer
+    with pytest.raises(ValueError, match="'first'"):
+        observe(model, layers, [batch], answers="last")
+
+
 def observed(name="gpt2", rank=None, seed=0):
     model = make_model(name)
     layers = find_layers(model, None)
@@ -234,6 +248,33 @@ def test_merging_metrics_is_one_pass_over_both():
     for layer in layers:
         assert close(metric.moments[layer.name].matrix(), both.moments[layer.name].matrix(), 1e-5)
     assert metric.tokens == both.tokens
+
+
+@pytest.mark.parametrize("rank", [None, 5])
+def test_what_is_protected_can_have_a_share_whatever_its_tokens(rank, tmp_path):
+    model, layers, metric = observed(rank=rank)
+    one = {layer.name: metric.moments[layer.name].matrix() for layer in layers}
+    more = observe(model, layers, [make_batch("gpt2", seed=s) for s in (1, 2, 3)], protect_rank=rank)
+    metric.merge(more, share=0.25)
+    for layer in layers:
+        moment = metric.moments[layer.name]
+        expected = 0.75 * one[layer.name] + 0.25 * more.moments[layer.name].matrix()
+        assert close(moment.matrix(), expected, 1e-5), layer.name
+        assert moment.trace() == pytest.approx(float(expected.trace()), rel=1e-5)
+    metric.save(tmp_path / "metric.safetensors")
+    loaded = Metric.load(tmp_path / "metric.safetensors")
+    for layer in layers:
+        assert all(map(torch.equal, loaded.spectrum(layer.name), metric.spectrum(layer.name)))
+    for share in (0, 1, -0.5, float("nan")):
+        with pytest.raises(ValueError, match="between 0 and 1"):
+            metric.merge(more, share=share)
+
+
+def test_a_share_of_nothing():
+    editor = MendEditor.from_model(make_model("gpt2"), None, MendConfig(rank=4, aggregation="least_squares"))
+    with pytest.raises(ValueError, match="protect other texts first"):
+        editor.protect([make_batch("gpt2")], share=0.5)
+    assert editor.metric is None
 
 
 def test_nothing_to_protect():
