@@ -115,19 +115,32 @@ def deciding(result: dict) -> list[str]:
         "articles and punctuation. Systems by the harmonic mean of the first two columns and the fourth, of which each",
         f"share is uncertain by up to {uncertain:.2f} (95 %); {environment['device']}.",
         "",
-        f"| system | {' | '.join(COLUMNS.values())} |",
-        f"|---|{'---:|' * len(COLUMNS)}",
+        f"| system | mean | {' | '.join(COLUMNS.values())} |",
+        f"|---|{'---:|' * (len(COLUMNS) + 1)}",
     ]
     for row in rows:
-        cells = [_figure(name, row["figures"].get(name)) for name in COLUMNS]
+        mean, half = _balance(row["figures"])
+        cells = [f"{mean:.2f} ± {half:.2f}" if mean else "0.00"]
+        cells += [_figure(name, row["figures"].get(name)) for name in COLUMNS]
         lines.append(f"| {row['name']} | {' | '.join(cells)} |")
     return lines
 
 
 def _worth(figures: dict) -> float:
     """The harmonic mean of answers right, as asked and in other words, and of other answers left as they were."""
-    shares = [figures[name]["mean"] for name in ("exact_match", "rephrase_exact_match", "unchanged") if name in figures]
-    return len(shares) / sum(1 / share for share in shares) if shares and min(shares) > 0 else 0.0
+    return _balance(figures)[0]
+
+
+def _balance(figures: dict) -> tuple[float, float]:
+    """That mean, and half of its interval of 95 % by those of the three shares, to first order and as if independent:
+    h changes by h^2 / (n x^2) with a share x."""
+    shares = [figures[name] for name in ("exact_match", "rephrase_exact_match", "unchanged") if name in figures]
+    means = [share["mean"] for share in shares]
+    if not means or min(means) <= 0:
+        return 0.0, 0.0
+    mean = len(means) / sum(1 / x for x in means)
+    half = [(share["high"] - share["low"]) / 2 * mean**2 / (len(means) * share["mean"] ** 2) for share in shares]
+    return mean, sum(part**2 for part in half) ** 0.5
 
 
 def _figure(name: str, figure: dict | None) -> str:

@@ -21,8 +21,9 @@ from test_training import facts, make
 from mendfast import MendConfig, MendEditor
 from mendfast.base_model import small_gpt2, train_tokenizer
 from mendfast.cli import main
-from mendfast.commands import editors
+from mendfast.commands import editor_texts, editors
 from mendfast.files import read_tensors, write_tensors
+from mendfast.metric import Metric
 from mendfast.training import FactSampler, FormSampler, TrainConfig, Trainer, TrainingError
 from mendfast.training.lock import NAME, Occupied, occupied
 
@@ -404,8 +405,8 @@ def test_a_checkpoint_that_does_not_say_what_it_was_trained_on(base, whole, tmp_
 
 def test_editors_are_built_of_what_they_were_begun_with(chatty, tmp_path, monkeypatch, data):  # noqa: F811
     """The model's own words and the metric are kept beside the run, and must be of the same model and data."""
-    monkeypatch.setattr(editors, "SAMPLED", 4)
-    monkeypatch.setattr(editors, "PROTECTED", 8)
+    for name, few in (("SAMPLED", 4), ("TURNS", 4), ("ANSWERED", 4), ("SAID", 8), ("PROTECTED", 8)):
+        monkeypatch.setattr(editor_texts, name, few)
     torch.manual_seed(0)
     model = small_gpt2(len(chatty), width=32, depth=3, heads=2, context=256).eval()
     text, output = tmp_path / "text.txt", tmp_path / "run"
@@ -418,6 +419,9 @@ def test_editors_are_built_of_what_they_were_begun_with(chatty, tmp_path, monkey
 
     build()
     metric = (output / "metric.safetensors").read_bytes()
+    assert MendEditor.from_pretrained(output / "editor", model, chatty).metric.tokens > Metric.load(
+        output / "metric.safetensors"
+    ).tokens  # what is looked at in training is protected in the end
     text.write_text("\n".join("five six seven eight " * 12 for _ in range(4)))
     with pytest.raises(ValueError, match=r"was begun with other settings \(text\).*--restart"):
         build()
