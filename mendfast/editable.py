@@ -28,7 +28,7 @@ from .labels import (
     pad_token_id,
     separated,
 )
-from .layers import device_of, execution_device, first_layer, unwrapped
+from .layers import device_of, execution_device, first_layer, keep_differentiable, unwrapped
 from .objective import IGNORE, Batch, answer_positions, context_length, model_kind, nll, target_rows, to_device
 
 log = logging.getLogger("mendfast")
@@ -67,6 +67,7 @@ class EditableModel:
         model = unwrapped(model)
         self._outside = (model, tokenizer)  # a tuple, so that an editor, an nn.Module, registers neither
         self.kind = model_kind(model)
+        keep_differentiable(model)
         self.layers = find_layers(model, config.layers)
         # A copy: the caller's configuration may serve other models, whose layers have other names.
         self.config = replace(config, layers=[layer.name for layer in self.layers], chat=self._resolved(config.chat))

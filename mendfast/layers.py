@@ -197,6 +197,19 @@ def _find(model: nn.Module, name: str) -> Layer:
     )
 
 
+def keep_differentiable(model: nn.Module) -> None:
+    """Let bitsandbytes' 4-bit layers stay as gradients can pass them, or be so again.
+
+    On CPUs with units for bfloat16 products a pass without gradients packs their weights anew, in place, for a product
+    that has none: what is asked of it later is wrong, with no more than a warning.
+    """
+    for module in types.modules_of(model):
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            module.support_avx512bf16_for_cpu = False
+            if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
+                module.state_dict()  # which brings the weight back
+
+
 def check_writable(layer: Layer) -> None:
     """A ValueError that says why a weight can't be written in place, and what to do instead."""
     weight, instead = layer.weight, "attach the edit instead: with edit.attached(model): ..."

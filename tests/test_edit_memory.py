@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import random
 import threading
 
@@ -71,7 +72,7 @@ def change(edit) -> dict[str, torch.Tensor]:
     return {name: -alpha * delta.double().T @ u.double() for name, (u, delta, alpha) in edit.factors.items()}
 
 
-def close(one, other, by=1e-4) -> bool:
+def close(one, other, by=2e-4) -> bool:
     """To rounding: float32 factors of systems whose condition number is up to 1e6."""
     one, other = change(one), change(other)
     return one.keys() == other.keys() and all(
@@ -243,6 +244,15 @@ def test_a_changed_metric_makes_another_edit(tokenizer):
     assert not close(memory.edit(), again, 1e-3) and memory.add(REQUESTS[5])
 
 
+def rows_apart(*memories: EditMemory) -> float:
+    """The largest relative difference of two memories' rows of one layer, all records together."""
+    found = []
+    for name, side in itertools.product(LAYERS, (0, 1)):
+        one, two = (torch.cat([r.rows[name][side].float() for r in m._records.values()]) for m in memories)
+        found.append(float((one - two).norm() / two.norm()))
+    return max(found)
+
+
 # -- on the model ----------------------------------------------------------------------------------------------
 
 
@@ -266,7 +276,9 @@ def test_records_are_made_on_the_base_weights(tokenizer, dtype):
     reference = EditMemory(editor)
     for start, end in ((0, 4), (4, 12), (12, 20)):
         reference.add(REQUESTS[start:end])
-    assert same_rows(memory, reference) and close(memory.edit(), clean.edit(), 1e-4 if dtype.itemsize > 2 else 0.1)
+    assert same_rows(memory, reference)
+    # a pass of other texts beside rounds otherwise, and where there are units for bfloat16 a solve makes much of it
+    assert close(memory.edit(), clean.edit()) if dtype.itemsize > 2 else rows_apart(memory, clean) < 0.05
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

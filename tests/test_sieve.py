@@ -166,4 +166,4 @@ def test_the_command_trains_on_the_rest(tmp_path, capsys):
     assert main(["train", *map(str, arguments)]) == 0, capsys.readouterr().err
     said = " ".join(capsys.readouterr().out.split())
     for line in (13, 14):
-        assert f"qa.tsv:{line}:" in said.replace("qa.tsv: ", "qa.tsv:")
+        assert f"qa.tsv:{line}:" in said.replace(" ", "")  # a line of the terminal may end anywhere in the path
