@@ -105,7 +105,7 @@ def page(results: Sequence[dict]) -> str:
 
 def deciding(result: dict) -> list[str]:
     """The README's first table: every system on the real model, in the order of what counts, best first."""
-    rows = sorted(result["rows"], key=lambda row: -_worth(row["figures"]))
+    rows = sorted(result["rows"], key=lambda row: -_balance(row["figures"])[0])
     environment, count = result["environment"], max(row["measured"] for row in result["rows"])
     shares = [row["figures"].get(name, {}) for row in rows for name in COLUMNS if name not in ("text_kl", "seconds")]
     uncertain = max((share["high"] - share["low"]) / 2 for share in shares if share)
@@ -126,14 +126,9 @@ def deciding(result: dict) -> list[str]:
     return lines
 
 
-def _worth(figures: dict) -> float:
-    """The harmonic mean of answers right, as asked and in other words, and of other answers left as they were."""
-    return _balance(figures)[0]
-
-
 def _balance(figures: dict) -> tuple[float, float]:
-    """That mean, and half of its interval of 95 % by those of the three shares, to first order and as if independent:
-    h changes by h^2 / (n x^2) with a share x."""
+    """The harmonic mean of answers right, as asked and in other words, and of other answers left as they were; and half
+    of its interval of 95 % by those of the three, to first order and as if independent: h^2 / (n x^2) for a share x."""
     shares = [figures[name] for name in ("exact_match", "rephrase_exact_match", "unchanged") if name in figures]
     means = [share["mean"] for share in shares]
     if not means or min(means) <= 0:

@@ -101,10 +101,9 @@ class Metric:
             said = "; ".join(f"{name} has {one} inputs and {other}" for name, one, other in widths)
             raise ValueError(f"These metrics are of different models or layers, and can't be merged: {said}.")
         for name, moment in self.moments.items():
-            seen, weight = other.moments[name], 1.0
-            if share is not None and seen.count:
-                weight = share / (1 - share) * moment.count / seen.count
-            moment.merge(seen, weight)
+            seen = other.moments[name]
+            weighed = share is not None and moment.count and seen.count  # an expert may have seen nothing yet
+            moment.merge(seen, share / (1 - share) * moment.count / seen.count if weighed else 1)
         self.tokens += other.tokens
         self.model_type = self.model_type or other.model_type
         return self
@@ -228,8 +227,10 @@ def observe(
             masks |= _masks(batch, kind)
             if answers and kind == "causal":
                 predicts = answer_positions(model, batch)
-                begins = (masks["encoder"].cumsum(1) == 1) if answers is True else (predicts.cumsum(1) == 1)
-                masks["encoder"] &= predicts | begins if answers is True else predicts & begins
+                if answers == "first":
+                    masks["encoder"] &= predicts & (predicts.cumsum(1) == 1)
+                else:
+                    masks["encoder"] &= predicts | (masks["encoder"].cumsum(1) == 1)
             batch = {name: value for name, value in batch.items() if _wanted(name, kind)}
             metric.tokens += sum(int(mask.sum()) for mask in masks.values())
             with ended_after(last):

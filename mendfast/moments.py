@@ -71,7 +71,7 @@ class SecondMoment:
         self._spectrum = self._dense = None
 
     @torch.no_grad()
-    def merge(self, other: SecondMoment, weight: float = 1.0) -> None:
+    def merge(self, other: SecondMoment, weight: float = 1) -> None:
         """Count in what ``other`` has seen, each row ``weight`` times; of low rank, what it has kept of it."""
         if other.m != self.m:
             raise ValueError(f"Second moments of {self.m} and {other.m} inputs belong to different layers.")
@@ -79,7 +79,7 @@ class SecondMoment:
             return
         self._whole().add_(other._whole().to(self.device), alpha=weight)
         self._trace += weight * other._trace
-        self.count += other.count if weight == 1 else weight * other.count
+        self.count += weight * other.count
         self._spectrum = self._dense = None
 
     def matrix(self) -> torch.Tensor:

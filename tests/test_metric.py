@@ -265,6 +265,8 @@ def test_what_is_protected_can_have_a_share_whatever_its_tokens(rank, tmp_path):
     loaded = Metric.load(tmp_path / "metric.safetensors")
     for layer in layers:
         assert all(map(torch.equal, loaded.spectrum(layer.name), metric.spectrum(layer.name)))
+    unseen = Metric.empty(layers).merge(more, share=0.25)  # as an expert that no token was sent to before
+    assert all(unseen.moments[layer.name].count == more.moments[layer.name].count for layer in layers)
     for share in (0, 1, -0.5, float("nan")):
         with pytest.raises(ValueError, match="between 0 and 1"):
             metric.merge(more, share=share)
