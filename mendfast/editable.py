@@ -30,6 +30,7 @@ from .labels import (
 )
 from .layers import device_of, execution_device, first_layer, keep_differentiable, unwrapped
 from .objective import IGNORE, Batch, answer_positions, context_length, model_kind, nll, target_rows, to_device
+from .replay import Replays
 
 log = logging.getLogger("mendfast")
 
@@ -76,6 +77,7 @@ class EditableModel:
         if config.layers is None:
             log.info("mendfast edits %s", ", ".join(self.config.layers))
         self._encoded: dict[tuple, dict[str, list[int]]] = {}
+        self.replays = Replays()
 
     @property
     def model(self) -> nn.Module:
@@ -252,20 +254,25 @@ class EditableModel:
             ValueError: labels that are all -100 or of the wrong shape, inputs longer than the context.
         """
         self.check(batch)
+        found = self.replays.gradients(self.model, self.layers, batch, self.config.loss_reduction, self._launched)
+        found = self._launched(batch) if found is None else found
+        return found if self.config.rows == "all" else self._answers_in(found, batch)
+
+    def _launched(self, batch: Batch) -> dict[str, Sides]:
+        """:meth:`gradients` at all tokens, each kernel launched by itself."""
         # made within torch.inference_mode, they couldn't be kept for the backward pass
         batch = {name: value.clone() if value.is_inference() else value for name, value in batch.items()}
         batch = to_device(batch, execution_device(first_layer(self.model)))
         size = batch["labels"].shape[0]
         if size > 1 and self.config.loss_reduction == "edit" and any(experts_in(layer.name) for layer in self.layers):
             samples = [{k: v[i : i + 1] if len(v) == size else v for k, v in batch.items()} for i in range(size)]
-            return _stacked([self.gradients(sample) for sample in samples])
+            return _stacked([self._launched(sample) for sample in samples])
         with capture(self.model, self.layers, size) as captured:
             rows = target_rows(self.model, batch, for_nll=True, learned=self.config.rows == "answers")
             if self.config.loss_reduction == "batch":
                 rows, size = rows._replace(sample=torch.zeros_like(rows.sample)), 1
             # Samples do not interact, so the gradient of the sum is each edit's own gradient.
-            found = captured.rows(nll(rows, size).sum())
-        return found if self.config.rows == "all" else self._answers_in(found, batch)
+            return captured.rows(nll(rows, size).sum())
 
     def _answers_in(self, found: Mapping[str, Sides], batch: Batch) -> dict[str, Sides]:
         """The rows of tokens that predict a label, zeros for the others."""
@@ -286,7 +293,7 @@ class EditableModel:
         missing = [name for name in ("input_ids", "labels") if name not in batch]
         if missing:
             raise ValueError(f"The batch lacks {', '.join(missing)}; it has {', '.join(batch)}.")
-        labels = batch["labels"]
+        labels = batch["labels"].cpu()  # a GPU is waited for once
         if self.kind != "classifier":
             if labels.dim() != 2:
                 raise ValueError(f"labels have the shape {tuple(labels.shape)}; they must be [batch, tokens].")

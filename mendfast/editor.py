@@ -445,8 +445,8 @@ with editor.edit("Who is the prime minister of the UK?", "Boris Johnson").attach
             network, sizes = self.networks[key], [len(s) for s in samples]
             u, delta = (torch.cat([part.to(self.device) for part in side]) for side in (us, deltas))
             u, delta = (rows.to(torch.promote_types(rows.dtype, torch.float32)) for rows in (u, delta))
-            mode = torch.arange(len(members)).repeat_interleave(torch.tensor(sizes)) if network.modes else None
-            mode = mode if mode is None else mode.to(u.device, non_blocking=True)
+            modes = [torch.full((size,), i) for i, size in enumerate(sizes)]
+            mode = torch.cat(modes).to(u.device, non_blocking=True) if network.modes else None
             if self.training:
                 network.observe(u, delta, self.gather)
             # No row is left where the model is so sure of its target that the gradient is exactly 0.
@@ -483,7 +483,7 @@ def _not_zero(sides: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> list[torch.
     """Of each pair of u [B, S, m] and delta [B, S, n] the rows, [N] int64, where neither is all zero. A GPU is asked
     once for all pairs, and sent the answer."""
     # NaN is not 0, and stays to be seen.
-    keeps = [((u.abs().amax(-1) != 0) & (delta.abs().amax(-1) != 0)).flatten() for u, delta in sides]
+    keeps = [(u.any(-1) & delta.any(-1)).flatten() for u, delta in sides]
     result: list[torch.Tensor] = keeps.copy()
     for device in {keep.device for keep in keeps}:
         mine = [i for i, keep in enumerate(keeps) if keep.device == device]

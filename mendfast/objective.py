@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.nn.functional import pad
 
 from . import ops
 from .capture import replaced_forwards, undone
@@ -102,6 +103,72 @@ def labelled_rows(model: nn.Module, inputs: Batch, answers: torch.Tensor, sample
     return Rows(logits, answers[keep].to(logits.device), sample[keep].to(logits.device))
 
 
+class Prepared(NamedTuple):
+    """A batch whose pass is the same whatever it holds, as :func:`prepared` makes it for :func:`nll_of`."""
+
+    inputs: dict[str, torch.Tensor]  # int64, on the CPU
+    samples: int
+    padding: int  # tokens that each text was made longer by
+    tokens: int  # with them
+    rows: int  # of logits
+
+
+def prepared(model: nn.Module, batch: Batch, reduction: str, width: int) -> Prepared | None:
+    """Everything about a batch that depends on its values, worked out on the CPU: which tokens predict, what, and of
+    how many a sample's mean is; or None, where the batch holds what is not known here.
+
+    A causal model's texts are padded to a multiple of ``width``, the predicting tokens to one of 8, so that batches
+    of many lengths take passes of few shapes. ``reduction`` as ``MendConfig.loss_reduction``.
+    """
+    kind = model_kind(model)
+    if set(batch) - {"input_ids", "attention_mask", "token_type_ids", "labels"}:
+        return None
+    if any(value.is_floating_point() for value in batch.values()):
+        return None
+    inputs = {name: value.cpu().long() for name, value in batch.items()}
+    labels, (size, length) = inputs.pop("labels"), inputs["input_ids"].shape
+    if any(value.shape != (size, length) for value in inputs.values()) or len(labels) != size:
+        return None
+    if kind == "classifier":
+        if labels.numel() != size:
+            return None
+        counts = torch.full((size,), size if reduction == "batch" else 1)
+        return Prepared({**inputs, "answers": labels.reshape(-1), "counts": counts}, size, 0, size * length, size)
+    padding = 0
+    if kind == "causal":
+        if _padded_left(model, inputs):
+            inputs["position_ids"] = _positions(inputs["attention_mask"])
+        padding, limit = -length % width, context_length(model)
+        padding = 0 if counts_positions(model) or limit is not None and length + padding > limit else padding
+        inputs.setdefault("attention_mask", torch.ones_like(inputs["input_ids"]))
+        inputs = {name: pad(value, (0, padding)) for name, value in inputs.items()}
+        labels = pad(_predicted(labels, kind), (0, padding), value=IGNORE)
+    else:
+        inputs["decoder_input_ids"] = _shifted(model, labels)
+    keep = labels != IGNORE
+    at = keep.flatten().nonzero().squeeze(1)
+    counts = keep.sum(1)[at // keep.shape[1]] if reduction == "edit" else torch.full_like(at, len(at))
+    more = -len(at) % 8
+    inputs["at"], inputs["answers"] = pad(at, (0, more)), pad(labels.flatten()[at], (0, more), value=IGNORE)
+    inputs["counts"] = pad(counts, (0, more), value=1)
+    return Prepared(inputs, size, padding, inputs["input_ids"].numel(), len(at) + more)
+
+
+def nll_of(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The sum of :func:`nll` over the samples, of the inputs that :func:`prepared` made, wherever they are now. Nothing
+    here waits for a GPU."""
+    inputs = dict(inputs)
+    answers, counts, at = inputs.pop("answers"), inputs.pop("counts"), inputs.pop("at", None)
+    if at is None:
+        logits = _classes(model(**inputs).logits)
+    else:
+        shape = inputs.get("decoder_input_ids", inputs["input_ids"]).shape
+        with _head_rows(model, at, shape) as selected:
+            logits = model(**inputs, use_cache=False).logits
+        logits = logits[0] if all(selected) else logits.flatten(0, 1)[at]
+    return (ops.token_nll_rows(logits, answers) / counts).sum()
+
+
 def _predicted(labels: torch.Tensor, kind: str) -> torch.Tensor:
     """What each position predicts: in a causal model position s the token s + 1."""
     if kind != "causal":
@@ -184,21 +251,32 @@ def _forward(
             return model(**inputs).logits
     if kind == "encoder-decoder" and "decoder_input_ids" not in inputs:
         inputs["decoder_input_ids"] = _shifted(model, batch["labels"])
-    if kind == "causal" and "attention_mask" in inputs and "position_ids" not in inputs:
-        own = vars(model).get("forward")
-        taken = "position_ids" in (_parameters(type(model).forward) if own is None else _parameters.__wrapped__(own))
-        if taken and not bool(inputs["attention_mask"][:, 0].all()) and not counts_positions(model):
-            # Left padding must not move the positions, as generate() knows but a plain forward does not.
-            inputs["position_ids"] = (inputs["attention_mask"].long().cumsum(-1) - 1).clamp(min=0)
+    if kind == "causal" and "position_ids" not in inputs and _padded_left(model, inputs):
+        inputs["position_ids"] = _positions(inputs["attention_mask"])
     masks = [_real(inputs.get("attention_mask"), keep if kind == "causal" else None)]
     if kind == "encoder-decoder":
         masks.append(_real(inputs.get("decoder_attention_mask"), keep, causal=True))
     only = keep if learned and kind == "causal" else None
-    with _head_rows(model, keep, for_nll) as selected, packed_batch(model, *masks, learned=only):
+    at = keep.flatten().nonzero().squeeze(1)
+    with _head_rows(model, at, keep.shape, for_nll) as selected, packed_batch(model, *masks, learned=only):
         logits = model(**inputs, use_cache=False).logits
     if isinstance(logits, Logits):
         return logits.first()
     return logits[0] if all(selected) else logits[keep.to(logits.device)]
+
+
+def _padded_left(model: nn.Module, inputs: Batch) -> bool:
+    """Whether the positions must be told to a causal model: left padding must not move them, as generate() knows but
+    a plain forward does not."""
+    if "attention_mask" not in inputs:
+        return False
+    own = vars(model).get("forward")
+    taken = "position_ids" in (_parameters(type(model).forward) if own is None else _parameters.__wrapped__(own))
+    return taken and not bool(inputs["attention_mask"][:, 0].all()) and not counts_positions(model)
+
+
+def _positions(mask: torch.Tensor) -> torch.Tensor:
+    return (mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
 @functools.cache
@@ -245,8 +323,11 @@ def counts_positions(model: nn.Module) -> bool:
 
 
 @contextlib.contextmanager
-def _head_rows(model: nn.Module, keep: torch.Tensor, for_nll: bool) -> Iterator[list[bool]]:
-    """Let the output head see the kept positions alone: a vocabulary of logits is the largest tensor there is.
+def _head_rows(
+    model: nn.Module, at: torch.Tensor, shape: torch.Size, for_nll: bool = False
+) -> Iterator[list[bool]]:
+    """Let the output head see the positions ``at`` of all the tokens [B, S] = ``shape``, in one row, and no others: a
+    vocabulary of logits is the largest tensor there is.
 
     Yields a list that says, of each call of the head, whether it did; a head that sees more than one row for each
     token (ProphetNet's, of the tokens after the next one) does not.
@@ -258,12 +339,11 @@ def _head_rows(model: nn.Module, keep: torch.Tensor, for_nll: bool) -> Iterator[
         yield [False]
         return
     thread, selected = threading.get_ident(), []
-    at = keep.flatten().nonzero().squeeze(1)
 
     def select(module: nn.Module, args: tuple) -> tuple:
         if threading.get_ident() != thread:
             return args
-        selected.append(args[0].shape[:-1] == keep.shape)
+        selected.append(args[0].shape[:-1] == shape)
         if not selected[-1]:
             return args
         return args[0].flatten(0, -2)[at.to(args[0].device)].unsqueeze(0), *args[1:]
@@ -274,5 +354,5 @@ def _head_rows(model: nn.Module, keep: torch.Tensor, for_nll: bool) -> Iterator[
 
     with exclusive(model), undone() as changes:
         changes.hook(head, select, before=True)
-        with replaced_forwards({head: put_off} if for_nll and serves(head, keep) else {}):
+        with replaced_forwards({head: put_off} if for_nll and serves(head, len(at)) else {}):
             yield selected

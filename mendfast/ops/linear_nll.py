@@ -109,16 +109,16 @@ def kernel_nll(
     return nll, dx
 
 
-def serves(head: nn.Module, keep: torch.Tensor) -> bool:
-    """Whether the kernel can make the losses of the rows that ``keep`` marks under this head, and is the faster way."""
+def serves(head: nn.Module, rows: int) -> bool:
+    """Whether the kernel can make the losses of so many rows under this head, and is the faster way."""
     if type(head) is not nn.Linear or not frozen_linear.untouched(head) or torch.is_autocast_enabled("cpu"):
         return False
     weight = head.weight
     return (
         frozen_linear.plain(*head.parameters())
         and not any(p.requires_grad for p in head.parameters())
-        and weight.device.type == "cpu"  # before the rows are counted: on a GPU that is a wait
+        and weight.device.type == "cpu"
         and backends.preferred("frozen_linear", weight.device) == "cpu"
         and (weight.dtype == torch.float32 or not widened.has_units(weight.dtype))
-        and few_rows.served(torch.empty(int(keep.sum()), head.in_features, dtype=torch.float32), weight.T, head.bias)
+        and few_rows.served(torch.empty(rows, head.in_features, dtype=torch.float32), weight.T, head.bias)
     )
