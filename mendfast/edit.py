@@ -166,9 +166,9 @@ class Edit(OnHub):
 
         Args:
             backup: where the bits of the unedited weights are kept for :meth:`revert_`: "cpu" (pinned when
-                the weights are on a GPU, copied asynchronously), "device", or "none" (no way back). One copy
-                of each edited weight, however many edits are stacked. Of weights on the CPU its memory is kept,
-                after the last edit was taken out, for the next.
+                the weights are on a GPU, and copied from a copy there while it goes on), "device", or "none" (no way
+                back). One copy of each edited weight, however many edits are stacked. Of weights on the CPU its
+                memory is kept, after the last edit was taken out, for the next.
             rounding: "nearest", or "stochastic", which keeps small updates of 16-bit weights from vanishing.
             seed: of stochastic rounding, 0 to 2^63 - 1.
             again: apply it even if this edit, or one with the same factors, is applied already.

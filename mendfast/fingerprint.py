@@ -24,6 +24,7 @@ from .experts import parsed
 from .layers import Layer, first_layer, inner, is_matrix, unwrapped, walk
 from .ledger import backups_of
 from .schema import brief, shown
+from .updates import arrived
 
 log = logging.getLogger("mendfast")
 
@@ -250,6 +251,7 @@ def _sampled(model: nn.Module, wanted: Mapping[str, tuple[int, int] | None]) -> 
                 if name in known and shape in (None, known[name].shape):
                     result[name] = known[name]
                 continue
+            weight = arrived(weight)
         shape = shape or tuple(weight.shape)
         # More or fewer tokens than then make no other model of it.
         if weight.shape[1] == shape[1] and len(weight) >= shape[0]:

@@ -37,6 +37,7 @@ from .updates import (
     Factors,
     Update,
     Weight,
+    arrived,
     backup_of,
     checksum,
     extend,
@@ -213,7 +214,7 @@ class Ledger:
         result = {}
         for name, weight in plan.before.items():
             present = plan.layers[name].local.detach().double()
-            before = weight.backup.to(present.device, torch.float64)
+            before = arrived(weight.backup).to(present.device, torch.float64)
             after = before.clone()
             for u in weight.updates:
                 reference.rank1_update_(after, u.u.to(after.device), u.delta.to(after.device), u.alpha, layout=u.layout)
@@ -443,10 +444,9 @@ class Ledger:
         copied = Ledger(model, self._forgotten)
         copied._damaged = self._damaged
         copied._numbers = itertools.count(next(self._numbers))
-        if any(w.backup is not None and w.backup.is_pinned() for w in self._weights.values()):
-            torch.cuda.synchronize()
         copied._weights = {
-            name: replace(w, backup=None if w.backup is None else w.backup.clone()) for name, w in self._weights.items()
+            name: replace(w, backup=None if w.backup is None else arrived(w.backup).clone())
+            for name, w in self._weights.items()
         }
         return copied
 

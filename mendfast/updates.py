@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import ops
 from .layers import Layer
@@ -183,8 +184,41 @@ def backup_of(weight: torch.Tensor, backup: str, spare: torch.Tensor | None) -> 
         return spare.copy_(weight.detach())
     if backup == "device" or weight.device.type == "cpu":
         return weight.detach().clone()
-    copy = torch.empty(weight.shape, dtype=weight.dtype, pin_memory=True)
-    return copy.copy_(weight.detach(), non_blocking=True)
+    return _sent(weight.detach())
+
+
+def _sent(values: torch.Tensor) -> torch.Tensor:
+    """A copy in pinned memory that may still be under way: see :func:`arrived`.
+
+    It is made of a copy on the device, which is gone when it has arrived, so that ``values`` can be written at once:
+    to leave a GPU takes the bits longer than all else that an edit does. Of ``values`` themselves where that has no
+    room.
+    """
+    copy, device = torch.empty(values.shape, dtype=values.dtype, pin_memory=True), values.device
+    stream = present = torch.cuda.current_stream(device)
+    try:
+        twin = values.clone(memory_format=torch.contiguous_format)
+        stream = _senders.setdefault(device, torch.cuda.Stream(device))
+        stream.wait_stream(present)
+    except torch.OutOfMemoryError:
+        twin = values
+    with torch.cuda.stream(stream):
+        copy.copy_(twin, non_blocking=True)
+        if stream != present:
+            twin.record_stream(stream)
+        _under_way[copy] = stream.record_event()
+    return copy
+
+
+def arrived(backup: torch.Tensor) -> torch.Tensor:
+    """The backup, all of it: the host waits for what is still being copied off a GPU."""
+    if (event := _under_way.pop(backup, None)) is not None:
+        event.synchronize()
+    return backup
+
+
+_senders: dict[torch.device, Any] = {}  # torch.cuda.Stream
+_under_way = WeakTensorKeyDictionary()  # backup -> torch.cuda.Event at the end of its copying
 
 
 def extend(jobs: Sequence[tuple[torch.Tensor, Sequence[Update]]]) -> None:
@@ -200,7 +234,7 @@ def rebuild(jobs: Sequence[tuple[torch.Tensor, Weight]]) -> None:
         if weight.home != weight.kind or len(weight.updates) < len(weight.steps):
             present.copy_(folded(weight))
         else:
-            present.copy_(weight.backup, non_blocking=True)
+            present.copy_(arrived(weight.backup), non_blocking=True)
             replayed.append((present, weight.steps))
     for batch in _rounds(replayed):
         _rewrite(batch)
@@ -215,7 +249,7 @@ def _rounds(jobs: Sequence[tuple[torch.Tensor, Sequence[Update]]]) -> Iterator[l
 def folded(weight: Weight) -> torch.Tensor:
     """What the weight holds after its steps, made where each of them was made."""
     dtype, device = weight.home
-    values = weight.backup.to(device, dtype, copy=True)
+    values = arrived(weight.backup).to(device, dtype, copy=True)
     for step in weight.steps:
         if isinstance(step, Conversion):
             values = values.to(step.device, step.dtype)

@@ -1,5 +1,6 @@
 """Whole models on a GPU, held against the CPU: edits, the meta-training step and loop, memories, answers."""
 
+import copy
 import json
 
 import pytest
@@ -10,7 +11,8 @@ from test_editor import SMALL, logits, same_bits, state, trained
 from test_meta import batches, gradients
 from test_training import base, facts, make  # noqa: F401  (a fixture)
 
-from mendfast import EditMemory, MendConfig, MendEditor
+from mendfast import Edit, EditMemory, MendConfig, MendEditor
+from mendfast.fingerprint import fingerprint_of
 from mendfast.generation import answer
 from mendfast.training import FactSampler, Trainer, editor_loss
 from mendfast.training.cache import PrefixCache
@@ -182,3 +184,31 @@ def test_a_memory_follows_its_records(base, tmp_path):  # noqa: F811
         assert same_bits(model, before)
     finally:
         model.cpu()
+
+
+@pytest.mark.parametrize("room", [True, False], ids=["by way of a copy", "without room for one"])
+def test_a_backup_arrives_after_the_weights_were_written(monkeypatch, room):
+    if not room:
+        clone = torch.Tensor.clone
+
+        def refuse(values, **how):
+            if values.is_cuda and how:
+                raise torch.OutOfMemoryError("none left")
+            return clone(values, **how)
+
+        monkeypatch.setattr(torch.Tensor, "clone", refuse)
+    model = torch.nn.Module()
+    model.big = torch.nn.Linear(8192, 8192, bias=False, device="cuda")
+    before = model.big.weight.detach().cpu()
+    factors = (torch.randn(2, 8192, device="cuda"), torch.randn(2, 8192, device="cuda"), 0.1)
+    for backup in ("cpu", "device"):
+        edit = Edit({"big.weight": factors})
+        edit.apply_(model, backup=backup)
+        known, written = fingerprint_of(model, ["big.weight"]), model.big.weight.detach().cpu()
+        assert not torch.equal(written, before)
+        copied = copy.deepcopy(model)
+        edit.revert_(model)
+        assert torch.equal(model.big.weight.detach().cpu(), before)
+        assert known == fingerprint_of(model, ["big.weight"])
+        edit.revert_(copied)
+        assert torch.equal(copied.big.weight.detach().cpu(), before)
