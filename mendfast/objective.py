@@ -117,8 +117,9 @@ def prepared(model: nn.Module, batch: Batch, reduction: str, width: int) -> Prep
     """Everything about a batch that depends on its values, worked out on the CPU: which tokens predict, what, and of
     how many a sample's mean is; or None, where the batch holds what is not known here.
 
-    A causal model's texts are padded to a multiple of ``width``, the predicting tokens to one of 8, so that batches
-    of many lengths take passes of few shapes. ``reduction`` as ``MendConfig.loss_reduction``.
+    A causal model's texts are padded to a multiple of ``width`` (1 for a model that :func:`counts_positions`), the
+    predicting tokens to one of 8, so that batches of many lengths take passes of few shapes. ``reduction`` as
+    ``MendConfig.loss_reduction``.
     """
     kind = model_kind(model)
     if set(batch) - {"input_ids", "attention_mask", "token_type_ids", "labels"}:
@@ -139,7 +140,7 @@ def prepared(model: nn.Module, batch: Batch, reduction: str, width: int) -> Prep
         if _padded_left(model, inputs):
             inputs["position_ids"] = _positions(inputs["attention_mask"])
         padding, limit = -length % width, context_length(model)
-        padding = 0 if counts_positions(model) or limit is not None and length + padding > limit else padding
+        padding = 0 if limit is not None and length + padding > limit else padding
         inputs.setdefault("attention_mask", torch.ones_like(inputs["input_ids"]))
         inputs = {name: pad(value, (0, padding)) for name, value in inputs.items()}
         labels = pad(_predicted(labels, kind), (0, padding), value=IGNORE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -190,22 +191,22 @@ def backup_of(weight: torch.Tensor, backup: str, spare: torch.Tensor | None) -> 
 def _sent(values: torch.Tensor) -> torch.Tensor:
     """A copy in pinned memory that may still be under way: see :func:`arrived`.
 
-    It is made of a copy on the device, which is gone when it has arrived, so that ``values`` can be written at once:
-    to leave a GPU takes the bits longer than all else that an edit does. Of ``values`` themselves where that has no
-    room.
+    A large one is made of a copy on the device, which is gone when it has arrived, so that ``values`` can be written at
+    once: to leave a GPU takes such a weight longer than all else that an edit does. Of ``values`` themselves where
+    that has no room.
     """
     copy, device = torch.empty(values.shape, dtype=values.dtype, pin_memory=True), values.device
-    stream = present = torch.cuda.current_stream(device)
-    try:
-        twin = values.clone(memory_format=torch.contiguous_format)
-        stream = _senders.setdefault(device, torch.cuda.Stream(device))
-        stream.wait_stream(present)
-    except torch.OutOfMemoryError:
-        twin = values
+    stream = torch.cuda.current_stream(device)
+    if values.nbytes >= _LARGE:
+        with contextlib.suppress(torch.OutOfMemoryError):
+            values = values.clone(memory_format=torch.contiguous_format)
+            if device not in _senders:
+                _senders[device] = torch.cuda.Stream(device)
+            _senders[device].wait_stream(stream)
+            stream = _senders[device]
+            values.record_stream(stream)
     with torch.cuda.stream(stream):
-        copy.copy_(twin, non_blocking=True)
-        if stream != present:
-            twin.record_stream(stream)
+        copy.copy_(values, non_blocking=True)
         _under_way[copy] = stream.record_event()
     return copy
 
@@ -217,6 +218,7 @@ def arrived(backup: torch.Tensor) -> torch.Tensor:
     return backup
 
 
+_LARGE = 2**24  # bytes
 _senders: dict[torch.device, Any] = {}  # torch.cuda.Stream
 _under_way = WeakTensorKeyDictionary()  # backup -> torch.cuda.Event at the end of its copying
 

@@ -11,7 +11,7 @@ from test_editor import SMALL
 from mendfast import MendConfig, MendEditor
 from mendfast.capture import capture
 from mendfast.objective import nll_of, prepared
-from mendfast.replay import WIDTH, Replays, _flat, _split
+from mendfast.replay import WIDTH, Replays, _flat, _same, _split
 
 
 def fixed(editor: MendEditor, batch: dict, reduction: str = "edit") -> dict:
@@ -66,6 +66,19 @@ def test_no_text_is_padded_past_the_context():
     for width, expected in ((limit, limit), (2 * limit, limit - 1)):
         given = prepared(model, {"input_ids": ids, "labels": ids}, "edit", width)
         assert given.inputs["input_ids"].shape[1] == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rounding_is_told_from_a_mistake(dtype):
+    torch.manual_seed(0)
+    u, delta = torch.randn(1, 5, 8).to(dtype), torch.randn(1, 5, 8).to(dtype)
+    delta[:, 3] = 0
+    noise = 1 + torch.finfo(dtype).eps * torch.randn(1, 5, 8)
+    other = u.clone()
+    other[:, 3] += 7  # where there is no gradient
+    assert _same(((other * noise).to(dtype), (delta * noise).to(dtype)), (u, delta))
+    assert not _same((u, delta.roll(1, 1)), (u, delta)) and not _same((u.roll(1, 1), delta), (u, delta))
+    assert not _same((u[:, :4], delta[:, :4]), (u, delta)) and not _same((u, delta * torch.nan), (u, delta))
 
 
 def test_an_editor_is_copied_without_recordings():
