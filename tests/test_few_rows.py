@@ -16,7 +16,7 @@ import mendfast
 from mendfast import MendConfig, MendEditor, backends, ops
 from mendfast.build_info import build_info
 from mendfast.capture import frozen
-from mendfast.ops import few_rows
+from mendfast.ops import few_rows, many_rows
 from mendfast.training import editor_loss as meta_loss
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -33,6 +33,7 @@ def always(monkeypatch):
         return kernel(x, w, bias)
 
     kernel = few_rows.kernel_mm
+    monkeypatch.setattr(many_rows, "faster", lambda: False)
     monkeypatch.setattr(few_rows, "LEAST_WEIGHTS", 1)
     monkeypatch.setattr(few_rows, "kernel_mm", counted)
     return calls
@@ -137,6 +138,10 @@ class TestKernel:
 
 class TestChoice:
     x, w = torch.randn(4, 300), torch.randn(300, 300)
+
+    @pytest.fixture(autouse=True)
+    def beside_mkl(self, monkeypatch):
+        monkeypatch.setattr(many_rows, "faster", lambda: False)
 
     def test_served(self):
         assert few_rows.served(self.x, self.w, None) and few_rows.served(self.x, self.w.T, torch.randn(300))

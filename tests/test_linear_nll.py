@@ -16,7 +16,7 @@ import mendfast
 from mendfast import MendConfig, MendEditor, ops
 from mendfast.capture import frozen
 from mendfast.objective import target_rows
-from mendfast.ops import few_rows, linear_nll, widened
+from mendfast.ops import few_rows, many_rows, linear_nll, widened
 from mendfast.ops.linear_nll import Logits, kernel_nll, serves
 from mendfast.reference import token_nll_rows
 from mendfast.wide import widening
@@ -294,6 +294,7 @@ class TestModels:
             )
             model, batch = hf.Gemma2ForCausalLM(config).eval(), make_batch("llama")
         products, kernel = [], few_rows.kernel_mm
+        monkeypatch.setattr(many_rows, "faster", lambda: False)
         monkeypatch.setattr(few_rows, "kernel_mm", lambda x, w, b=None: (products.append(w.shape), kernel(x, w, b))[1])
         editor = MendEditor.from_model(model, config=MendConfig(rank=8))
         with mendfast.backend("aten"):

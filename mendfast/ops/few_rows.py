@@ -10,10 +10,13 @@ from collections.abc import Callable
 
 import torch
 
+from . import many_rows
 from ._cpu_extension import kind_of, problem, row_major, row_stride
 
 MOST_ROWS = 96
-"""From about as many on PyTorch's product is as fast."""
+"""From about as many on PyTorch's product is as fast,"""
+MOST_BESIDE = {True: 20, False: 6}
+"""and that of :mod:`mendfast.ops.many_rows`, of a float32 w whose columns are contiguous, or its rows."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Of w and bias."""
 LEAST_WEIGHTS = 1 << 16
@@ -35,9 +38,13 @@ def mm(
 
 
 def library_mm(
-    x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None = None, product: Callable = torch.mm
+    x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None = None, product: Callable | None = None
 ) -> torch.Tensor:
-    """:func:`mm` by PyTorch; ``product`` multiplies."""
+    """:func:`mm` by PyTorch, by the faster of its libraries; ``product`` multiplies, if it is given."""
+    if product is None:
+        if many_rows.served(x, w, bias):
+            return many_rows.mm(x, w, bias)
+        product = torch.mm
     y = product(x, w)
     return y if bias is None else y.add_(bias)  # on the CPU addmm takes nearly twice as long
 
@@ -52,9 +59,15 @@ def served(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None) -> bool:
         and x.shape[1] == w.shape[0]
         and w.numel() >= LEAST_WEIGHTS
         and has_lines(w)
-        and 0 < len(x) <= MOST_ROWS
+        and 0 < len(x) <= most_rows(w)
         and (bias is None or _fits(bias, w))
     )
+
+
+def most_rows(w: torch.Tensor) -> int:
+    """Up to how many the kernel is the faster one."""
+    beside = w.dtype == torch.float32 and many_rows.faster()
+    return min(MOST_ROWS, MOST_BESIDE[_transposed(w)]) if beside else MOST_ROWS
 
 
 def _fits(bias: torch.Tensor, w: torch.Tensor) -> bool:

@@ -1,5 +1,5 @@
-"""The linear layers of a frozen model on the CPU: by the kernel for few rows, or with 16-bit weights widened as they
-are read, where either is faster than PyTorch."""
+"""The linear layers of a frozen model on the CPU: by the kernel for few rows, with 16-bit weights widened as they are
+read, or by the wider units for many rows, where one of them is faster than PyTorch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from .. import backends
 from ..types import is_conv1d, modules_of
-from . import few_rows, widened
+from . import few_rows, many_rows, widened
 
 
 class _FrozenProduct(torch.autograd.Function):
@@ -31,7 +31,7 @@ class _FrozenProduct(torch.autograd.Function):
         return ctx.transposed(grad, w), None, None, None, None
 
 
-def _few_transposed(grad: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+def _transposed(grad: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     return few_rows.mm(grad, w.T)
 
 
@@ -45,9 +45,11 @@ def forward(layer: nn.Module, *args: torch.Tensor, **kwargs: torch.Tensor) -> to
             rows = x.reshape(-1, x.shape[-1])
             products: tuple[Callable, Callable] | None = None
             if few_rows.served(rows, w, bias):
-                products = few_rows.kernel_mm, _few_transposed
+                products = few_rows.kernel_mm, _transposed
             elif widened.served(rows, w, bias):
                 products = widened.mm, widened.mm_transposed
+            elif many_rows.served(rows, w, bias):
+                products = many_rows.mm, _transposed
             if products is not None:
                 differentiable = x.requires_grad and torch.is_grad_enabled()
                 y = _FrozenProduct.apply(rows, w, bias, *products) if differentiable else products[0](rows, w, bias)
