@@ -152,12 +152,11 @@ class Replays:
             if not wrong:
                 return recording
             self.why_not = f"replayed, {wrong[0]} had other rows"
-        except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError) as error:
+        except (RuntimeError, TypeError, ValueError, AttributeError) as error:
             self.why_not = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         self._forget()
         log.info("%s's passes are launched anew each time: %s", type(model).__name__, self.why_not)
         return None
-
 
     def _forget(self) -> None:
         self._kept.clear()
