@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from mendfast.commands.doctor import cpu_name
+from mendfast.ops import many_rows
 
 PACKAGES = ("mendfast", "torch", "triton", "transformers", "numpy", "pytest-benchmark", "liger-kernel")
 
@@ -72,6 +73,8 @@ def _probes() -> dict[str, list[Callable[[], float]]]:
     for name in ("float32", "bfloat16") if big else ("float32",):
         a, b = (torch.randn(side, side, device=on, dtype=getattr(torch, name)) for _ in range(2))
         probes[name] = [lambda a=a, b=b: _rate(2 * side**3, lambda: a @ b)]
+        if many_rows.served(a, b):
+            probes[name].append(lambda a=a, b=b: _rate(2 * side**3, lambda: many_rows.mm(a, b)))
     return probes
 
 
