@@ -16,7 +16,7 @@ import mendfast
 from mendfast import MendConfig, MendEditor, ops
 from mendfast.capture import frozen
 from mendfast.objective import target_rows
-from mendfast.ops import few_rows, many_rows, linear_nll, widened
+from mendfast.ops import few_rows, linear_nll, many_rows, widened
 from mendfast.ops.linear_nll import Logits, kernel_nll, serves
 from mendfast.reference import token_nll_rows
 from mendfast.wide import widening
