@@ -77,6 +77,7 @@ class Replays:
     def __len__(self) -> int:
         return len(self._kept)
 
+    @torch.inference_mode(False)  # what is kept outlives the caller's block
     def gradients(
         self,
         model: nn.Module,
