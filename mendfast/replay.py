@@ -26,7 +26,7 @@ from torch.nn.modules import module as all_modules
 from torch.overrides import TorchFunctionMode
 
 from . import backends
-from .capture import capture
+from .capture import agree, capture
 from .layers import Layer
 from .ledger import settle
 from .locks import exclusive
@@ -165,18 +165,13 @@ class Replays:
 
 
 def _same(found: Sides, expected: Sides) -> bool:
-    """To rounding; u only where there is a gradient, for what an edit drops may depend on padding."""
+    """To rounding, from which a wrong mask or position is far; u only where there is a gradient, for what an edit drops
+    may depend on padding."""
     if any(a.shape != b.shape for a, b in zip(found, expected, strict=True)):
         return False
     (u, delta), (other_u, other_delta) = found, expected
     seen = other_delta.any(-1, keepdim=True)
-    return _near(delta, other_delta) and _near(u * seen, other_u * seen)
-
-
-def _near(found: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Whether both are roundings of one thing by many blocks, by other kernels; a wrong mask or position is far off."""
-    bound = min(0.25, 40 * torch.finfo(expected.dtype).eps ** 0.75)
-    return bool((found.float() - expected.float()).norm() <= bound * expected.float().norm())
+    return agree(delta, other_delta, 4) and agree(u * seen, other_u * seen, 4)
 
 
 def _record(run: Callable[[], Any], device: torch.device, pool: Any) -> tuple[Any, Any]:
