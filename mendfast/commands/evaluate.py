@@ -127,7 +127,7 @@ def evaluate(
         "read": count,
         "problems": [str(problem) for problem in problems],
         "left_out": left_out,
-        "seconds": round(time.perf_counter() - started, 1),
+        "seconds": round(time.perf_counter() - started, 3),
         "environment": _environment(editor),
         "rows": rows,
         "examples": journal.shown(keys, sizes[0]),

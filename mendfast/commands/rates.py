@@ -128,7 +128,7 @@ class Choice:
                     (other,) = self._trials(system, before, [fewer], range(len(self.groups)), bar)
                     found = fewer if other.score() > tally.score() else found
         _set(system, found)
-        return {**found, "trials": tried, "edits": self.edits, "seconds": round(time.perf_counter() - started, 1)}
+        return {**found, "trials": tried, "edits": self.edits, "seconds": round(time.perf_counter() - started, 3)}
 
     def _best(
         self, system: System, before: Before, trials: list[dict[str, Any]], bar: tqdm
