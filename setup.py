@@ -1,7 +1,8 @@
 """Builds the extensions that this machine can build, and installs without the others.
 
-mendfast._C, for GPUs, needs nvcc, and links the CUDA runtime statically. mendfast._cpu, for x86-64 with AVX2, needs
-a C++ compiler; its threads are those of PyTorch's OpenMP library. Both use pybind11 and nothing of PyTorch.
+mendfast._C, for GPUs, needs nvcc, and links the CUDA runtime statically. mendfast._cpu, for x86-64 with AVX2 or AVX-512
+(it asks the processor when it runs), needs a C++ compiler; its threads are those of PyTorch's OpenMP library. Both use
+pybind11 and nothing of PyTorch.
 MENDFAST_BUILD_CUDA=1 and MENDFAST_BUILD_CPU=1 make it an error when one can't be built, =0 leaves it out.
 """
 
@@ -37,6 +38,16 @@ NVCC_FLAGS = [
 ]
 CXX_FLAGS = ["-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
 KERNEL_FLAGS = ["-O3", "-mavx2", "-mfma", "-mf16c", "-fopenmp"]
+AVX512_FLAGS = [
+    "-mavx512f",
+    "-mavx512bw",
+    "-mavx512dq",
+    "-mavx512vl",
+    "-mprefer-vector-width=512",
+    # GCC 11 to 13 say it of their own header (GCC bug 105593)
+    "-Wno-uninitialized",
+    "-Wno-maybe-uninitialized",
+]
 MODULES = {"cuda": "_C", "cpu": "_cpu"}
 
 # What the compilers say is kept for the record: registers, spills, warnings.
@@ -130,12 +141,14 @@ def compile_cuda(cuda: dict, target: Path, build_dir: Path) -> str:
 
 
 def compile_cpu(cpu: dict, target: Path, build_dir: Path) -> str:
-    """Every source in csrc/cpu/; what asks the processor for AVX2 is compiled without it."""
+    """Every kernel in csrc/cpu/, for AVX2 and for AVX-512; what asks the processor for them is compiled without."""
     cxx = [*cpu["path"], *CXX_FLAGS, *includes("-isystem")]
+    avx2 = [*cxx, *KERNEL_FLAGS]
     # -fopenmp is not linked: the symbols are those of the library that PyTorch has loaded
-    rules = {"cxx": cxx, "kernel": [*cxx, *KERNEL_FLAGS], "link": [*cpu["path"], "-shared", "-Wl,-s"]}
+    rules = {"cxx": cxx, "avx2": avx2, "avx512": [*avx2, *AVX512_FLAGS], "link": [*cpu["path"], "-shared", "-Wl,-s"]}
     sources = sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))
-    return ninja(rules, [(s, "cxx" if s.stem == "bindings" else "kernel") for s in sources], target, build_dir)
+    wanted = [(s, rule) for s in sources for rule in (("cxx",) if s.stem == "bindings" else ("avx2", "avx512"))]
+    return ninja(rules, wanted, target, build_dir)
 
 
 def includes(flag: str) -> list[str]:
@@ -156,7 +169,7 @@ def ninja(rules: dict[str, list[str]], sources: list[tuple[Path, str]], target: 
     ]
     objects = []
     for source, rule in sources:
-        objects.append(escape(build_dir / f"{source.name}.o"))
+        objects.append(escape(build_dir / f"{source.name}.{rule.strip('.')}.o"))
         lines.append(f"build {objects[-1]}: {rule.strip('.')} {escape(source)} | {headers}")
     lines.append(f"build {escape(target)}: link {' '.join(objects)}\n")
     (build_dir / "build.ninja").write_text("\n".join(lines), encoding="utf-8")

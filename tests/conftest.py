@@ -9,6 +9,8 @@ import torch
 import transformers as hf
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
+from mendfast.ops import few_rows
+
 VOCAB = 96
 CAUSAL = {
     "gpt2": lambda: hf.GPT2LMHeadModel(
@@ -126,6 +128,25 @@ def make_batch(name: str, size: int = 3, length: int = 9, seed: int = 0, left: b
 @pytest.fixture(params=ARCHITECTURES)
 def architecture(request) -> str:
     return request.param
+
+
+@pytest.fixture(params=["avx2", "avx512"])
+def instructions(request):
+    """The CPU extension's kernels, as each processor would run them."""
+    if few_rows.problem():
+        if request.param != "avx2":
+            pytest.skip(few_rows.problem())
+        yield  # for what else the test compares
+        return
+    from mendfast import _cpu
+
+    own = _cpu.instructions()
+    try:
+        _cpu.choose(request.param)
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    yield
+    _cpu.choose(own)
 
 
 @pytest.fixture(scope="session")

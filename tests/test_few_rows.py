@@ -48,6 +48,7 @@ def matrix(rows, cols, transposed, padding, dtype=torch.float32):
 
 
 @needs_extension
+@pytest.mark.usefixtures("instructions")
 class TestKernel:
     @pytest.mark.usefixtures("poisoned")
     @pytest.mark.parametrize("transposed", [False, True], ids=["rows", "columns"])

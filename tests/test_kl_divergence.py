@@ -35,11 +35,13 @@ def check(base, logits, mask, **kwargs):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("shape", [(3, 5, 37), (2, 1, 2), (1, 3, 1), (3, 2, 1024), (2, 40, 20_000)])
 @pytest.mark.parametrize("backend", ON_CPU)
+@pytest.mark.usefixtures("instructions")
 def test_matches_the_reference(shape, dtype, backend):
     check(*case(*shape, dtype=dtype), backend=backend)
 
 
 @pytest.mark.parametrize("backend", ON_CPU)
+@pytest.mark.usefixtures("instructions")
 def test_views_and_integer_masks(backend):
     base, logits, mask = case(4, 6, 50)
     logits = logits.detach()
@@ -51,6 +53,7 @@ def test_views_and_integer_masks(backend):
 
 @pytest.mark.parametrize("dtypes", [(torch.float32, torch.bfloat16), (torch.float16, torch.float32)])
 @pytest.mark.parametrize("backend", ON_CPU)
+@pytest.mark.usefixtures("instructions")
 def test_models_of_two_dtypes(dtypes, backend):
     base, logits, mask = case(3, 5, 37)
     check(base.to(dtypes[0]), logits.detach().to(dtypes[1]).requires_grad_(), mask, backend=backend)
@@ -115,6 +118,7 @@ def test_no_gradient_reaches_the_base():
     assert base.grad is None and logits.grad is not None
 
 
+@pytest.mark.usefixtures("instructions")
 def test_huge_logits():
     base = torch.tensor([[[1e4, 0.0, -1e4]]])
     logits = torch.tensor([[[1e4, 1e4, -1e4]]])

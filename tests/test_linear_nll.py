@@ -58,6 +58,7 @@ def head(vocabulary=30, depth=8, **options):
     return torch.nn.Linear(depth, vocabulary, **options).requires_grad_(False)
 
 
+@pytest.mark.usefixtures("instructions")
 class TestKernel:
     @pytest.mark.usefixtures("poisoned")
     @pytest.mark.parametrize("dtype", DTYPES)

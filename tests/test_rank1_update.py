@@ -71,6 +71,7 @@ def check(n, m, terms, dtype, factor, layout, backend, device="cpu", pad=3):
 @pytest.mark.parametrize("backend", [*ON_CPU, "reference"])
 @pytest.mark.parametrize("layout", op.LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.usefixtures("instructions")
 def test_against_float64(dtype, layout, backend):
     for shape in SHAPES:
         for terms in TERMS:
@@ -201,6 +202,7 @@ class TestGroup:
         ops.rank1_update_group_([], [], [], [])
 
 
+@pytest.mark.usefixtures("instructions")
 class TestStochastic:
     @pytest.mark.parametrize("dtype", DTYPES[1:])
     def test_mean_converges(self, dtype):
@@ -362,6 +364,7 @@ class TestRefused:
 
 @pytest.mark.parametrize("backend", [*ON_CPU, "reference"])
 @pytest.mark.parametrize("rounding", op.ROUNDINGS)
+@pytest.mark.usefixtures("instructions")
 def test_a_sum_that_leaves_the_dtype_is_found(backend, rounding):
     """Finite factors, a finite sum in float32, infinity in float16: seen after the write, by which weight."""
     made = [make(5, 6, 2, torch.float16, torch.float32, seed=i) for i in range(3)]

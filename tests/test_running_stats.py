@@ -29,6 +29,7 @@ def fresh(width, count_dtype=torch.int64, dtype=torch.float32):
 @pytest.mark.parametrize("backend", [*ON_CPU, "reference"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.usefixtures("instructions")
 def test_chunks_give_what_all_rows_give(backend, dtype, masked):
     rows = torch.randn(57, 13).to(dtype)
     mask = torch.rand(57) > 0.4 if masked else torch.ones(57, dtype=torch.bool)
@@ -69,6 +70,7 @@ def test_a_mean_far_larger_than_the_deviations():
 
 @pytest.mark.parametrize("backend", ON_CPU)
 @pytest.mark.parametrize("stats", [torch.float32, torch.float64])
+@pytest.mark.usefixtures("instructions")
 def test_rows_that_lie_apart_or_far_out(backend, stats):
     """Windows, expanded and transposed rows, buffers with gaps; a first row far from the others."""
     wide = torch.randn(20, 300, generator=torch.Generator().manual_seed(0))

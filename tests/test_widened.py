@@ -75,9 +75,19 @@ def test_what_is_left_to_pytorch(monkeypatch):
     assert widened.served(x.float(), w, None) and widened.served(x[:1].float(), w, None)
     assert not widened.served(x.float(), w.float(), None)
     assert not widened.served(x, w.half(), None)
-    assert widened.served(x[:2], w, None) and not widened.served(x[:1], w, None)
     assert not widened.served(x, w, torch.zeros(4))
+    apart = torch.randn(16, 8).bfloat16()[:, ::2]  # not for the kernel
+    assert widened.served(x[:2], apart, None) and not widened.served(x[:1], apart, None)
+
+
+@pytest.mark.parametrize("found", ["avx2", "avx512"])
+def test_beside_units_the_kernel_serves_few_rows(found, monkeypatch):
+    if few_rows.problem():
+        pytest.skip(few_rows.problem())
     monkeypatch.setattr(widened, "has_units", lambda dtype: True)
+    monkeypatch.setattr(widened, "instructions", lambda: found)
+    x, w = torch.randn(widened.MOST_BESIDE_UNITS + 1, 16).bfloat16(), torch.randn(16, 4).bfloat16()
+    assert widened.served(x[1:], w, None) is widened.served(x[:1], w.T.contiguous().T, None) is (found == "avx512")
     assert not widened.served(x, w, None)
 
 

@@ -6,6 +6,7 @@
 #include <memory>
 #include <string>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
 #include "few_rows.h"
@@ -21,6 +22,30 @@ namespace {
 // Of the processors that have AVX2 every one has F16C, which not every compiler lets one ask for.
 const char* problem() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? "" : "this processor has no AVX2";
+}
+
+bool has_avx512() {
+  __builtin_cpu_init();  // it is asked before the program's constructors have run
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+
+bool avx512 = has_avx512();
+
+std::string instructions() { return *problem() ? "" : avx512 ? "avx512" : "avx2"; }
+
+void choose(const std::string& name) {
+  if (name != "avx2" && name != "avx512") throw py::value_error("choose: " + name + "; use avx2 or avx512.");
+  if (*problem()) throw std::runtime_error(std::string("choose: ") + problem() + ".");
+  if (name == "avx512" && !has_avx512()) throw std::runtime_error("choose: this processor has no AVX-512.");
+  avx512 = name == "avx512";
+}
+
+// Calls ``run`` with what the kernels are to be compiled for.
+template <class Run>
+auto with_isa(Run run) {
+  using mendfast::Isa;
+  return avx512 ? run(std::integral_constant<Isa, Isa::avx512>{}) : run(std::integral_constant<Isa, Isa::avx2>{});
 }
 
 void serve(const char* op, int threads) {
@@ -70,7 +95,9 @@ void few_rows(uintptr_t x, int64_t x_stride, uintptr_t w, int64_t w_stride, bool
         reinterpret_cast<const float*>(bias), reinterpret_cast<float*>(y), x_stride, w_stride, y_stride, rows, cols,
         depth, transposed};
     const py::gil_scoped_release release;
-    mendfast::few_rows(product, scratch_of(mendfast::few_rows_scratch(product)), threads);
+    with_isa([&](auto isa) {
+      mendfast::few_rows<isa()>(product, scratch_of(mendfast::few_rows_scratch<isa()>(product)), threads);
+    });
   });
 }
 
@@ -94,7 +121,9 @@ void linear_nll(uintptr_t x, int64_t x_stride, uintptr_t w, int64_t w_stride, co
         reinterpret_cast<const float*>(bias), label, reinterpret_cast<float*>(nll), reinterpret_cast<float*>(dx),
         x_stride, w_stride, rows, vocabulary, depth};
     const py::gil_scoped_release release;
-    mendfast::linear_nll(loss, scratch_of(mendfast::linear_nll_scratch(loss, threads)), threads);
+    with_isa([&](auto isa) {
+      mendfast::linear_nll<isa()>(loss, scratch_of(mendfast::linear_nll_scratch<isa()>(loss, threads)), threads);
+    });
   });
 }
 
@@ -155,15 +184,17 @@ bool outer_update(const std::vector<Update>& given, const std::string& kind_name
   for (const Update& each : given) updates.push_back(outer_update_of(each));
   const py::gil_scoped_release release;
   if (check_memory && !apart(updates, kind == mendfast::Kind::float32 ? 4 : 2)) return false;
-  if (check_factors)
-    for (const auto& each : updates)
-      if (!mendfast::finite_factors(each)) return false;
-  for (const auto& each : updates) {
-    const auto size = static_cast<size_t>(mendfast::outer_update_scratch(each));
-    const std::unique_ptr<float[]> own(size > MOST_KEPT ? new float[size] : nullptr);
-    mendfast::outer_update(each, kind, stochastic, own ? own.get() : scratch_of(size), threads);
-  }
-  return true;
+  return with_isa([&](auto isa) {
+    if (check_factors)
+      for (const auto& each : updates)
+        if (!mendfast::finite_factors<isa()>(each)) return false;
+    for (const auto& each : updates) {
+      const auto size = static_cast<size_t>(mendfast::outer_update_scratch<isa()>(each));
+      const std::unique_ptr<float[]> own(size > MOST_KEPT ? new float[size] : nullptr);
+      mendfast::outer_update<isa()>(each, kind, stochastic, own ? own.get() : scratch_of(size), threads);
+    }
+    return true;
+  });
 }
 
 using Rows = std::tuple<uintptr_t, int64_t, int64_t, std::string>;  // data, sample, position, kind
@@ -187,8 +218,10 @@ void kl_forward(const Rows& base, const Rows& edited, uintptr_t keep, uintptr_t 
   const auto d = divergence_of("kl_forward", base, edited, keep, batch, length, vocabulary);
   if (kl == 0 || lse_base == 0 || lse_edited == 0) throw py::value_error("kl_forward: a pointer is null.");
   const py::gil_scoped_release release;
-  mendfast::kl_forward(d, reinterpret_cast<float*>(kl), reinterpret_cast<float*>(lse_base),
-                       reinterpret_cast<float*>(lse_edited), threads);
+  with_isa([&](auto isa) {
+    mendfast::kl_forward<isa()>(d, reinterpret_cast<float*>(kl), reinterpret_cast<float*>(lse_base),
+                                reinterpret_cast<float*>(lse_edited), threads);
+  });
 }
 
 void kl_backward(const Rows& base, const Rows& edited, uintptr_t keep, uintptr_t grad, uintptr_t lse_base,
@@ -198,8 +231,10 @@ void kl_backward(const Rows& base, const Rows& edited, uintptr_t keep, uintptr_t
   if (grad == 0 || lse_base == 0 || lse_edited == 0 || out == 0)
     throw py::value_error("kl_backward: a pointer is null.");
   const py::gil_scoped_release release;
-  mendfast::kl_backward(d, reinterpret_cast<const float*>(grad), reinterpret_cast<const float*>(lse_base),
-                        reinterpret_cast<const float*>(lse_edited), reinterpret_cast<void*>(out), threads);
+  with_isa([&](auto isa) {
+    mendfast::kl_backward<isa()>(d, reinterpret_cast<const float*>(grad), reinterpret_cast<const float*>(lse_base),
+                                 reinterpret_cast<const float*>(lse_edited), reinterpret_cast<void*>(out), threads);
+  });
 }
 
 int64_t running_stats(uintptr_t rows, int64_t stride, uintptr_t mask, uintptr_t mean, uintptr_t m2, double before,
@@ -211,15 +246,17 @@ int64_t running_stats(uintptr_t rows, int64_t stride, uintptr_t mask, uintptr_t 
   const mendfast::Chunk chunk = {reinterpret_cast<const float*>(rows), reinterpret_cast<const bool*>(mask), count,
                                  width, stride};
   const py::gil_scoped_release release;
-  const int64_t kept = mendfast::kept_rows(chunk);
-  if (kept == 0) return 0;
-  if (wide)
-    mendfast::running_stats(chunk, before, static_cast<double>(kept), reinterpret_cast<double*>(mean),
-                            reinterpret_cast<double*>(m2), threads);
-  else
-    mendfast::running_stats(chunk, before, static_cast<double>(kept), reinterpret_cast<float*>(mean),
-                            reinterpret_cast<float*>(m2), threads);
-  return kept;
+  return with_isa([&](auto isa) -> int64_t {
+    const int64_t kept = mendfast::kept_rows<isa()>(chunk);
+    if (kept == 0) return 0;
+    if (wide)
+      mendfast::running_stats<isa()>(chunk, before, static_cast<double>(kept), reinterpret_cast<double*>(mean),
+                                     reinterpret_cast<double*>(m2), threads);
+    else
+      mendfast::running_stats<isa()>(chunk, before, static_cast<double>(kept), reinterpret_cast<float*>(mean),
+                                     reinterpret_cast<float*>(m2), threads);
+    return kept;
+  });
 }
 
 }  // namespace
@@ -227,6 +264,10 @@ int64_t running_stats(uintptr_t rows, int64_t stride, uintptr_t mask, uintptr_t 
 PYBIND11_MODULE(_cpu, module) {
   module.doc() = "CPU kernels of mendfast.";
   module.def("problem", &problem, "Why no kernel can run on this processor, or an empty string.");
+  module.def("instructions", &instructions, "What the kernels use: \"avx512\" where the processor has it, or \"avx2\".");
+  module.def("choose", &choose, py::arg("name"),
+             "Use \"avx2\" or \"avx512\" from now on, in all threads: to compare the two. Raises ValueError for "
+             "another name, RuntimeError where the processor lacks it.");
   module.def("few_rows", &few_rows, py::arg("x"), py::arg("x_stride"), py::arg("w"), py::arg("w_stride"),
              py::arg("transposed"), py::arg("kind"), py::arg("bias"), py::arg("y"), py::arg("y_stride"),
              py::arg("rows"), py::arg("cols"), py::arg("depth"), py::arg("threads"),

@@ -63,14 +63,14 @@ void by_outer_products(const Product<Element>& p, float* scratch, int threads) {
 
 }  // namespace
 
-template <class Element>
+template <Isa isa, class Element>
 int64_t few_rows_scratch(const Product<Element>& p) {
-  if (p.transposed) return p.rows * divide_up(p.depth, dot_depth(p.depth)) * dot_depth(p.depth);
+  if (p.transposed) return p.rows * divide_up(p.depth, dot_depth(p.depth, p.rows)) * dot_depth(p.depth, p.rows);
   const Division by(p);
   return by.parts * p.rows * by.stride();
 }
 
-template <class Element>
+template <Isa isa, class Element>
 void few_rows(const Product<Element>& product, float* scratch, int threads) {
   if (product.transposed)
     by_dot_products(product, scratch, threads);
@@ -78,11 +78,11 @@ void few_rows(const Product<Element>& product, float* scratch, int threads) {
     by_outer_products(product, scratch, threads);
 }
 
-template int64_t few_rows_scratch(const Product<float>&);
-template int64_t few_rows_scratch(const Product<BF16>&);
-template int64_t few_rows_scratch(const Product<F16>&);
-template void few_rows(const Product<float>&, float*, int);
-template void few_rows(const Product<BF16>&, float*, int);
-template void few_rows(const Product<F16>&, float*, int);
+template int64_t few_rows_scratch<ISA>(const Product<float>&);
+template int64_t few_rows_scratch<ISA>(const Product<BF16>&);
+template int64_t few_rows_scratch<ISA>(const Product<F16>&);
+template void few_rows<ISA>(const Product<float>&, float*, int);
+template void few_rows<ISA>(const Product<BF16>&, float*, int);
+template void few_rows<ISA>(const Product<F16>&, float*, int);
 
 }  // namespace mendfast

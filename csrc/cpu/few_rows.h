@@ -20,11 +20,11 @@ struct Product {
 };
 
 // How many floats few_rows needs to work in.
-template <class Element>
+template <Isa isa, class Element>
 int64_t few_rows_scratch(const Product<Element>& product);
 
 // The result does not depend on the number of threads, and is that of the widened w.
-template <class Element>
+template <Isa isa, class Element>
 void few_rows(const Product<Element>& product, float* scratch, int threads);
 
 }  // namespace mendfast

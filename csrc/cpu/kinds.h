@@ -1,4 +1,4 @@
-// What matrices are made of.
+// What matrices are made of, and what kernels are compiled for.
 #pragma once
 
 #include <cstdint>
@@ -6,6 +6,8 @@
 namespace mendfast {
 
 enum class Kind { float32, bfloat16, float16 };
+
+enum class Isa { avx2, avx512 };
 
 struct BF16 {
   uint16_t bits;

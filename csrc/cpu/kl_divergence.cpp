@@ -25,11 +25,11 @@ const float* piece(const Element* from, int64_t count, float* buffer) {
   const int64_t whole = count / LANES * LANES;
   if constexpr (sizeof(Element) == sizeof(float))
     if (count == whole) return from;
-  for (int64_t i = 0; i < whole; i += LANES) _mm256_store_ps(buffer + i, load(from + i));
+  for (int64_t i = 0; i < whole; i += LANES) store(buffer + i, load(from + i));
   if (whole < count) {
-    alignas(32) Element rest[LANES] = {};
+    alignas(64) Element rest[LANES] = {};
     __builtin_memcpy(rest, from + whole, (count - whole) * sizeof(Element));
-    _mm256_store_ps(buffer + whole, load(rest));
+    store(buffer + whole, load(rest));
     for (int64_t i = count; i < whole + LANES; ++i) buffer[i] = -INFINITY;
   }
   return buffer;
@@ -39,16 +39,15 @@ struct Sums {
   double base = 0, edited = 0, gap = 0;  // of e_p, e_q, and e_p (p - q)
 };
 
-void add_piece(const float* p, const float* q, int64_t count, __m256 top_p, __m256 top_q, Sums& sums) {
-  __m256 base = _mm256_setzero_ps(), edited = base, gaps = base;
+void add_piece(const float* p, const float* q, int64_t count, Vector top_p, Vector top_q, Sums& sums) {
+  Vector base = zeros(), edited = base, gaps = base;
   for (int64_t i = 0; i < count; i += LANES) {
-    const __m256 x = _mm256_sub_ps(_mm256_loadu_ps(p + i), top_p), y = _mm256_sub_ps(_mm256_loadu_ps(q + i), top_q);
-    const __m256 weight = exp_of(x);
-    base = _mm256_add_ps(base, weight);
-    edited = _mm256_add_ps(edited, exp_of(y));
+    const Vector x = subtract(load(p + i), top_p), y = subtract(load(q + i), top_q);
+    const Vector weight = exp_of(x);
+    base = add(base, weight);
+    edited = add(edited, exp_of(y));
     // what is impossible in the base has weight 0, however far apart the logits are
-    const __m256 none = _mm256_cmp_ps(weight, _mm256_setzero_ps(), _CMP_EQ_OQ);
-    gaps = _mm256_add_ps(gaps, _mm256_andnot_ps(none, _mm256_mul_ps(weight, _mm256_sub_ps(x, y))));
+    gaps = add(gaps, unless_zero(weight, multiply(weight, subtract(x, y))));
   }
   sums.base += sum_of(base), sums.edited += sum_of(edited), sums.gap += sum_of(gaps);
 }
@@ -63,7 +62,7 @@ void forward(const Divergence& d, float* kl, float* lse_base, float* lse_edited,
     }
     const Base* p = row_of<Base>(d.base, d, row);
     const Edited* q = row_of<Edited>(d.edited, d, row);
-    alignas(32) float p_buffer[PIECE], q_buffer[PIECE];
+    alignas(64) float p_buffer[PIECE], q_buffer[PIECE];
     float top_p = -INFINITY, top_q = -INFINITY;
     for (int64_t i = 0; i < d.vocabulary; i += PIECE) {
       const int64_t count = least(PIECE, d.vocabulary - i);
@@ -73,8 +72,8 @@ void forward(const Divergence& d, float* kl, float* lse_base, float* lse_edited,
     Sums sums;
     for (int64_t i = 0; i < d.vocabulary; i += PIECE) {
       const int64_t count = least(PIECE, d.vocabulary - i);
-      add_piece(piece(p + i, count, p_buffer), piece(q + i, count, q_buffer), count, _mm256_set1_ps(top_p),
-                _mm256_set1_ps(top_q), sums);
+      add_piece(piece(p + i, count, p_buffer), piece(q + i, count, q_buffer), count, all(top_p),
+                all(top_q), sums);
     }
     // one logarithm of the quotient: of two like sums nothing is lost in a difference
     kl[row] = static_cast<float>(sums.gap / sums.base + std::log(sums.edited / sums.base));
@@ -95,19 +94,19 @@ void backward(const Divergence& d, const float* grad, const float* lse_base, con
     }
     const Base* p = row_of<Base>(d.base, d, row);
     const Edited* q = row_of<Edited>(d.edited, d, row);
-    const __m256 lse_p = _mm256_set1_ps(lse_base[row]), lse_q = _mm256_set1_ps(lse_edited[row]);
-    const __m256 by = _mm256_set1_ps(grad[row]);
-    alignas(32) float p_buffer[LANES], q_buffer[LANES];
+    const Vector lse_p = all(lse_base[row]), lse_q = all(lse_edited[row]);
+    const Vector by = all(grad[row]);
+    alignas(64) float p_buffer[LANES], q_buffer[LANES];
     const auto difference = [&](const float* base, const float* edited) {
-      const __m256 from = exp_of(_mm256_sub_ps(_mm256_loadu_ps(base), lse_p));
-      return _mm256_mul_ps(by, _mm256_sub_ps(exp_of(_mm256_sub_ps(_mm256_loadu_ps(edited), lse_q)), from));
+      const Vector from = exp_of(subtract(load(base), lse_p));
+      return multiply(by, subtract(exp_of(subtract(load(edited), lse_q)), from));
     };
     int64_t i = 0;
     for (; i + LANES <= d.vocabulary; i += LANES)
       store(to + i, difference(piece(p + i, LANES, p_buffer), piece(q + i, LANES, q_buffer)));
     if (i < d.vocabulary) {
       const int64_t rest = d.vocabulary - i;
-      alignas(32) Edited edge[LANES];
+      alignas(64) Edited edge[LANES];
       store(edge, difference(piece(p + i, rest, p_buffer), piece(q + i, rest, q_buffer)));
       __builtin_memcpy(to + i, edge, rest * sizeof(Edited));
     }
@@ -129,13 +128,15 @@ void by_kinds(const Divergence& d, Run run) {
 
 }  // namespace
 
-void kl_forward(const Divergence& d, float* kl, float* lse_base, float* lse_edited, int threads) {
+template <>
+void kl_forward<ISA>(const Divergence& d, float* kl, float* lse_base, float* lse_edited, int threads) {
   by_kinds(d, [&](auto base, auto edited) {
     forward<decltype(base), decltype(edited)>(d, kl, lse_base, lse_edited, threads);
   });
 }
 
-void kl_backward(const Divergence& d, const float* grad, const float* lse_base, const float* lse_edited, void* out,
+template <>
+void kl_backward<ISA>(const Divergence& d, const float* grad, const float* lse_base, const float* lse_edited, void* out,
                  int threads) {
   by_kinds(d, [&](auto base, auto edited) {
     backward<decltype(base), decltype(edited)>(d, grad, lse_base, lse_edited, out, threads);

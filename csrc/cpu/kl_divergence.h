@@ -21,9 +21,11 @@ struct Divergence {
 };
 
 // kl, lse_base, lse_edited [batch, length]: KL(softmax(base) || softmax(edited)) and both log-sum-exps.
+template <Isa isa>
 void kl_forward(const Divergence& d, float* kl, float* lse_base, float* lse_edited, int threads);
 
 // out [batch, length, vocabulary], of edited's kind: grad [batch, length] times (softmax(edited) - softmax(base)).
+template <Isa isa>
 void kl_backward(const Divergence& d, const float* grad, const float* lse_base, const float* lse_edited, void* out,
                  int threads);
 

@@ -52,11 +52,11 @@ struct Division {
 
 // values = exp(values - top); their sum.
 float exponentials(float* values, int64_t count, float top) {
-  __m256 sum = _mm256_setzero_ps();
+  Vector sum = zeros();
   for (int64_t c = 0; c < count; c += LANES) {
-    const __m256 e = exp_of(_mm256_sub_ps(_mm256_loadu_ps(values + c), _mm256_set1_ps(top)));
-    _mm256_storeu_ps(values + c, e);
-    sum = _mm256_add_ps(sum, e);
+    const Vector e = exp_of(subtract(load(values + c), all(top)));
+    store(values + c, e);
+    sum = add(sum, e);
   }
   return sum_of(sum);
 }
@@ -128,14 +128,14 @@ void gather(const LinearNLL<Element>& p, const Division& by, int64_t n, float* s
 
 }  // namespace
 
-template <class Element>
+template <Isa isa, class Element>
 int64_t linear_nll_scratch(const LinearNLL<Element>& p, int threads) {
   const Division by(p);
-  const int64_t pieces = p.rows * divide_up(p.depth, dot_depth(p.depth)) * dot_depth(p.depth);
+  const int64_t pieces = p.rows * divide_up(p.depth, dot_depth(p.depth, p.rows)) * dot_depth(p.depth, p.rows);
   return by.parts * by.part_size() + threads * lines(p.rows * by.block) + lines(p.rows) + pieces;
 }
 
-template <class Element>
+template <Isa isa, class Element>
 void linear_nll(const LinearNLL<Element>& p, float* scratch, int threads) {
   const Division by(p);
   float* const blocks = scratch + by.parts * by.part_size();
@@ -154,11 +154,11 @@ void linear_nll(const LinearNLL<Element>& p, float* scratch, int threads) {
   }
 }
 
-template int64_t linear_nll_scratch(const LinearNLL<float>&, int);
-template int64_t linear_nll_scratch(const LinearNLL<BF16>&, int);
-template int64_t linear_nll_scratch(const LinearNLL<F16>&, int);
-template void linear_nll(const LinearNLL<float>&, float*, int);
-template void linear_nll(const LinearNLL<BF16>&, float*, int);
-template void linear_nll(const LinearNLL<F16>&, float*, int);
+template int64_t linear_nll_scratch<ISA>(const LinearNLL<float>&, int);
+template int64_t linear_nll_scratch<ISA>(const LinearNLL<BF16>&, int);
+template int64_t linear_nll_scratch<ISA>(const LinearNLL<F16>&, int);
+template void linear_nll<ISA>(const LinearNLL<float>&, float*, int);
+template void linear_nll<ISA>(const LinearNLL<BF16>&, float*, int);
+template void linear_nll<ISA>(const LinearNLL<F16>&, float*, int);
 
 }  // namespace mendfast

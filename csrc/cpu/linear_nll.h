@@ -22,11 +22,11 @@ struct LinearNLL {
 };
 
 // How many floats linear_nll needs to work in.
-template <class Element>
+template <Isa isa, class Element>
 int64_t linear_nll_scratch(const LinearNLL<Element>& loss, int threads);
 
 // The result does not depend on the number of threads, and is that of the widened w.
-template <class Element>
+template <Isa isa, class Element>
 void linear_nll(const LinearNLL<Element>& loss, float* scratch, int threads);
 
 }  // namespace mendfast

@@ -10,7 +10,8 @@
 namespace mendfast {
 namespace {
 
-constexpr int TALL = 6, WIDE = 2 * LANES;          // 6 x 2 sums, 2 of right and one of left: 15 registers
+constexpr int TALL = ISA == Isa::avx512 ? 12 : 6;  // TALL x 2 sums, 2 of right and one of left:
+constexpr int WIDE = 2 * LANES;                    // 27 registers of 32, or 15 of 16
 constexpr int64_t BLOCK = 64 * 1024;               // floats of right that stay in a near cache
 constexpr int64_t MOST_COLUMNS = 1024;             // of a block,
 constexpr int64_t MOST_DRAWN = 512;                // and of one with draws
@@ -45,12 +46,12 @@ void pack_right(const OuterUpdate& u, int64_t panel, float* to) {
 
 // -- stochastic rounding ---------------------------------------------------------------------------------------
 
-struct Halves {
+struct Long {
   __m256i low, high;
 };
 
-// Of the 64-bit products of eight numbers with one.
-Halves multiplied(__m256i a, uint32_t by) {
+// The 64-bit products of eight numbers with one.
+Long multiplied(__m256i a, uint32_t by) {
   const __m256i b = _mm256_set1_epi32(static_cast<int>(by));
   const __m256i even = _mm256_mul_epu32(a, b), odd = _mm256_mul_epu32(_mm256_srli_epi64(a, 32), b);
   return {_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xAA),
@@ -65,7 +66,7 @@ void draw(uint64_t seed, int64_t row, int64_t col, uint16_t* to) {
   __m256i b = _mm256_set1_epi32(static_cast<int>(row)), c = zero, d = zero;
   auto first_key = static_cast<uint32_t>(seed), second_key = static_cast<uint32_t>(seed >> 32);
   for (int round = 0; round < 10; ++round) {
-    const Halves first = multiplied(a, 0xD2511F53), second = multiplied(c, 0xCD9E8D57);
+    const Long first = multiplied(a, 0xD2511F53), second = multiplied(c, 0xCD9E8D57);
     a = _mm256_xor_si256(_mm256_xor_si256(second.high, b), _mm256_set1_epi32(static_cast<int>(first_key)));
     c = _mm256_xor_si256(_mm256_xor_si256(first.high, d), _mm256_set1_epi32(static_cast<int>(second_key)));
     b = second.low, d = first.low;
@@ -84,21 +85,18 @@ void draw(uint64_t seed, int64_t row, int64_t col, uint16_t* to) {
 
 // Toward zero, plus one unit in the last place where the part cut off and the draw carry over; to nearest what is, or
 // would become, infinite.
-void store_drawn(BF16* to, __m256 x, const uint16_t* draws) {
-  const __m256i bits = _mm256_castps_si256(x);
-  const __m256i random = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(draws)));
-  const __m256i drawn = _mm256_srli_epi32(_mm256_add_epi32(bits, random), 16);
-  const __m256i size = _mm256_and_si256(bits, _mm256_set1_epi32(0x7FFFFFFF));
-  const __m256i large = _mm256_cmpgt_epi32(size, _mm256_set1_epi32(0x7F7EFFFF));
-  store_halves(&to->bits, _mm256_blendv_epi8(drawn, nearest_bf16(x), large));
+void store_drawn(BF16* to, Vector x, const uint16_t* draws) {
+  const Words bits = bits_of(x), size = both(bits, all_words(0x7FFFFFFF));
+  const Words drawn = shifted_right<16>(add(bits, widened_halves(load_halves(draws))));
+  store_halves(to, low_halves(where_greater(size, all_words(0x7F7EFFFF), drawn, nearest_bf16(x))));
 }
 
 // -- tiles -----------------------------------------------------------------------------------------------------
 
 template <bool stochastic, class Element>
-void finish(__m256 first, __m256 second, __m256 alpha, const Element* from, Element* to, const uint16_t* draws) {
-  first = _mm256_fnmadd_ps(alpha, first, load(from));
-  second = _mm256_fnmadd_ps(alpha, second, load(from + LANES));
+void finish(Vector first, Vector second, Vector alpha, const Element* from, Element* to, const uint16_t* draws) {
+  first = multiply_subtract(alpha, first, load(from));
+  second = multiply_subtract(alpha, second, load(from + LANES));
   if constexpr (stochastic) {
     store_drawn(to, first, draws), store_drawn(to + LANES, second, draws + LANES);
   } else {
@@ -110,26 +108,26 @@ template <bool stochastic, class Element>
 [[gnu::noinline]] void tile(const OuterUpdate& u, const float* left, const float* right, const Element* from,
                             Element* to, const uint16_t* draws, int64_t rows, int64_t cols) {
   for (int r = 0; r < TALL; ++r) __builtin_prefetch(from + (TALL + r) * u.from_stride, 1);  // of the tile that is below
-  __m256 sum[TALL][2] = {};
+  Vector sum[TALL][2] = {};
 #pragma GCC unroll 4
   for (int64_t t = 0; t < u.terms; ++t) {
-    const __m256 first = _mm256_loadu_ps(right + t * WIDE), second = _mm256_loadu_ps(right + t * WIDE + LANES);
-#pragma GCC unroll 6
+    const Vector first = load(right + t * WIDE), second = load(right + t * WIDE + LANES);
+#pragma GCC unroll 12
     for (int r = 0; r < TALL; ++r) {
-      const __m256 factor = _mm256_broadcast_ss(left + t * TALL + r);
-      sum[r][0] = _mm256_fmadd_ps(factor, first, sum[r][0]);
-      sum[r][1] = _mm256_fmadd_ps(factor, second, sum[r][1]);
+      const Vector factor = all(left[t * TALL + r]);
+      sum[r][0] = multiply_add(factor, first, sum[r][0]);
+      sum[r][1] = multiply_add(factor, second, sum[r][1]);
     }
   }
-  const __m256 alpha = _mm256_set1_ps(u.alpha);
+  const Vector alpha = all(u.alpha);
   if (rows == TALL && cols == WIDE) {
-#pragma GCC unroll 6
+#pragma GCC unroll 12
     for (int r = 0; r < TALL; ++r)
       finish<stochastic>(sum[r][0], sum[r][1], alpha, from + r * u.from_stride, to + r * u.to_stride,
                          draws + (stochastic ? r * MOST_DRAWN : 0));
     return;
   }
-  __m256 kept[TALL][2];  // of sums that a loop counts, none would stay in a register
+  Vector kept[TALL][2];  // of sums that a loop counts, none would stay in a register
   __builtin_memcpy(kept, sum, sizeof kept);
   for (int64_t r = 0; r < rows; ++r) {
     Element edge[WIDE] = {};
@@ -152,7 +150,7 @@ void write(const OuterUpdate& u, float* scratch, int threads) {
     for (int64_t i = 0; i < left_panels; ++i) pack_left(u, i, packed.left + i * TALL * u.terms);
 #pragma omp for
     for (int64_t i = 0; i < right_panels; ++i) pack_right(u, i, packed.right + i * WIDE * u.terms);
-    alignas(32) uint16_t draws[stochastic ? TALL * MOST_DRAWN : 1];
+    alignas(64) uint16_t draws[stochastic ? TALL * MOST_DRAWN : 1];
 #pragma omp for schedule(dynamic)
     for (int64_t task = 0; task < blocks * tasks; ++task) {
       const int64_t start = task / tasks * columns, end = least(u.cols, start + columns);
@@ -187,7 +185,8 @@ bool finite(const float* values, int64_t count) {
 
 }  // namespace
 
-bool finite_factors(const OuterUpdate& u) {
+template <>
+bool finite_factors<ISA>(const OuterUpdate& u) {
   const bool by_term = u.left_row == 1;
   const int64_t lines = by_term ? u.terms : u.rows, length = by_term ? u.rows : u.terms;
   for (int64_t i = 0; i < lines; ++i)
@@ -197,11 +196,13 @@ bool finite_factors(const OuterUpdate& u) {
   return true;
 }
 
-int64_t outer_update_scratch(const OuterUpdate& u) {
+template <>
+int64_t outer_update_scratch<ISA>(const OuterUpdate& u) {
   return (divide_up(u.rows, TALL) * TALL + divide_up(u.cols, WIDE) * WIDE) * u.terms + 16;
 }
 
-void outer_update(const OuterUpdate& u, Kind kind, bool stochastic, float* scratch, int threads) {
+template <>
+void outer_update<ISA>(const OuterUpdate& u, Kind kind, bool stochastic, float* scratch, int threads) {
   if (kind == Kind::float32) write<false, float>(u, scratch, threads);
   if (kind == Kind::float16) write<false, F16>(u, scratch, threads);
   if (kind == Kind::bfloat16 && !stochastic) write<false, BF16>(u, scratch, threads);

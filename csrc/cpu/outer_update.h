@@ -22,13 +22,16 @@ struct OuterUpdate {
 };
 
 // Whether no factor is NaN or infinite.
+template <Isa isa>
 bool finite_factors(const OuterUpdate& update);
 
 // How many floats outer_update needs to work in.
+template <Isa isa>
 int64_t outer_update_scratch(const OuterUpdate& update);
 
 // Sums are float32, rounded once to the matrix's kind: to nearest, or (bfloat16) stochastically, by the draws of
 // mendfast.reference.rank1_update. The result does not depend on the number of threads.
+template <Isa isa>
 void outer_update(const OuterUpdate& update, Kind kind, bool stochastic, float* scratch, int threads);
 
 }  // namespace mendfast

@@ -42,14 +42,15 @@ void merge(const Chunk& chunk, int64_t col, int64_t width, double before, double
 
 }  // namespace
 
-int64_t kept_rows(const Chunk& chunk) {
+template <>
+int64_t kept_rows<ISA>(const Chunk& chunk) {
   if (!chunk.mask) return chunk.count;
   int64_t kept = 0;
   for (int64_t n = 0; n < chunk.count; ++n) kept += chunk.mask[n];
   return kept;
 }
 
-template <class Element>
+template <Isa isa, class Element>
 void running_stats(const Chunk& chunk, double before, double kept, Element* mean, Element* m2, int threads) {
   const int64_t blocks = divide_up(chunk.width, WIDTH);
   if (chunk.count * chunk.width < 1 << 15) threads = 1;
@@ -63,7 +64,7 @@ void running_stats(const Chunk& chunk, double before, double kept, Element* mean
   }
 }
 
-template void running_stats(const Chunk&, double, double, float*, float*, int);
-template void running_stats(const Chunk&, double, double, double*, double*, int);
+template void running_stats<ISA>(const Chunk&, double, double, float*, float*, int);
+template void running_stats<ISA>(const Chunk&, double, double, double*, double*, int);
 
 }  // namespace mendfast

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "kinds.h"
+
 namespace mendfast {
 
 struct Chunk {
@@ -12,10 +14,11 @@ struct Chunk {
 };
 
 // How many rows the mask keeps.
+template <Isa isa>
 int64_t kept_rows(const Chunk& chunk);
 
 // Chan, Golub and LeVeque 1979, in float64: mean and m2 of ``before`` rows become those of before + kept rows.
-template <class Element>
+template <Isa isa, class Element>
 void running_stats(const Chunk& chunk, double before, double kept, Element* mean, Element* m2, int threads);
 
 }  // namespace mendfast

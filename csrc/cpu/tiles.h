@@ -1,4 +1,4 @@
-// Products of few rows in pieces that stay in registers and near caches, for AVX2. One translation unit each.
+// Products of few rows in pieces that stay in registers and near caches. One translation unit each.
 //
 // A row of w that lies along the depth is multiplied by dot products: a tile of ROWS x COLUMNS sums stays in
 // registers while it moves along the depth. One that lies along the columns is multiplied by outer products. The first
@@ -19,27 +19,25 @@ namespace {
 // What a tile multiplies by: w; w, of which it makes a copy; or the copy.
 enum Copy { NONE, MADE, READ };
 
-// [sum of a, sum of b, sum of c, sum of d]
-inline __m128 sums_of(__m256 a, __m256 b, __m256 c, __m256 d) {
-  const __m256 halves = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
-  return _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1));
-}
-
 // -- w as [cols, depth] ----------------------------------------------------------------------------------------
 
-constexpr int COLUMNS = 4;  // with ROWS x COLUMNS sums, ROWS of x and one of w, 16 registers are full
-constexpr int ROWS = 3;
-constexpr int64_t DOT_DEPTH = 768;  // a tile's rows of x and w, this deep, take 21 of the first cache's 32 KiB
+// With ROWS x COLUMNS sums, ROWS of x and one of w the registers are full: 16 of AVX2, 31 of AVX-512's 32.
+constexpr int COLUMNS = 4;
+constexpr int ROWS = ISA == Isa::avx512 ? 6 : 3;
+constexpr int64_t DOT_DEPTH = 768;  // a tile's rows of x and w, this deep, take 21 or 30 KiB of the first cache
+constexpr int NEAR = ISA == Isa::avx512 ? 3 : 2;  // the cache that the next columns are asked into: the first or second
 
-inline int64_t dot_depth(int64_t depth) {
-  return divide_up(divide_up(depth, divide_up(depth, DOT_DEPTH)), LANES) * LANES;
+// A piece of the depth. AVX-512 is through it so soon that, but for two tiles in one piece, all of x should stay near.
+inline int64_t dot_depth(int64_t depth, int64_t rows) {
+  const bool less = ISA == Isa::avx512 && (depth > DOT_DEPTH || rows > 2 * ROWS);
+  return divide_up(divide_up(depth, divide_up(depth, less ? 640 : DOT_DEPTH)), LANES) * LANES;
 }
 
 // x as pieces [rows, dot_depth], one after the other along the depth: pieces of far-apart rows lie on more pages than
 // the processor can keep in mind. Called by all threads of a team.
 template <class Element>
 void split_depth(const Product<Element>& p, float* pieces) {
-  const int64_t step = dot_depth(p.depth);
+  const int64_t step = dot_depth(p.depth, p.rows);
 #pragma omp for
   for (int64_t row = 0; row < p.rows; ++row)
     for (int64_t start = 0; start < p.depth; start += step)
@@ -54,23 +52,24 @@ template <int rows, int asks, Copy copy, class Element>
                                 float* copied) {
   const float* x = p.x + row * p.x_stride;
   const Element* w = p.w + col * p.w_stride;
-  __m256 sum[rows][COLUMNS] = {};
+  Vector sum[rows][COLUMNS] = {};
   int64_t k = 0;
 #pragma GCC unroll 4
   for (; k + LANES <= p.depth; k += LANES) {
 #pragma GCC unroll 4
-    for (int i = 0; i < asks; ++i) __builtin_prefetch(next + i * (COLUMNS / asks) * p.w_stride + k, 0, 2);
-    __m256 left[rows];
-    for (int r = 0; r < rows; ++r) left[r] = _mm256_loadu_ps(x + r * p.x_stride + k);
+    for (int i = 0; i < asks; ++i) __builtin_prefetch(next + i * (COLUMNS / asks) * p.w_stride + k, 0, NEAR);
+    Vector left[rows];
+#pragma GCC unroll 6
+    for (int r = 0; r < rows; ++r) left[r] = load(x + r * p.x_stride + k);
 #pragma GCC unroll 4
     for (int c = 0; c < COLUMNS; ++c) {
-      const __m256 right = copy == READ ? load(copied + c * DOT_DEPTH + k) : load(w + c * p.w_stride + k);
+      const Vector right = copy == READ ? load(copied + c * DOT_DEPTH + k) : load(w + c * p.w_stride + k);
       if constexpr (copy == MADE) store(copied + c * DOT_DEPTH + k, right);
-#pragma GCC unroll 4
-      for (int r = 0; r < rows; ++r) sum[r][c] = _mm256_fmadd_ps(left[r], right, sum[r][c]);
+#pragma GCC unroll 6
+      for (int r = 0; r < rows; ++r) sum[r][c] = multiply_add(left[r], right, sum[r][c]);
     }
   }
-#pragma GCC unroll 4
+#pragma GCC unroll 6
   for (int r = 0; r < rows; ++r) {
     __m128 total = sums_of(sum[r][0], sum[r][1], sum[r][2], sum[r][3]);
     for (int64_t i = k; i < p.depth; ++i) {
@@ -84,17 +83,19 @@ template <int rows, int asks, Copy copy, class Element>
   }
 }
 
-template <int asks, Copy copy, class Element>
+// ``rows`` of them, at most ``most``.
+template <int asks, Copy copy, int most = ROWS, class Element>
 void dot_tile(int64_t rows, const Product<Element>& p, bool first, int64_t row, int64_t col, const Element* next,
               float* copied) {
-  if (rows == 3) dot_tile<3, asks, copy>(p, first, row, col, next, copied);
-  if (rows == 2) dot_tile<2, asks, copy>(p, first, row, col, next, copied);
-  if (rows == 1) dot_tile<1, asks, copy>(p, first, row, col, next, copied);
+  if (rows == most)
+    dot_tile<most, asks, copy>(p, first, row, col, next, copied);
+  else if constexpr (most > 1)
+    dot_tile<asks, copy, most - 1>(rows, p, first, row, col, next, copied);
 }
 
-template <int asks, class Element>
+template <int asks, bool alone, class Element>
 void dot_tiles(const Product<Element>& p, bool first, int64_t col, int64_t tiles) {
-  constexpr bool copies = asks < COLUMNS && !std::is_same_v<Element, float>;
+  constexpr bool copies = !alone && !std::is_same_v<Element, float>;
   alignas(64) float copied[copies ? COLUMNS * DOT_DEPTH : 1];
   const Element* next = p.w + (col + COLUMNS) * p.w_stride;
   for (int64_t tile = 0, row = 0; tile < tiles; ++tile) {
@@ -116,9 +117,9 @@ void dot_column(const Product<Element>& p, bool first, int64_t col) {
   const float* w = widened(p.w + col * p.w_stride, p.depth, room);
   for (int64_t row = 0; row < p.rows; ++row) {
     const float* x = p.x + row * p.x_stride;
-    __m256 sum = _mm256_setzero_ps();
+    Vector sum = zeros();
     int64_t k = 0;
-    for (; k + LANES <= p.depth; k += LANES) sum = _mm256_fmadd_ps(_mm256_loadu_ps(x + k), _mm256_loadu_ps(w + k), sum);
+    for (; k + LANES <= p.depth; k += LANES) sum = multiply_add(load(x + k), load(w + k), sum);
     float total = sum_of(sum);
     for (; k < p.depth; ++k) total += x[k] * w[k];
     float* y = p.y + row * p.y_stride + col;
@@ -129,7 +130,7 @@ void dot_column(const Product<Element>& p, bool first, int64_t col) {
 // Columns [col, end) of y, from x as split_depth left it.
 template <class Element>
 void dot_columns(const Product<Element>& p, const float* pieces, int64_t from, int64_t end) {
-  const int64_t step = dot_depth(p.depth), tiles = divide_up(p.rows, ROWS);
+  const int64_t step = dot_depth(p.depth, p.rows), tiles = divide_up(p.rows, ROWS);
   for (int64_t start = 0; start < p.depth; start += step) {
     Product<Element> piece = p;
     piece.x = pieces + start * p.rows;
@@ -138,10 +139,13 @@ void dot_columns(const Product<Element>& p, const float* pieces, int64_t from, i
     piece.depth = least(step, p.depth - start);
     int64_t col = from;
     for (; col + COLUMNS <= end; col += COLUMNS) {
-      // all of the next columns once, whatever the number of tiles
-      if (tiles == 1) dot_tiles<4>(piece, start == 0, col, tiles);
-      if (tiles == 2) dot_tiles<2>(piece, start == 0, col, tiles);
-      if (tiles >= 3) dot_tiles<1>(piece, start == 0, col, tiles);
+      // all of the next columns, whatever the number of tiles
+      if (tiles == 1)
+        dot_tiles<4, true>(piece, start == 0, col, tiles);
+      else if (tiles <= 3)
+        dot_tiles<2, false>(piece, start == 0, col, tiles);
+      else
+        dot_tiles<ISA == Isa::avx512 ? 4 : 1, false>(piece, start == 0, col, tiles);
     }
     for (; col < end; ++col) dot_column(piece, start == 0, col);
   }
@@ -150,11 +154,13 @@ void dot_columns(const Product<Element>& p, const float* pieces, int64_t from, i
 // -- w as [depth, cols] ----------------------------------------------------------------------------------------
 
 constexpr int64_t WIDTH = 2 * LANES;  // of a tile
-constexpr int64_t TALLEST = 6;        // rows of a tile: 6 x 2 sums, 2 of w and one of x, 15 registers
+constexpr int64_t TALLEST = ISA == Isa::avx512 ? 12 : 6;  // rows of a tile: x 2 sums, 2 of w and one of x
 constexpr int64_t PANEL = 768;        // columns at a time: long pieces of w's rows, as memory likes it
 constexpr int64_t THIN_DEEP = 16;     // rows of w at a time, if one tile takes them all,
 constexpr int64_t MOST_DEEP = 128;    // and if many do
 constexpr int64_t SOON = 8;           // rows of w that are on their way to the first cache
+template <class Element>
+constexpr int64_t NEXT = WIDTH * sizeof(Element) < 64 ? 64 / sizeof(Element) : WIDTH;  // columns, a line at least
 
 // Rows of w at a time: the fewer rows of y, the sooner a tile needs the next ones.
 inline int64_t deep_of(int64_t rows) {
@@ -163,49 +169,55 @@ inline int64_t deep_of(int64_t rows) {
   return deep;
 }
 
+// All cache lines of a tile's row, into the first cache or (locality 2) the second.
+template <int locality, class Element>
+void ask(const Element* row) {
+  constexpr int64_t line = 64 / sizeof(Element);
+  for (int64_t i = 0; i < WIDTH; i += line) __builtin_prefetch(row + i, 0, locality);
+}
+
 // y [rows, WIDTH] += x [rows, depth] w [depth, WIDTH]; the first of several tiles leaves a copy of w to the others.
 template <int rows, Copy copy, class Element>
 [[gnu::noinline]] void outer_tile(const float* x, int64_t x_stride, const Element* w, int64_t w_stride, float* packed,
                                   int64_t depth, float* y, int64_t y_stride) {
-  __m256 sum[rows][2];
-#pragma GCC unroll 6
+  Vector sum[rows][2];
+#pragma GCC unroll 12
   for (int r = 0; r < rows; ++r)
-    for (int c = 0; c < 2; ++c) sum[r][c] = _mm256_loadu_ps(y + r * y_stride + c * LANES);
+    for (int c = 0; c < 2; ++c) sum[r][c] = load(y + r * y_stride + c * LANES);
 #pragma GCC unroll 4
   for (int64_t k = 0; k < depth; ++k) {
     const Element* row = w + k * w_stride;
     float* copied = packed + k * WIDTH;
-    const __m256 first = copy == READ ? load(copied) : load(row);
-    const __m256 second = copy == READ ? load(copied + LANES) : load(row + LANES);
+    const Vector first = copy == READ ? load(copied) : load(row);
+    const Vector second = copy == READ ? load(copied + LANES) : load(row + LANES);
     if constexpr (copy == NONE) {
-      __builtin_prefetch(row + 64 / sizeof(Element));
-      __builtin_prefetch(row + THIN_DEEP * w_stride, 0, 2);
+      ask<3>(row + 2 * NEXT<Element>);
+      ask<2>(row + THIN_DEEP * w_stride);
     }
     if constexpr (copy == MADE) {
-      __builtin_prefetch(row + SOON * w_stride);
+      ask<3>(row + SOON * w_stride);
       store(copied, first), store(copied + LANES, second);
     }
-#pragma GCC unroll 6
+#pragma GCC unroll 12
     for (int r = 0; r < rows; ++r) {
-      const __m256 left = _mm256_broadcast_ss(x + r * x_stride + k);
-      sum[r][0] = _mm256_fmadd_ps(left, first, sum[r][0]);
-      sum[r][1] = _mm256_fmadd_ps(left, second, sum[r][1]);
+      const Vector left = all(x[r * x_stride + k]);
+      sum[r][0] = multiply_add(left, first, sum[r][0]);
+      sum[r][1] = multiply_add(left, second, sum[r][1]);
     }
   }
-#pragma GCC unroll 6
+#pragma GCC unroll 12
   for (int r = 0; r < rows; ++r)
-    for (int c = 0; c < 2; ++c) _mm256_storeu_ps(y + r * y_stride + c * LANES, sum[r][c]);
+    for (int c = 0; c < 2; ++c) store(y + r * y_stride + c * LANES, sum[r][c]);
 }
 
-template <Copy copy, class Element>
+// ``rows`` of them, at most ``most``.
+template <Copy copy, int most = TALLEST, class Element>
 void outer_tile(int64_t rows, const float* x, int64_t x_stride, const Element* w, int64_t w_stride, float* packed,
                 int64_t depth, float* y, int64_t y_stride) {
-  if (rows == 6) outer_tile<6, copy>(x, x_stride, w, w_stride, packed, depth, y, y_stride);
-  if (rows == 5) outer_tile<5, copy>(x, x_stride, w, w_stride, packed, depth, y, y_stride);
-  if (rows == 4) outer_tile<4, copy>(x, x_stride, w, w_stride, packed, depth, y, y_stride);
-  if (rows == 3) outer_tile<3, copy>(x, x_stride, w, w_stride, packed, depth, y, y_stride);
-  if (rows == 2) outer_tile<2, copy>(x, x_stride, w, w_stride, packed, depth, y, y_stride);
-  if (rows == 1) outer_tile<1, copy>(x, x_stride, w, w_stride, packed, depth, y, y_stride);
+  if (rows == most)
+    outer_tile<most, copy>(x, x_stride, w, w_stride, packed, depth, y, y_stride);
+  else if constexpr (most > 1)
+    outer_tile<copy, most - 1>(rows, x, x_stride, w, w_stride, packed, depth, y, y_stride);
 }
 
 // y [rows, PANEL] += x [rows, start .. end) w [start .. end, col .. col + PANEL)
@@ -231,7 +243,7 @@ void outer_panel(const Product<Element>& p, int64_t col, int64_t start, int64_t 
       for (int64_t tile = 0, row = 0; tile < tiles; ++tile) {
         if (tiles > 1)
           for (int64_t k = tile * share; k < least((tile + 1) * share, p.depth - soon_row); ++k)
-            __builtin_prefetch(soon + k * p.w_stride, 0, 2);
+            ask<2>(soon + k * p.w_stride);
         const int64_t rows = divide_up(p.rows - row, tiles - tile);
         const float* x = p.x + row * p.x_stride + start;
         float* to = y + row * y_stride + c;

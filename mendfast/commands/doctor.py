@@ -22,6 +22,9 @@ from .console import make_console, plain, text
 PACKAGES = ("mendfast", "torch", "triton", "transformers", "safetensors", "datasets", "accelerate")
 
 
+INSTRUCTIONS = {None: "", "avx2": "AVX2", "avx512": "AVX-512"}
+
+
 @dataclass(kw_only=True)
 class DoctorSettings:
     """Nothing."""
@@ -42,7 +45,7 @@ def examine(console: Console) -> dict[str, Any]:
         "versions": versions,
         "device": device_name(device),
         "extension": build_info(),
-        "cpu_extension": build_info("cpu") | {"problem": few_rows.problem()},
+        "cpu_extension": build_info("cpu") | _served(),
         "ops": backends.explain(device),
     }
     console.print(f"Python {findings['python']}, " + ", ".join(f"{k} {v}" for k, v in versions.items()))
@@ -57,7 +60,8 @@ def examine(console: Console) -> dict[str, Any]:
         )
     )
     problem = findings["cpu_extension"]["problem"]
-    console.print(text("CPU extension: " + (f"can't serve, {problem}" if problem else "built, for AVX2")))
+    widest = INSTRUCTIONS[findings["cpu_extension"]["instructions"]]
+    console.print(text("CPU extension: " + (f"can't serve, {problem}" if problem else f"built, runs by {widest}")))
     table = Table(title=f"Backends on {device}")
     for column in ("op", "backend", "better ones, and why they were left"):
         table.add_column(column)
@@ -70,6 +74,11 @@ def examine(console: Console) -> dict[str, Any]:
         f"{mark} one edit of a random 4-block GPT-2: {findings['edit_ms']:.1f} ms, applied and taken out again"
     )
     return findings
+
+
+def _served() -> dict[str, str | None]:
+    problem = few_rows.problem()
+    return {"problem": problem, "instructions": None if problem else few_rows.instructions()}
 
 
 def cpu_name() -> str:

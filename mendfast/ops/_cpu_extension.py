@@ -8,7 +8,7 @@ import torch
 
 from .. import backends
 
-KERNELS = ("few_rows", "linear_nll", "outer_update", "kl_forward", "kl_backward", "running_stats")
+KERNELS = ("instructions", "few_rows", "linear_nll", "outer_update", "kl_forward", "kl_backward", "running_stats")
 
 
 def _problem() -> str | None:
@@ -30,6 +30,13 @@ _PROBLEM = _problem()
 def problem() -> str | None:
     """Why the CPU extension can't run on this machine, or None."""
     return _PROBLEM
+
+
+def instructions() -> str:
+    """What the kernels of the CPU extension, which can run here, are compiled for: "avx512" or "avx2"."""
+    from .. import _cpu
+
+    return str(_cpu.instructions())
 
 
 def row_major(x: torch.Tensor) -> torch.Tensor:

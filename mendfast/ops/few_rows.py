@@ -11,11 +11,11 @@ from collections.abc import Callable
 import torch
 
 from . import many_rows
-from ._cpu_extension import kind_of, problem, row_major, row_stride
+from ._cpu_extension import instructions, kind_of, problem, row_major, row_stride
 
 MOST_ROWS = 96
 """From about as many on PyTorch's product is as fast,"""
-MOST_BESIDE = {True: 20, False: 6}
+MOST_BESIDE = {"avx512": {True: MOST_ROWS, False: 48}, "avx2": {True: 20, False: 6}}
 """and that of :mod:`mendfast.ops.many_rows`, of a float32 w whose columns are contiguous, or its rows."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Of w and bias."""
@@ -67,7 +67,7 @@ def served(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None) -> bool:
 def most_rows(w: torch.Tensor) -> int:
     """Up to how many the kernel is the faster one."""
     beside = w.dtype == torch.float32 and many_rows.faster()
-    return min(MOST_ROWS, MOST_BESIDE[_transposed(w)]) if beside else MOST_ROWS
+    return min(MOST_ROWS, MOST_BESIDE[instructions()][_transposed(w)]) if beside else MOST_ROWS
 
 
 def _fits(bias: torch.Tensor, w: torch.Tensor) -> bool:

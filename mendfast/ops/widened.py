@@ -1,8 +1,9 @@
-"""Products with 16-bit weights on CPUs that have no units for them, in float32.
+"""Products with 16-bit weights in float32: of few rows, and of all on CPUs that have no units for 16 bits.
 
-Such a CPU's library multiplies 16-bit matrices at a fraction of float32's speed. The weights stay as they are: with few
-rows the kernel widens what it reads (:mod:`mendfast.ops.few_rows`), with many a part that fits the processor's cache is
-widened, multiplied there, and makes room for the next. Sums are rounded once where the other factor is in 16 bits too.
+The library of such a CPU multiplies 16-bit matrices at a fraction of float32's speed. The weights stay as they are:
+with few rows the kernel widens what it reads (:mod:`mendfast.ops.few_rows`), with many a part that fits the processor's
+cache is widened, multiplied there, and makes room for the next. Sums are rounded once where the other factor is in 16
+bits too.
 """
 
 from __future__ import annotations
@@ -12,12 +13,15 @@ import functools
 import torch
 
 from . import few_rows
+from ._cpu_extension import instructions
 
 PART = 1 << 18
 """Weights that are widened at a time: 1 MiB."""
 LEAST_ROWS = 2
-"""Below, a product in 16 bits takes no longer."""
+"""Below, a product in 16 bits takes no longer than one part by part."""
 LEAST_WEIGHTS = 1 << 16
+MOST_BESIDE_UNITS = 16
+"""From about as many on units for 16 bits are faster than AVX-512's for 32."""
 UNITS = {torch.bfloat16: ("avx512_bf16", "amx_bf16"), torch.float16: ("avx512_fp16", "amx_fp16")}
 
 
@@ -33,12 +37,12 @@ def served(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None) -> bool:
     wide = x.dtype == torch.float32
     return (
         w.dtype in UNITS
-        and (wide or x.dtype == w.dtype and len(x) >= LEAST_ROWS and w.numel() >= LEAST_WEIGHTS)
+        and (wide or x.dtype == w.dtype and w.numel() >= LEAST_WEIGHTS)
         and x.device.type == w.device.type == "cpu"
         and x.dim() == w.dim() == 2
         and x.shape[1] == w.shape[0]
         and (bias is None or bias.dtype == w.dtype and bias.device == x.device and bias.shape == w.shape[1:])
-        and not has_units(w.dtype)
+        and (_few(x, w) or not has_units(w.dtype) and (wide or len(x) >= LEAST_ROWS))
     )
 
 
@@ -71,7 +75,12 @@ def mm_transposed(grad: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
 
 
 def _few(x: torch.Tensor, w: torch.Tensor) -> bool:
-    return len(x) <= few_rows.MOST_ROWS and few_rows.has_lines(w) and few_rows.problem() is None
+    """Whether the kernel is the faster one."""
+    if not few_rows.has_lines(w) or few_rows.problem() is not None:
+        return False
+    if not has_units(w.dtype):
+        return len(x) <= few_rows.MOST_ROWS
+    return len(x) <= MOST_BESIDE_UNITS and instructions() == "avx512"
 
 
 def _place(w: torch.Tensor, rows: int, cols: int) -> torch.Tensor:
