@@ -347,7 +347,7 @@ def follow(
                 examples, pad_token_id=pad_token_id(subject.tokenizer), encoder_decoder=subject.kind != "causal"
             )
             batch = to_device(batch, subject.device)
-            with below(batch):
+            with frozen(subject.model), below(batch):
                 rows = target_rows(subject.model, batch)
         for values, part in zip((logits, labels, sample), (rows.logits, rows.labels, rows.sample + start), strict=True):
             values.append(part)

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 
 from . import ops
+from .capture import frozen
 from .editable import EditableModel
 from .objective import Below, all_correct, target_rows, to_device
 
@@ -129,7 +130,7 @@ def tell(
     found: list[Told] = []
     for start in range(0, len(pairs), batch_size):
         batch = to_device(editor.tokenize(pairs[start : start + batch_size]), editor.device)
-        with below(batch):
+        with frozen(editor.model), below(batch):
             rows, size = target_rows(editor.model, batch), len(batch["input_ids"])
         losses = ops.token_nll_rows(rows.logits, rows.labels)
         choice, kept = rows.logits.argmax(-1), rows.logits if logits else rows.logits.new_zeros(len(rows.logits), 0)

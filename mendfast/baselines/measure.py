@@ -12,6 +12,7 @@ import torch
 
 from .. import ops
 from ..answers import can_match, contains, exact_match, first_sentence, first_word, has_got, rouge_l, yes_or_no
+from ..capture import frozen
 from ..editable import EditableModel
 from ..generation import Answer, agreed, answer, follow, generate_answers
 from ..labels import IGNORE, encode_prompt, has_template
@@ -145,7 +146,7 @@ class Before:
     @torch.no_grad()
     def read(self, part: int, below: Below = contextlib.nullcontext) -> Rows:
         """The rows that :meth:`text` holds, of the model as it is now."""
-        with below(self._batches[part]):
+        with frozen(self.subject.model), below(self._batches[part]):
             return target_rows(self.subject.model, self._batches[part])
 
 
