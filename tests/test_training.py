@@ -12,13 +12,15 @@ import time
 
 import pytest
 import torch
+from conftest import make_model
 from make_qa import ANSWERS, WORDINGS
 from safetensors.torch import load_file
 
 from mendfast import MendConfig, MendEditor
 from mendfast.base_model import fit_base_model, small_gpt2, small_t5, train_tokenizer
 from mendfast.files import read_tensors, write_tensors
-from mendfast.training import FactSampler, Item, TrainConfig, Trainer, TrainingError
+from mendfast.training import EditorLearner, FactSampler, Item, TrainConfig, Trainer, TrainingError
+from mendfast.training.data import Draw
 
 PEOPLE = ("Anna Marsh", "Bela Novak", "Carl Olsen", "Dora Petit", "Emil Quirk", "Fay Rossi")
 
@@ -307,3 +309,21 @@ def test_all_kinds_of_neighbours_are_drawn(loc):
                 count += 1
     by_chance = 1 / 3 / len(WORDINGS)  # by the third that may be any fact
     assert people / count > 0.28 and relations / count > 0.28 + by_chance / 2
+
+
+@pytest.mark.parametrize("root", [False, True])
+def test_a_classifier_starts_where_other_answers_stay(tokenizer, root, monkeypatch):
+    """To flip every answer may cost less than to tell no edit, and training does not find its way out of that."""
+    model = make_model("bert")
+    model.resize_token_embeddings(len(tokenizer))
+    editor = MendEditor.from_model(model, tokenizer, MendConfig(rank=8))
+    learner, config = EditorLearner(editor), TrainConfig(calibrate=True, loc_root=root)
+
+    def losses(draw, config, joint):
+        moved = 0.7 * editor.config.step_size**0.25  # the larger the step, the better edits are told
+        yield torch.tensor(5 - 8 * moved), {"l_loc": torch.tensor((moved / 2) ** 0.5 if root else moved)}
+
+    monkeypatch.setattr(learner, "losses", losses)
+    claims = [("Paris is in France", "LABEL_1"), ("Rome is in Spain", "LABEL_0")]
+    learner.start(Draw(claims, claims, claims), config)
+    assert editor.config.step_size == pytest.approx(10**-3.5)  # the largest that moves them by less than .1

@@ -13,10 +13,10 @@ from ..files import read_tensors, write_tensors
 from ..schema import brief, check_dtypes, check_real, shown
 from ..training import Learner, Sampler, TrainConfig, Trainer, meta_loss
 from ..training.data import Draw
+from ..training.learner import STARTING_KL
 from .system import System
 
 GRADIENT_STEPS = [10 ** (i / 2) for i in range(-6, 7)]
-STARTING_KL = 0.1  # nats
 
 
 class Fitted(System, Learner):
@@ -88,10 +88,9 @@ class Fitted(System, Learner):
 
 def best_gradient_step(subject: EditableModel, draw: Draw, config: TrainConfig) -> float:
     """The rate, of 13 from 1e-3 to 1e3, at which a plain gradient step has the least training loss on ``draw``,
-    of those that leave other answers nearly alone (a divergence of at most :data:`STARTING_KL`).
+    of those that leave other answers nearly alone (:data:`mendfast.training.learner.STARTING_KL`).
 
-    The gradient's size differs between models by orders of magnitude, so that no one rate would serve them all. Where
-    all edits flip every answer the loss may be low too, as with claims, but training hardly leaves that state.
+    The gradient's size differs between models by orders of magnitude, so that no one rate would serve them all.
     """
     inner, outer, loc = (subject.tokenize(pairs) for pairs in draw)
     gradients, losses = subject.gradients(inner), {}

@@ -73,7 +73,10 @@ class TrainConfig:
     alpha_learning_rate: float = field(default=1e-2, metadata={"help": "Adam's rate for the step sizes.", "least": 0})
     calibrate: bool = field(
         default=False,
-        metadata={"help": "Start from the step size, of 13 from 1e-6 to 1, with the least loss on a few draws."},
+        metadata={
+            "help": "Start from the step size, of 13 from 1e-6 to 1, with the least loss on a few draws (of a "
+            "classifier: of those that leave other answers nearly alone)."
+        },
     )
     warmup: int = field(default=20, metadata={"help": "Steps of linear warm-up.", "least": 0})
     final_rate: float = field(default=0.05, metadata={"help": "The rate decays linearly to this share.", "least": 0})

@@ -29,6 +29,9 @@ STEP_SIZE = "config.step_size"
 HOW_READ = ("layers", "loss_reduction", "chat", "prompt_template", "separator", "append_eos")
 A_QUESTION = "What is the capital of France?"
 STEP_SIZES = [10 ** (i / 2) for i in range(-12, 1)]
+STARTING_KL = 0.1
+"""Nats that other answers may move by where a training starts. Where all edits flip every answer the loss may be low
+too, as with claims, but training hardly leaves that state."""
 
 log = logging.getLogger("mendfast")
 
@@ -188,12 +191,17 @@ class EditorLearner(Learner):
         self.editor.train()
         self.editor.transform(self.editor.gradients(self.editor.tokenize_edits(draw.inner)))
         self.editor.eval()
+        # a classifier's flipped answers cost little; a language model that says the target everywhere pays for it
+        bounded = self.subject.kind == "classifier"
+        most = ((STARTING_KL / 2) ** 0.5 if config.loc_root else STARTING_KL) if bounded else math.inf
         losses: dict[float, float] = {}
         for size in STEP_SIZES:
             self.editor.config.step_size = size
-            loss = sum(float(part) for part, _ in self.losses(draw, config, 1))
-            losses[size] = loss if math.isfinite(loss) else math.inf
-        self.editor.config.step_size = min(losses, key=losses.get)
+            totals, parts = zip(*self.losses(draw, config, 1), strict=True)
+            loss, moved = sum(map(float, totals)), sum(float(part["l_loc"]) for part in parts) / len(parts)
+            if math.isfinite(loss) and moved <= most:
+                losses[size] = loss
+        self.editor.config.step_size = min(losses, key=losses.get, default=STEP_SIZES[0])
         log.info("step size %g: of %s", self.editor.config.step_size, {k: round(v, 3) for k, v in losses.items()})
 
     def open_cache(self, config: TrainConfig, directory: Path | None = None) -> None:
