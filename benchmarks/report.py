@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -170,7 +171,29 @@ def every_row(results: Sequence[dict]) -> str:
             lines += ["", f"Need a GPU ({len(result['need_a_gpu'])} rows): {missing}."]
     if not any(result["machine"]["device"] == "cuda" for result in results):
         lines += ["", "## GPU", "", "Not measured yet."]
+    for path in sorted((HERE / "results" / "seven_billion").glob("*.json")):
+        lines += ["", *seven_billion(json.loads(path.read_text()))]
     return "\n".join(lines) + "\n"
+
+
+def seven_billion(result: dict) -> list[str]:
+    """What benchmarks/seven_billion.py measured on one machine."""
+    machine, names = result["machine"], list(dict.fromkeys(name for row in result["rows"] for name in row))
+    body = [
+        [f"{row[name]:,.2f}" if isinstance(row.get(name), float) else row.get(name, "") for name in names]
+        for row in result["rows"]
+    ]
+    return [
+        f"## Seven billion parameters, {machine['name']}",
+        "",
+        "A random model of Llama-2-7B's shape, an editor of rank 1,920 for the MLPs of its last three blocks: edits with the",
+        "weights in 16, 8 and 4 bits, and training by four edits a step, the frozen blocks on disk. Each is a process of its",
+        "own; \"own GiB\" is its largest resident set less pages of the model's files, which the system takes back.",
+        f"{machine['threads']} threads; PyTorch {machine['versions']['torch']}; {machine['date']}, commit "
+        f"{(machine['commit'] or 'unknown')[:10]}, `{machine['command']}`.",
+        "",
+        *_table(names, body),
+    ]
 
 
 def replace_block(text: str, block: str, markers: tuple[str, str] = (BEGIN, END)) -> str:

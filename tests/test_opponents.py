@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import math
+import types
+
 import pytest
 import torch
 from test_baselines import base, edits, make, sampler, training
 from test_editor import same_bits, state
 
 from mendfast import EditMemory, EditRequest, MendConfig, MendEditor, ops
-from mendfast.baselines.mend import Malmen, MendSum
+from mendfast.baselines.mend import Malmen, Mend, MendSum
+from mendfast.commands.rates import Choice, Tally
 from mendfast.objective import nll, target_rows
+from mendfast.tasks.records import Example
 from mendfast.training.prefix import FrozenPrefix
+from mendfast.training.processes import Processes
 
 
 def oriented(layer, weight: torch.Tensor) -> torch.Tensor:
@@ -56,6 +62,52 @@ def test_mend_summed_is_the_same_editor_under_the_other_aggregation(tokenizer):
         close(
             alpha * delta.T @ u, sum(e.factors[name].alpha * e.factors[name].delta.T @ e.factors[name].u for e in alone)
         )
+
+
+@pytest.mark.parametrize("in_turn", [False, True])
+def test_the_weight_of_c_is_that_of_an_editor_with_so_much_more_mu(tokenizer, in_turn):
+    config = MendConfig(rank=8, step_size=1e-2, aggregation="least_squares")
+    editor = stirred(MendEditor.from_model(base("gpt2", tokenizer), tokenizer, config))
+    editor.protect(["Lima is a city. Oslo is another one."])
+    learned, system = editor.log_mu.detach().clone(), Mend(editor, weight=8.0)
+    requests = [EditRequest(*pair) for pair in edits("gpt2")]
+
+    def made() -> list[torch.Tensor]:
+        with system.edit(requests, in_turn=in_turn), torch.no_grad():
+            return [target_rows(editor.model, editor.tokenize(edits("gpt2"))).logits]
+
+    weighed = made()[0]
+    assert editor.log_mu.equal(learned)
+    system.weight = 1.0
+    assert not made()[0].allclose(weighed)
+    with torch.no_grad():
+        editor.log_mu.add_(math.log(8.0))
+    close(made()[0], weighed)
+
+
+def test_of_many_edits_at_once_the_weight_of_c_is_chosen(tokenizer, monkeypatch):
+    """An editor has learned one for edits of all sizes."""
+    config = MendConfig(rank=8, aggregation="least_squares")
+    system = Mend(MendEditor.from_model(base("gpt2", tokenizer), tokenizer, config))
+    examples = [Example(*pair) for pair in edits("gpt2")]
+    asked = types.SimpleNamespace(after=lambda *_, **__: {"rephrasings": [], "locality": []})
+    shares = {1.0: 0.2, 2.0: 0.5, 4.0: 0.9, 8.0: 0.6, 16.0: 0.1}
+
+    def tally(system, before, groups):
+        right = [i < 10 * shares[system.weight] for i in range(10)]
+        return Tally(right=right, same=1, tokens=1)
+
+    monkeypatch.setattr(Choice, "_tally", lambda self, *args: tally(*args))
+    for at_once, expected in ((True, 4.0), (False, 1.0)):
+        found = Choice(examples, asked, Processes(), at_once=at_once).choose(system, None)
+        assert system.weight == expected and (found is None) is not at_once
+        system.weight = 1.0
+    summed = MendSum.of(system.subject)
+    assert summed.weight is None and Choice(examples, asked, Processes(), at_once=True).choose(summed, None) is None
+    assert make("malmen", "gpt2", tokenizer).weight is None
+    assert Mend.of(system.subject, weight=3.0).weight == 3.0  # as an --option gives it
+    with pytest.raises(ValueError, match="weight is 0"):
+        Mend(system.subject, weight=0.0)
 
 
 def test_malmen_solves_the_normal_equations_with_a_ridge_alone(tokenizer, tmp_path):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -26,18 +27,32 @@ AT_A_TIME = 16  # edits between two looks at whether to keep what is done
 
 
 class Mend(System):
-    """MEND: ``subject`` is the editor."""
+    """MEND: ``subject`` is the editor.
+
+    Args:
+        subject: see :class:`System`.
+        weight: of C, beside what an editor by least squares has learned of it; one by sums has none.
+    """
 
     key, name = "mend", "MEND"
     changes: ClassVar[Mapping[str, Any]] = {}
     """What sets a variant's configuration apart from the one it is given."""
+    weighed: ClassVar[bool] = True
+    """Whether C has a part in its least squares."""
 
     subject: MendEditor
 
+    def __init__(self, subject: MendEditor, *, weight: float | None = None):
+        super().__init__(subject)
+        if weight is not None and not weight > 0:
+            raise ValueError(f"weight is {weight:g}; it must be greater than 0.")
+        by_c = self.weighed and subject.config.aggregation == "least_squares"
+        self.weight = (weight or 1.0) if by_c else None
+
     @classmethod
-    def of(cls, editor: MendEditor) -> Mend:
+    def of(cls, editor: MendEditor, **options: Any) -> Mend:
         """The system of an editor that is there already."""
-        return cls(editor)
+        return cls(editor, **options)
 
     @classmethod
     def make(cls, model: nn.Module, tokenizer: Any, config: MendConfig, **options: Any) -> System:
@@ -75,8 +90,24 @@ class Mend(System):
         return self.subject.layers
 
     def _edited(self, requests: Sequence[EditRequest]) -> contextlib.AbstractContextManager:
-        self._edit = self.subject.edit(requests)
+        with self._weighing():
+            self._edit = self.subject.edit(requests)
         return self._edit.attached(self.subject.model)
+
+    @contextlib.contextmanager
+    def _weighing(self) -> Iterator[None]:
+        """Within the block C weighs ``weight`` times as much."""
+        if self.weight in (None, 1.0):
+            yield
+            return
+        learned = self.subject.log_mu.detach().clone()
+        with torch.no_grad():
+            self.subject.log_mu.add_(math.log(self.weight))
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                self.subject.log_mu.copy_(learned)
 
     @torch.no_grad()
     def _weight(self, layer: Layer) -> torch.Tensor:
@@ -84,7 +115,13 @@ class Mend(System):
         change = -alpha * delta.T @ u
         return (layer.weight + (change if layer.layout == "out_in" else change.T)).to(layer.weight.dtype)
 
-    def _edited_in_turn(self, requests: Sequence[EditRequest]) -> contextlib.AbstractContextManager:
+    @contextlib.contextmanager
+    def _edited_in_turn(self, requests: Sequence[EditRequest]) -> Iterator[None]:
+        memory = self._remembered(requests)
+        with self._weighing(), memory.attached():
+            yield
+
+    def _remembered(self, requests: Sequence[EditRequest]) -> EditMemory:
         memory, turns, done = EditMemory(self.subject), self.turns, 0
         if turns is not None:
             done, _ = turns.resume(requests)
@@ -95,7 +132,7 @@ class Mend(System):
             if turns is not None and turns.due(done, len(requests)):
                 memory.save(turns.memory)
                 turns.keep(done, {"done": torch.tensor(done)})
-        return memory.attached()
+        return memory
 
 
 class MendSum(Mend):
@@ -104,11 +141,11 @@ class MendSum(Mend):
     key, name, changes, fitted = "mend_sum", "MEND, summed", {"aggregation": "sum"}, False
 
     @classmethod
-    def of(cls, editor: MendEditor) -> Mend:
+    def of(cls, editor: MendEditor, **options: Any) -> Mend:
         """``editor``'s own networks and step sizes, under the other aggregation."""
         summed = MendEditor(editor.model, editor.tokenizer, replace(editor.config, **cls.changes))
         summed.networks, summed.alpha_multiplier = editor.networks, editor.alpha_multiplier
-        return cls(summed.eval())
+        return cls(summed.eval(), **options)
 
 
 class Malmen(Mend):
@@ -118,7 +155,7 @@ class Malmen(Mend):
     protected inputs are isotropic, their weight mu so small that training can't move it.
     """
 
-    key, name = "malmen", "MALMEN"
+    key, name, weighed = "malmen", "MALMEN", False
     changes: ClassVar[Mapping[str, Any]] = {"aggregation": "least_squares", "ridge": 1.0, "protection": 1e-30}
 
     @classmethod
@@ -173,8 +210,8 @@ class Identity(Mend):
     """Batches of edits that the statistics are taken over, at most."""
 
     @classmethod
-    def of(cls, editor: MendEditor) -> Mend:
-        return cls(editor.untrained())
+    def of(cls, editor: MendEditor, **options: Any) -> Mend:
+        return cls(editor.untrained(), **options)
 
     @torch.no_grad()
     def fit(

@@ -9,7 +9,7 @@ import platform
 import random
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +75,7 @@ def evaluate(
     console = make_console(quiet=not processes.main)
     keys, left_out = settings.chosen_systems()
     read = {"seed": settings.seed, "tokenizer": editor.tokenizer}
-    spared = settings.validation if any(_chosen(key, settings) for key in keys) else 0
+    spared = settings.validation if any(_chosen(key, editor, settings) for key in keys) else 0
     task = load_task(settings.task, settings.data, limit=settings.limit and settings.limit + spared, **read)
     task.check(editor.model, editor.kind)
     examples, refused = usable(editor, task.examples)
@@ -140,10 +140,13 @@ def evaluate(
     return result
 
 
-def _chosen(key: str, settings: EvalSettings) -> bool:
+def _chosen(key: str, editor: MendEditor, settings: EvalSettings) -> bool:
     """Whether something of the system is chosen on validation edits."""
     made, _ = settings.options_of(key)
-    return any(chosen_by(SYSTEMS[key], tuple(made)))
+    kind, config = SYSTEMS[key], editor.config
+    if issubclass(kind, Mend) and replace(config, **kind.changes).aggregation != "least_squares":
+        return False  # it has no C to weigh
+    return any(chosen_by(kind, tuple(made), at_once=settings.table == "batched"))
 
 
 def _split(examples: list[Example], limit: int | None, spared: int) -> tuple[list[Example], list[Example]]:
@@ -315,9 +318,9 @@ class _Run:
     def _prepare(self, key: str) -> System:
         if is_fitted(key, self.settings.table):
             return self.fitting.system(key)
-        if issubclass(SYSTEMS[key], Mend):
-            return SYSTEMS[key].of(self.editor)
         options, _ = self.settings.options_of(key)
+        if issubclass(SYSTEMS[key], Mend):
+            return SYSTEMS[key].of(self.editor, **options)
         return make_system(key, self.editor.model, self.editor.tokenizer, self.editor.config, **options)
 
 

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from ..baselines import System
 from ..baselines.fine_tuning import FineTuning, FineTuningBreadthFirst
 from ..baselines.measure import Before
+from ..baselines.mend import Mend
 from ..baselines.rome import Memit
 from ..baselines.ultraedit import UltraEdit
 from ..generation import follow
@@ -28,8 +29,9 @@ RATES = {
     FineTuning: (1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
     UltraEdit: (1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2),
     Memit: (1.0, 10.0, 100.0, 1e3, 1e4),
+    Mend: (1.0, 2.0, 4.0, 8.0, 16.0),
 }
-"""Of MEMIT the weight of C."""
+"""Of MEMIT the weight of C; of MEND too, where edits are made at once: it has learned one for all sizes."""
 NAMES = ("learning_rate", "weight", "max_steps", "epochs")
 """Of what may be chosen."""
 OTHERS, ANSWERED = 8, 16
@@ -38,11 +40,15 @@ HALVED = 4
 """Validation edits from which on not all rates are tried on all of them."""
 
 
-def chosen_by(kind: type[System], fixed: Sequence[str] = ()) -> tuple[list[dict[str, float]], str | None]:
+def chosen_by(
+    kind: type[System], fixed: Sequence[str] = (), *, at_once: bool = False
+) -> tuple[list[dict[str, float]], str | None]:
     """The rates that a kind of system may take, each with its name, and the name of its steps; none of what is
     ``fixed``."""
-    name = "weight" if issubclass(kind, Memit) else "learning_rate"
+    name = "weight" if issubclass(kind, (Memit, Mend)) else "learning_rate"
     rates = next((found for base, found in RATES.items() if issubclass(kind, base)), ())
+    if issubclass(kind, Mend) and not (kind.fitted and kind.weighed and at_once):
+        rates = ()
     steps = None
     if issubclass(kind, FineTuning):
         steps = "epochs" if issubclass(kind, FineTuningBreadthFirst) else "max_steps"
@@ -101,7 +107,7 @@ class Choice:
         in_turn: bool = False,
         seed: int = 0,
     ):
-        self.processes, self.in_turn, self.edits = processes, in_turn, len(examples)
+        self.processes, self.at_once, self.in_turn, self.edits = processes, at_once, in_turn, len(examples)
         groups = [list(examples)] if at_once or in_turn else [[example] for example in examples]
         self.groups = [[part for example in group for part in example.parts] for group in groups]
         self.asked = []
@@ -111,11 +117,11 @@ class Choice:
 
     def choose(self, system: System, before: Before, fixed: Sequence[str] = ()) -> dict[str, Any] | None:
         """Set ``system``'s rate and steps; what was chosen, and what that took. None where there is nothing to."""
-        trials, steps = chosen_by(type(system), fixed)
-        if not trials and not steps:
+        trials, steps = chosen_by(type(system), fixed, at_once=self.at_once)
+        if not (trials or steps) or isinstance(system, Mend) and system.weight is None:
             return None
         started = time.perf_counter()
-        given = [*chosen_by(type(system))[0][0], *([steps] if steps else [])]
+        given = [*chosen_by(type(system), at_once=self.at_once)[0][0], *([steps] if steps else [])]
         own = {name: getattr(system, name) for name in given}
         bar = tqdm(total=TRIALS, desc=f"{system.name}, rates", disable=None if self.processes.main else True)
         with bar, system.remembering():
