@@ -9,7 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from .. import backends
 from ..reference.lowrank_linear import lowrank_linear as _reference
-from . import _common
+from . import _common, few_rows
 from ._cpu_extension import kind_of, row_major, row_stride
 from .rank1_update import MOST_TERMS
 
@@ -131,20 +131,21 @@ def _kernel_fwd(y, x, u, delta, alpha, scale):
     """The second product beside y, and what it is taken from, in one pass over the result."""
     from .. import _cpu
 
-    batched = u.dim() == 3
-    c = _flat(x, batched).float() @ u.float().mT
     out = torch.empty(y.shape, dtype=y.dtype, device=y.device)
     scale = scale if alpha is None else float(alpha)
-    samples = zip(y, out, c, delta.float(), strict=True) if batched else [(y, out, c, delta.float())]
-    given, held = [], []
-    for from_, to, left, right in samples:
-        from_, to, right = row_major(_flat(from_, False)), _flat(to, False), row_major(right)
+    all_of = (y, out, x, u, delta)
+    samples = zip(*all_of, strict=True) if u.dim() == 3 else [all_of]
+    given, held, coefficients = [], [], []
+    for from_, to, rows, left, right in samples:
+        from_, to, right = row_major(_flat(from_, False)), _flat(to, False), row_major(right.float())
+        c = few_rows.mm(left.float(), row_major(_flat(rows, False).float()).T)  # [T, rows]: few of them
         held += [from_, right]  # until they are read
-        pointers = (tensor.data_ptr() for tensor in (from_, to, left, right))
-        strides = row_stride(from_), row_stride(to), 1, row_stride(left), row_stride(right)
+        coefficients.append(c)
+        pointers = (tensor.data_ptr() for tensor in (from_, to, c, right))
+        strides = row_stride(from_), row_stride(to), row_stride(c), 1, row_stride(right)
         given.append((*pointers, *strides, *to.shape, len(right), scale, 0))
     _cpu.outer_update(given, kind_of(y.dtype), False, False, False, torch.get_num_threads())
-    return out, c.reshape(*x.shape[:-1], u.shape[-2])
+    return out, torch.stack(coefficients).mT.contiguous().view(*x.shape[:-1], u.shape[-2])
 
 
 def _aten_bwd(grad, x, u, delta, c, alpha, scale, need_x, need_u, need_delta, need_alpha):
