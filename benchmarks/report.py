@@ -186,9 +186,10 @@ def seven_billion(result: dict) -> list[str]:
     return [
         f"## Seven billion parameters, {machine['name']}",
         "",
-        "A random model of Llama-2-7B's shape, an editor of rank 1,920 for the MLPs of its last three blocks: edits with",
-        "the weights in 16, 8 and 4 bits, and training by four edits a step, the frozen blocks on disk. Each is a process",
-        "of its own; \"own GiB\" is its largest resident set less pages of the model's files, which the system takes back.",
+        "A random model of Llama-2-7B's shape, an editor of rank 1,920 for the MLPs of its last three blocks: edits",
+        "with the weights in 16, 8 and 4 bits, and training by four edits a step, the frozen blocks on disk. Each is a",
+        "process of its own; \"own GiB\" is its largest resident set less pages of the model's files, which the system",
+        "takes back where it needs the room.",
         f"{machine['threads']} threads; PyTorch {machine['versions']['torch']}; {machine['date']}, commit "
         f"{(machine['commit'] or 'unknown')[:10]}, `{machine['command']}`.",
         "",
