@@ -106,6 +106,8 @@ def test_of_many_edits_at_once_the_weight_of_c_is_chosen(tokenizer, monkeypatch)
     assert summed.weight is None and Choice(examples, asked, Processes(), at_once=True).choose(summed, None) is None
     assert make("malmen", "gpt2", tokenizer).weight is None
     assert Mend.of(system.subject, weight=3.0).weight == 3.0  # as an --option gives it
+    with pytest.raises(ValueError, match="nothing to weigh"):
+        MendSum.of(system.subject, weight=3.0)
     with pytest.raises(ValueError, match="weight is 0"):
         Mend(system.subject, weight=0.0)
 

@@ -46,8 +46,14 @@ class Mend(System):
         super().__init__(subject)
         if weight is not None and not weight > 0:
             raise ValueError(f"weight is {weight:g}; it must be greater than 0.")
-        by_c = self.weighed and subject.config.aggregation == "least_squares"
-        self.weight = (weight or 1.0) if by_c else None
+        if weight is not None and not self.weighs(subject.config):
+            raise ValueError(f"C has no part in edits of {self.name} here: there is nothing to weigh; leave it out.")
+        self.weight = (weight or 1.0) if self.weighs(subject.config) else None
+
+    @classmethod
+    def weighs(cls, config: MendConfig) -> bool:
+        """Whether C has a part in an edit by an editor of that configuration."""
+        return cls.weighed and replace(config, **cls.changes).aggregation == "least_squares"
 
     @classmethod
     def of(cls, editor: MendEditor, **options: Any) -> Mend:

@@ -9,7 +9,7 @@ import platform
 import random
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -143,9 +143,9 @@ def evaluate(
 def _chosen(key: str, editor: MendEditor, settings: EvalSettings) -> bool:
     """Whether something of the system is chosen on validation edits."""
     made, _ = settings.options_of(key)
-    kind, config = SYSTEMS[key], editor.config
-    if issubclass(kind, Mend) and replace(config, **kind.changes).aggregation != "least_squares":
-        return False  # it has no C to weigh
+    kind = SYSTEMS[key]
+    if issubclass(kind, Mend) and not kind.weighs(editor.config):
+        return False
     return any(chosen_by(kind, tuple(made), at_once=settings.table == "batched"))
 
 

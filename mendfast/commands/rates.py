@@ -47,7 +47,7 @@ def chosen_by(
     ``fixed``."""
     name = "weight" if issubclass(kind, (Memit, Mend)) else "learning_rate"
     rates = next((found for base, found in RATES.items() if issubclass(kind, base)), ())
-    if issubclass(kind, Mend) and not (kind.fitted and kind.weighed and at_once):
+    if issubclass(kind, Mend) and not (kind.fitted and at_once):
         rates = ()
     steps = None
     if issubclass(kind, FineTuning):
