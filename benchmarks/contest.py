@@ -20,8 +20,9 @@ MIN_ROUNDS, MIN_ROUNDS_OF_SLOW, MAX_ROUNDS, MAX_SETS = 7, 3, 200, 256
 SLOW = 2.0
 """Seconds of a round of all contestants from which on it is slow."""
 QUICK_AMOUNT = 9
-AHEAD = 2_000_000
-"""Cycles that a GPU waits before a queued call, so that the host's share of the call is over when it starts."""
+AHEAD = 8_000_000
+"""Cycles that a GPU waits before a queued call, some 4 ms, so that the host's share of the call is over when it starts:
+up to 3 ms for a backward pass of a few kernels."""
 
 
 class Contestant(NamedTuple):

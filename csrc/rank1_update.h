@@ -33,11 +33,11 @@ struct Group {
 };
 static_assert(sizeof(Group) <= 4096, "kernel parameters end at 4 KiB");
 
-// True where tensor cores are expected to beat multiply-adds. Estimates from the ratio of arithmetic to bandwidth of
-// A100 and H100 (about 9 float32 multiply-adds for a byte moved), not measurements: an element is read and written
-// once, 8 bytes in float32 and 4 in 16 bits, so multiply-adds keep up with memory until some 70 and 35 terms at the
-// peak of both, and in practice until about half of that.
-constexpr bool prefers_mma(int64_t terms, Dtype weight) { return terms > (weight == Dtype::float32 ? 32 : 16); }
+// True where tensor cores are expected to beat multiply-adds, in a 16-bit weight. An estimate from the ratio of
+// arithmetic to bandwidth of A100 and H100 (about 9 float32 multiply-adds for a byte moved), not a measurement: an
+// element is read and written once, 4 bytes, so multiply-adds keep up with memory until some 35 terms at the peak of
+// both, and in practice until about half of that. Many terms of float32 weights are cuBLAS's (mendfast/ops).
+constexpr bool prefers_mma(int64_t terms, Dtype weight) { return weight != Dtype::float32 && terms > 16; }
 
 // Updates every matrix on `stream` of `device`; returns the number of kernels launched, one for each `max_matrices`.
 // Throws std::invalid_argument before anything is launched, std::runtime_error with CUDA's text after.

@@ -1,4 +1,6 @@
 // Instances of the kernel for many terms.
+#include <stdexcept>
+
 #include "launch.cuh"
 #include "rank1_update_mma.cuh"
 
@@ -16,7 +18,7 @@ int run(const std::vector<Matrix>& matrices, bool stochastic, int device, cudaSt
 int launch_mma(Kind kind, const std::vector<Matrix>& matrices, bool stochastic, int device, cudaStream_t stream) {
   switch (kind) {
     case Kind::float32:
-      return run<float, float>(matrices, stochastic, device, stream);
+      throw std::invalid_argument("rank1_update: the kernel for many terms is for 16-bit weights");
     case Kind::bfloat16:
       return run<bf16, bf16>(matrices, stochastic, device, stream);
     case Kind::bfloat16_float32:

@@ -1,4 +1,4 @@
-// The kernel for many terms: the sum on tensor cores, float32 accumulators.
+// The kernel for many terms, into 16-bit weights: the sum on tensor cores, float32 accumulators.
 #pragma once
 
 #include "rank1_update.cuh"
@@ -51,9 +51,10 @@ struct Product<W, W> {
   }
 };
 
-// float32 factors: x = high + low, each in the tensor core's type, and x y = high high + high low + low high.
-template <typename Split>
+// float32 factors: x = high + low in bfloat16, 8 + 8 bits, and x y = high high + high low + low high; what is left out
+// is 2^-16 of a product, W's own rounding 2^-9 or 2^-12.
 struct SplitProduct {
+  static constexpr int terms = 16;
   struct A {
     uint32_t high[4], low[4];
   };
@@ -63,58 +64,37 @@ struct SplitProduct {
   template <typename Row>
   static __device__ __forceinline__ void load_a(A& a, const Row* tile, int row, int lane) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) Split::load(a.high[i], a.low[i], tile, i / 2, row + i % 2 * 8 + lane / 4, lane % 4);
+    for (int i = 0; i < 4; ++i) split(a.high[i], a.low[i], tile, i / 2, row + i % 2 * 8 + lane / 4, lane % 4);
   }
   template <typename Row>
   static __device__ __forceinline__ void load_b(B (&b)[4], const Row* tile, int col, int lane) {
 #pragma unroll
     for (int j = 0; j < 4; ++j)
 #pragma unroll
-      for (int i = 0; i < 2; ++i) Split::load(b[j].high[i], b[j].low[i], tile, i, col + j * 8 + lane / 4, lane % 4);
+      for (int i = 0; i < 2; ++i) split(b[j].high[i], b[j].low[i], tile, i, col + j * 8 + lane / 4, lane % 4);
   }
   static __device__ __forceinline__ void add(float (&c)[4], const A& a, const B& b) {
-    multiply_add(c, a.low, b.high, typename Split::Type{});
-    multiply_add(c, a.high, b.low, typename Split::Type{});
-    multiply_add(c, a.high, b.high, typename Split::Type{});
+    multiply_add(c, a.low, b.high, bf16{});
+    multiply_add(c, a.high, b.low, bf16{});
+    multiply_add(c, a.high, b.high, bf16{});
   }
-};
 
-// Into a float32 W: tf32, 11 + 11 bits, what is left out is 2^-22 of a product.
-struct Tf32Split {
-  using Type = float;
+ private:
+  // Which term takes which place in the product is free as long as A and B agree; terms four apart make a pair here, so
+  // that the lanes of a warp read 32 different banks.
   template <typename Row>
-  static __device__ __forceinline__ void load(uint32_t& high, uint32_t& low, const Row* tile, int half, int at,
-                                              int t) {
-    const float x = tile[half * 4 + t][at];
-    high = to_tf32(x);
-    low = to_tf32(x - word_to_float(high));
-  }
-};
-// Into a 16-bit W: bfloat16, 8 + 8 bits and twice as fast; what is left out is 2^-16 of a product, W's own rounding
-// 2^-9 or 2^-12. Which term takes which place in the product is free as long as A and B agree; terms four apart
-// make a pair here, so that the lanes of a warp read 32 different banks.
-struct Bf16Split {
-  using Type = bf16;
-  template <typename Row>
-  static __device__ __forceinline__ void load(uint32_t& high, uint32_t& low, const Row* tile, int half, int at,
-                                              int t) {
+  static __device__ __forceinline__ void split(uint32_t& high, uint32_t& low, const Row* tile, int half, int at,
+                                               int t) {
     const float x = tile[half * 8 + t][at], y = tile[half * 8 + t + 4][at];
     high = pack_bf16(x, y);
     low = pack_bf16(x - word_to_float(high << 16), y - word_to_float(high & 0xffff0000u));
   }
 };
+
 template <>
-struct Product<float, float> : SplitProduct<Tf32Split> {
-  static constexpr int terms = 8;
-};
+struct Product<bf16, float> : SplitProduct {};
 template <>
-struct Product<bf16, float> : SplitProduct<Bf16Split> {
-  static constexpr int terms = 16;
-};
-template <>
-struct Product<f16, float> : SplitProduct<Bf16Split> {
-  static constexpr int terms = 16;
-};
+struct Product<f16, float> : SplitProduct {};
 
 // Starts copying one block of a factor to shared memory, zeros beyond its edges.
 template <typename F>

@@ -41,7 +41,7 @@ TABLE: dict[str, dict[str, Serves]] = {
     "frozen_linear": {"cpu": _CPU, "aten": _ANY, "reference": _ANY},
     "kl_divergence": {"triton": _CUDA, "cpu": _CPU, "aten": _ANY, "reference": _ANY},
     "least_squares": {"aten": _ANY, "reference": _ANY},
-    "lowrank_linear": {"triton": _CUDA, "cpu": _CPU, "aten": _ANY, "reference": _ANY},
+    "lowrank_linear": {"cpu": _CPU, "aten": _ANY, "triton": _CUDA, "reference": _ANY},
     "rank1_update_": {"cuda": _CUDA, "triton": _CUDA, "cpu": _CPU, "aten": _ANY, "reference": _ANY},
     "running_stats_": {"triton": _CUDA, "cpu": _CPU, "aten": _ANY, "reference": _ANY},
     "token_nll": {"triton": _CUDA, "aten": _ANY, "reference": _ANY},

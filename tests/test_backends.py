@@ -36,7 +36,7 @@ def test_kernels_ask_for_the_device_the_capability_and_the_dtypes(op, name):
 @pytest.mark.parametrize("place", [Place("cpu"), Place("cuda", (7, 0)), Place("cuda", (9, 4), True), Place("mps")])
 @pytest.mark.parametrize("op", backends.TABLE)
 def test_every_op_is_served_everywhere(op, place):
-    assert list(backends.TABLE[op])[-2:] == ["aten", "reference"]
+    assert "aten" in backends.TABLE[op] and list(backends.TABLE[op])[-1] == "reference"
     for name in ("aten", "reference"):
         assert refusal(op, name, place, (torch.float64, *SINGLE)) is None
 
@@ -55,7 +55,7 @@ def test_auto_takes_what_serves(monkeypatch, capability, dtype):
     monkeypatch.setattr(backends, "MISSING", {})
     for op, row in backends.TABLE.items():
         chosen = backends.choose(op, torch.device("cuda"), None, (dtype,))
-        fast = next((name for name in row if name in ("cuda", "triton")), "aten")
+        fast = next(name for name in row if name != "cpu")
         assert chosen == (fast if capability >= (8, 0) and dtype == torch.float32 else "aten"), op
     with pytest.raises(TypeError, match="float64.*backend='aten'"):
         monkeypatch.setattr(backends, "place_of", lambda device: Place("cuda", (9, 0)))

@@ -3,7 +3,7 @@
 // lanes have come to the same one. Asynchronous copies arrive at once or as late as the waits allow, by choice: a
 // kernel that is right under both, and in any order of threads, needs no luck.
 //
-// Fragment layouts are those of the PTX ISA: "Matrix fragments for mma.m16n8k16 / m16n8k8", "ldmatrix".
+// Fragment layouts are those of the PTX ISA: "Matrix fragments for mma.m16n8k16", "ldmatrix".
 #pragma once
 
 #include <csetjmp>
@@ -34,7 +34,7 @@ inline int max(int a, int b) { return a > b ? a : b; }
 
 namespace emulation {
 
-enum class Op { none, shuffle, ldmatrix, mma_bf16, mma_f16, mma_tf32 };
+enum class Op { none, shuffle, ldmatrix, mma_bf16, mma_f16 };
 enum class State { ready, at_block_barrier, at_warp_op, done };
 
 struct Copy {
@@ -112,33 +112,21 @@ inline float as_float(uint32_t word) {
 }
 // Element i of a lane's fragment; 16-bit types have two in a word.
 inline float element(Op op, const uint32_t* words, int i) {
-  if (op == Op::mma_tf32) {
-    if (words[i] & 0x1fff) throw std::runtime_error("a tf32 operand has more than 10 bits of mantissa");
-    return as_float(words[i]);
-  }
   return op == Op::mma_f16 ? half(words[i / 2], i % 2) : as_float(words[i / 2] >> (i % 2 * 16) << 16);
 }
 
 inline void run_mma(Thread* warp, Op op) {
-  const int depth = op == Op::mma_tf32 ? 8 : 16;
   float a[16][16], b[16][8];
   for (int lane = 0; lane < 32; ++lane) {
     const int g = lane / 4, t = lane % 4;
-    for (int i = 0; i < (depth == 8 ? 4 : 8); ++i) {
-      const int row = depth == 8 ? g + i % 2 * 8 : g + i / 2 % 2 * 8;
-      const int k = depth == 8 ? t + i / 2 * 4 : t * 2 + i % 2 + i / 4 * 8;
-      a[row][k] = element(op, warp[lane].a, i);
-    }
-    for (int i = 0; i < (depth == 8 ? 2 : 4); ++i) {
-      const int k = depth == 8 ? t + i * 4 : t * 2 + i % 2 + i / 2 * 8;
-      b[k][g] = element(op, warp[lane].b, i);
-    }
+    for (int i = 0; i < 8; ++i) a[g + i / 2 % 2 * 8][t * 2 + i % 2 + i / 4 * 8] = element(op, warp[lane].a, i);
+    for (int i = 0; i < 4; ++i) b[t * 2 + i % 2 + i / 2 * 8][g] = element(op, warp[lane].b, i);
   }
   for (int lane = 0; lane < 32; ++lane) {
     for (int i = 0; i < 4; ++i) {
       const int row = lane / 4 + i / 2 * 8, col = lane % 4 * 2 + i % 2;
       double sum = warp[lane].c[i];
-      for (int k = 0; k < depth; ++k) sum += static_cast<double>(a[row][k]) * b[k][col];
+      for (int k = 0; k < 16; ++k) sum += static_cast<double>(a[row][k]) * b[k][col];
       warp[lane].c[i] = static_cast<float>(sum);
     }
   }
@@ -274,7 +262,6 @@ inline uint16_t f16_toward_zero(float value) {
 inline uint32_t pack_bf16(float low, float high) {
   return static_cast<uint32_t>(nearest(high, bf16{})) << 16 | nearest(low, bf16{});
 }
-inline uint32_t to_tf32(float value) { return (float_to_word(value) + 0x1000) & 0xffffe000u; }
 
 inline Words4 load_streaming(const void* source) {
   if (reinterpret_cast<uintptr_t>(source) % 16) throw std::runtime_error("a 16-byte load is not aligned");
@@ -325,9 +312,6 @@ inline void multiply_add(float (&c)[4], const uint32_t (&a)[4], const uint32_t (
 }
 inline void multiply_add(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], f16) {
   multiply(c, a, b, emulation::Op::mma_f16);
-}
-inline void multiply_add(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], float) {
-  multiply(c, a, b, emulation::Op::mma_tf32);
 }
 
 }  // namespace mendfast

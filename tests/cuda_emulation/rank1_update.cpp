@@ -24,11 +24,11 @@ void launch(const std::vector<Matrix>& matrices, bool stochastic, int grid, Kern
 
 template <typename W, typename F>
 void run(const std::vector<Matrix>& matrices, bool stochastic, int grid, bool mma) {
-  if (mma) {
-    launch<MmaTile<F>::rows, MmaTile<F>::cols>(matrices, stochastic, grid, rank1_update_mma_kernel<W, F>);
-  } else {
-    launch<FmaTile<W>::rows, FmaTile<W>::cols>(matrices, stochastic, grid, rank1_update_fma_kernel<W, F>);
+  if constexpr (sizeof(W) == 2) {
+    if (mma)
+      return launch<MmaTile<F>::rows, MmaTile<F>::cols>(matrices, stochastic, grid, rank1_update_mma_kernel<W, F>);
   }
+  launch<FmaTile<W>::rows, FmaTile<W>::cols>(matrices, stochastic, grid, rank1_update_fma_kernel<W, F>);
 }
 
 }  // namespace
@@ -50,6 +50,7 @@ extern "C" const char* emulate(const int64_t* integers, const float* alphas, int
     emulation::machine.order = order;
     emulation::machine.eager = eager;
     if (w == Dtype::float32) {
+      if (mma) throw std::invalid_argument("the kernel for many terms is for 16-bit weights");
       run<float, float>(matrices, false, grid, mma);
     } else if (w == Dtype::bfloat16) {
       f == w ? run<bf16, bf16>(matrices, stochastic, grid, mma) : run<bf16, float>(matrices, stochastic, grid, mma);

@@ -22,9 +22,8 @@ def test_gpu_against_float64(dtype, layout, backend):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("path", ["fma", "mma"])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_gpu_both_kernels(dtype, path):
+@pytest.mark.parametrize(("path", "dtype"), [("fma", dtype) for dtype in DTYPES] + [("mma", d) for d in DTYPES[1:]])
+def test_gpu_both_kernels(path, dtype):
     from mendfast import _C
 
     for factor in {dtype, torch.float32}:
@@ -119,3 +118,14 @@ def test_gpu_streams_and_devices():
     assert_close(weight, before, u, delta, 1.0)
     with pytest.raises(ValueError, match="u is on cpu"):
         ops.rank1_update_(weight, u.cpu(), delta)
+
+
+@pytest.mark.gpu
+def test_gpu_group_of_few_and_many_terms():
+    """One call, some of its float32 weights by the kernel and some by cuBLAS, each as if alone."""
+    sizes = [(300, 768, op.KERNEL_TERMS), (768, 300, op.KERNEL_TERMS + 1), (64, 64, 1), (301, 500, 400)]
+    made = [make(*size, pad=8, device="cuda", seed=i)[1:] for i, size in enumerate(sizes)]
+    starts = [weight.clone() for weight, _, _ in made]
+    ops.rank1_update_group_(*map(list, zip(*made, strict=True)), [0.5] * len(made), backend="cuda")
+    for start, (weight, u, delta) in zip(starts, made, strict=True):
+        assert_close(weight, start, u, delta, 0.5)
