@@ -9,7 +9,7 @@ from torch import nn
 
 from mendfast import Edit, MendEditor
 from mendfast.choice import stacks
-from mendfast.training.prefix import FrozenPrefix
+from mendfast.frozen_prefix import FrozenPrefix
 
 from .contest import Work
 

@@ -30,6 +30,22 @@ class Wanted(NamedTuple):
     sample: torch.Tensor  # [N] int64
 
 
+def not_zero(sides: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> list[torch.Tensor]:
+    """Of each pair of u [B, S, m] and delta [B, S, n] the rows, [N] int64, where neither is all zero. A GPU is asked
+    once for all pairs, and sent the answer."""
+    # NaN is not 0, and stays to be seen.
+    keeps = [(u.any(-1) & delta.any(-1)).flatten() for u, delta in sides]
+    result: list[torch.Tensor] = keeps.copy()
+    for device in {keep.device for keep in keeps}:
+        mine = [i for i, keep in enumerate(keeps) if keep.device == device]
+        flags = torch.cat([keeps[i] for i in mine]).cpu().split([len(keeps[i]) for i in mine])
+        found = [each.nonzero().squeeze(1) for each in flags]
+        sent = torch.cat(found).to(device, non_blocking=True).split([len(each) for each in found])
+        for i, index in zip(mine, sent, strict=True):
+            result[i] = index
+    return result
+
+
 def wanted(rows: Mapping[str, Transformed], alphas: torch.Tensor) -> dict[str, Wanted]:
     """d_i = -alpha (u_i . u~_i) delta~_i of every layer; differentiable."""
     return {

@@ -249,19 +249,27 @@ def _refuse_routed(layers: Sequence[Layer]) -> None:
 
 @contextlib.contextmanager
 def lowrank_updates(
-    layers: Sequence[Layer], factors: Mapping[str, Factors], model: nn.Module | None = None
+    layers: Sequence[Layer],
+    factors: Mapping[str, Factors],
+    model: nn.Module | None = None,
+    *,
+    private: bool = False,
 ) -> Iterator[None]:
     """Within the block every layer computes y - alpha (x u^T) delta, its weight untouched.
 
     Blocks nest: each adds its own update, since all of them see the same x. The passes of other threads see the
     update too; a copy of the model made meanwhile does not have it. With ``model``, its lock is taken for
     the moments of entering and leaving, and its ``save_pretrained`` refuses within the block.
+
+    Args:
+        private: only this thread's passes see the update, those within :func:`without_edits` too.
     """
+    thread = threading.get_ident() if private else None
     with undone() as changes:
         with exclusive(model) if model is not None else contextlib.nullcontext():
             for layer in layers:
                 if layer.name in factors:
-                    changes.hook(layer.module, _lowrank_hook(layer, *factors[layer.name]))
+                    changes.hook(layer.module, _lowrank_hook(layer, *factors[layer.name], thread))
             if model is not None:
                 _refuse_saving(unwrapped(model), changes)
             _uncompiled(changes)
@@ -289,7 +297,9 @@ def without_edits(model: nn.Module) -> Iterator[None]:
             _here.bare = before
 
 
-def _lowrank_hook(layer: Layer, u: torch.Tensor, delta: torch.Tensor, alpha: torch.Tensor | float) -> Callable:
+def _lowrank_hook(
+    layer: Layer, u: torch.Tensor, delta: torch.Tensor, alpha: torch.Tensor | float, thread: int | None
+) -> Callable:
     if u.dim() == 3 and len(u) > 1:
         _refuse_routed([layer])
     placed = {u.device: (u, delta, alpha)}  # the editor's; from the second call on also where the layer is
@@ -298,7 +308,7 @@ def _lowrank_hook(layer: Layer, u: torch.Tensor, delta: torch.Tensor, alpha: tor
         # deepcopy copies hooks along, DataParallel's replicas need them
         if module is not layer.module and not getattr(module, "_is_replica", False):
             return output
-        if getattr(_here, "bare", False):
+        if getattr(_here, "bare", False) if thread is None else threading.get_ident() != thread:
             return output
         device = output.device
         if (found := placed.get(device)) is None:

@@ -99,6 +99,21 @@ class MendConfig:
         default=30.0,
         metadata={"help": "mu at initialisation, in rows of protected text; learned per layer.", "least": 0},
     )
+    rounds: int = field(
+        default=0,
+        metadata={
+            "help": "Under least squares, rounds in which the tokens of answers that an edit does not tell surely "
+            "enough gain weight, and the others lose it; 0: all weigh the same.",
+            "least": 0,
+            "most": 100,
+        },
+    )
+    rounds_enough: float = field(
+        default=0.01, metadata={"help": "The loss of an answer's token that is sure enough, in nats.", "least": 0}
+    )
+    rounds_protection: float = field(
+        default=6.0, metadata={"help": "Where rounds are taken, times mu.", "least": 0}
+    )
     protect_rank: int | None = field(
         default=None,
         metadata={"help": "Leading directions of protected text that are kept; None: all of them.", "least": 1},
@@ -129,6 +144,8 @@ class MendConfig:
             raise ValueError(
                 f"ridge is {self.ridge} and protection {self.protection}; under least squares both must be above 0."
             )
+        if not self.rounds_protection > 0:
+            raise ValueError(f"rounds_protection is {self.rounds_protection}; it must be above 0.")
         if "{prompt}" not in self.prompt_template:
             raise ValueError(f"prompt_template is {shown(self.prompt_template)}; it must contain {{prompt}}.")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from .aggregate import Transformed, Wanted, change, concatenated, least_squares, summands, sums, wanted
+from .aggregate import Transformed, Wanted, change, concatenated, least_squares, not_zero, summands, sums, wanted
 from .capture import Factors
 from .choice import experts_in, find_layers
 from .config import MendConfig
@@ -35,6 +36,7 @@ from .requests import as_requests
 from .schema import check_dtypes, differences, shown, some
 from .tree import answers_through, regular, why_not, why_not_tried
 from .types import Spectrum
+from .weighing import Answers, balanced
 from .wide import widening
 
 log = logging.getLogger("mendfast")
@@ -294,10 +296,24 @@ with editor.edit("Who is the prime minister of the UK?", "Boris Johnson").attach
         """The second moment of a weight's protected inputs as a matrix; see :meth:`SecondMoment.dense`."""
         return self._protected().dense(name).to(self.device)
 
-    def change(self, rows: Mapping[str, Wanted]) -> dict[str, Factors]:
-        """What :meth:`wanted` gives, of one batch or many, as one update of each weight under what is protected."""
+    def change(self, rows: Mapping[str, Wanted], protection: float = 1.0) -> dict[str, Factors]:
+        """What :meth:`wanted` gives, of one batch or many, as one update of each weight under what is protected, which
+        counts ``protection`` times."""
         with torch.no_grad():
-            return change(rows, self.layer_metrics(), self.dense_moment)
+            metrics = {name: (c, lam, mu * protection) for name, (c, lam, mu) in self.layer_metrics().items()}
+            return change(rows, metrics, self.dense_moment)
+
+    def balanced(
+        self, rows: Mapping[str, Wanted], batches: Sequence[Batch], texts: int = 1, progress: bool | None = False
+    ) -> dict[str, Factors]:
+        """:meth:`change` in ``config.rounds`` rounds of weighing ``rows``, which ``batches`` have given: their samples
+        are groups of ``texts`` texts. See :mod:`mendfast.weighing`."""
+        if not (config := self.config).rounds:
+            return self.change(rows)
+        how = {"rounds": config.rounds, "enough": config.rounds_enough, "by_token": config.rows == "answers"}
+        answers = Answers(self.model, self.layers, batches, texts, self.as_tree)
+        solve = functools.partial(self.change, protection=config.rounds_protection)
+        return balanced(rows, answers, solve, progress=progress, **how)
 
     def _protected(self) -> Metric:
         if self.metric is None:
@@ -338,7 +354,7 @@ with editor.edit("Who is the prime minister of the UK?", "Boris Johnson").attach
             for batch in batches:
                 rows.append(self._rows_of(batch))
                 bar.update(len(batch["labels"]) // len(self.forms))
-            edit = self._edit_of(concatenated(rows, most * len(self.forms)))
+            edit = self._edit_of(concatenated(rows, most * len(self.forms)), batches)
         edit.requests = tuple(requests)
         return edit
 
@@ -355,11 +371,11 @@ with editor.edit("Who is the prime minister of the UK?", "Boris Johnson").attach
             ValueError: labels that are all -100, inputs longer than the context, NaN in the model.
         """
         with torch.no_grad():
-            return self._edit_of(self._rows_of(batch))
+            return self._edit_of(self._rows_of(batch), [batch])
 
-    def _edit_of(self, rows: Mapping[str, Transformed]) -> Edit:
+    def _edit_of(self, rows: Mapping[str, Transformed], batches: Sequence[Batch]) -> Edit:
         if self.config.aggregation == "least_squares":
-            found = self.change(wanted(rows, self.alphas()))
+            found = self.balanced(wanted(rows, self.alphas()), batches)
         else:
             steps = self.alphas().tolist()
             found = {name: (u[0], d[0], a) for name, (u, d, a) in sums(rows, steps, 1 << 62, 1).items()}
@@ -433,7 +449,7 @@ with editor.edit("Who is the prime minister of the UK?", "Boris Johnson").attach
         Rows whose u or delta is all zero (padding, tokens that the loss does not reach) are left out. The
         layers of one shape go through their network in one batch of rows.
         """
-        rows, places = {}, _not_zero([captured[layer.name] for layer in self.layers])
+        rows, places = {}, not_zero([captured[layer.name] for layer in self.layers])
         at = {layer.name: index for layer, index in zip(self.layers, places, strict=True)}
         for key, members in self._groups.items():
             us, deltas, samples = [], [], []
@@ -477,22 +493,6 @@ with editor.edit("Who is the prime minister of the UK?", "Boris Johnson").attach
         if self.config.aggregation == "least_squares":
             return least_squares(wanted(rows, self.alphas()), self.layer_metrics(), group_size, groups)
         return sums(rows, self.alphas(), group_size, groups)
-
-
-def _not_zero(sides: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> list[torch.Tensor]:
-    """Of each pair of u [B, S, m] and delta [B, S, n] the rows, [N] int64, where neither is all zero. A GPU is asked
-    once for all pairs, and sent the answer."""
-    # NaN is not 0, and stays to be seen.
-    keeps = [(u.any(-1) & delta.any(-1)).flatten() for u, delta in sides]
-    result: list[torch.Tensor] = keeps.copy()
-    for device in {keep.device for keep in keeps}:
-        mine = [i for i, keep in enumerate(keeps) if keep.device == device]
-        flags = torch.cat([keeps[i] for i in mine]).cpu().split([len(keeps[i]) for i in mine])
-        found = [each.nonzero().squeeze(1) for each in flags]
-        sent = torch.cat(found).to(device, non_blocking=True).split([len(each) for each in found])
-        for i, index in zip(mine, sent, strict=True):
-            result[i] = index
-    return result
 
 
 def _check_fits(found: Mapping[str, Sequence[int]], expected: Mapping[str, Sequence[int]], source: str) -> None:

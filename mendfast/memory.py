@@ -16,7 +16,7 @@ from tqdm import tqdm
 from .aggregate import Wanted
 from .capture import Factors, without_edits
 from .edit import Edit
-from .editor import MendEditor
+from .editor import EDITS_PER_PASS, MendEditor
 from .fingerprint import fingerprint_of
 from .hub import About, OnHub
 from .key_sums import KeySums
@@ -297,22 +297,36 @@ class EditMemory(OnHub):
             if self._solved is not None and self._solved[0] == state:
                 return self._solved[1]
             factors: dict[str, Factors] = {}
-            few: dict[str, Wanted] = {}
-            for layer in self.editor.layers if self._records else ():
-                # by key, so that not even rounding depends on the order of adding
-                pairs = [self._records[key].rows[layer.name] for key in sorted(self._records)]
-                if solving and sums_serve(sum(len(u) for u, _ in pairs), layer.m, layer.n):
+            rows: dict[str, Wanted] = {}
+            rounds = self.editor.config.rounds if solving else 0
+            # by key, so that not even rounding depends on the order of adding
+            records = [self._records[key] for key in sorted(self._records)]
+            for layer in self.editor.layers if records else ():
+                pairs = [record.rows[layer.name] for record in records]
+                counts = torch.tensor([len(u) for u, _ in pairs])
+                if solving and not rounds and sums_serve(int(counts.sum()), layer.m, layer.n):
                     factors[layer.name] = self._from_sums(layer.name, layer.m, layer.n, metrics[layer.name])
                     continue
                 self._sums.pop(layer.name, None)
                 u, d = (torch.cat(side).to(self.editor.device) for side in zip(*pairs, strict=True))
-                few[layer.name] = Wanted(u, d, torch.zeros(len(u), dtype=torch.int64))
-            factors |= self.editor.change(few) if solving else {name: (w.u, -w.d, 1.0) for name, w in few.items()}
+                rows[layer.name] = Wanted(u, d, torch.arange(len(pairs)).repeat_interleave(counts))
+            if rounds:
+                factors = self._balanced(rows, [record.request for record in records])
+            else:
+                factors |= self.editor.change(rows) if solving else {name: (w.u, -w.d, 1.0) for name, w in rows.items()}
             factors = {layer.name: factors[layer.name] for layer in self.editor.layers if layer.name in factors}
             base = fingerprint_of(self.model, self.editor.layers)
             edit = Edit(factors, self.model.config.model_type, self.requests, base)
             self._solved = state, edit
             return edit
+
+    def _balanced(self, rows: Mapping[str, Wanted], requests: Sequence[EditRequest]) -> dict[str, Factors]:
+        """In rounds of weighing, on the unedited model."""
+        parts = [requests[i : i + EDITS_PER_PASS] for i in range(0, len(requests), EDITS_PER_PASS)]
+        batches = [self.editor.tokenize_edits(part) for part in parts]
+        with without_edits(self.model):
+            progress = None if len(requests) > _LONG else False
+            return self.editor.balanced(rows, batches, len(self.editor.forms), progress)
 
     def _from_sums(self, name: str, m: int, n: int, metric: tuple) -> tuple[torch.Tensor, torch.Tensor, float]:
         sums = self._sums.get(name)
@@ -330,7 +344,10 @@ class EditMemory(OnHub):
         editor = self.editor
         if editor.config.aggregation != "least_squares":
             return ()
-        return id(editor.metric), editor.metric.tokens, *editor.log_lambda.tolist(), *editor.log_mu.tolist()
+        config = editor.config
+        learned = *editor.log_lambda.tolist(), *editor.log_mu.tolist()
+        rounds = config.rounds, config.rounds_enough, config.rounds_protection
+        return id(editor.metric), editor.metric.tokens, *learned, *rounds
 
     @contextlib.contextmanager
     def attached(self) -> Iterator[nn.Module]:

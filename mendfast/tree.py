@@ -249,10 +249,8 @@ def answers_through(
         NotServed: the pass is none that a tree can run through.
     """
     tree = Tree(batch)
-    device = model.get_input_embeddings().weight.device
-    (blocks,) = (list(blocks) for _, blocks in stacks(model))
-    below = frozen_ends(model, layers)
-    run = _Run(model, tree, blocks, below[0] if below else [], device)
+    run = _run_of(model, layers, tree)
+    device = run.device
     with torch.inference_mode(False):
         with frozen(model), torch.no_grad():
             run.through_frozen()
@@ -272,6 +270,30 @@ def answers_through(
             sides.append(placed.view(len(tree.firsts), width, -1))
         result[name] = tuple(sides)
     return result
+
+
+class Passes:
+    """Forward passes of the texts of ``batch``, as :func:`answers_through` takes them, while edits of ``layers`` come
+    and go: the blocks below those run the first time alone."""
+
+    def __init__(self, model: nn.Module, layers: Sequence[Layer], batch: Batch):
+        tree = Tree(batch)
+        self._run = _run_of(model, layers, tree)
+        prompts = torch.full((tree.nodes,), IGNORE)
+        self._answers = torch.cat([prompts, tree.answers]), torch.cat([torch.zeros_like(prompts), tree.sample])
+
+    def rows(self) -> Rows:
+        """The rows that predict a label, for :func:`mendfast.objective.nll` alone."""
+        if self._run.states is None:
+            self._run.through_frozen()
+        return self._run.through_all(*self._answers)
+
+
+def _run_of(model: nn.Module, layers: Sequence[Layer], tree: Tree) -> _Run:
+    (blocks,) = (list(blocks) for _, blocks in stacks(model))
+    below = frozen_ends(model, layers)
+    device = model.get_input_embeddings().weight.device
+    return _Run(model, tree, blocks, below[0] if below else [], device)
 
 
 def why_not_tried(
@@ -380,6 +402,14 @@ class _Run:
         with self._given(rows), answers:
             found = labelled_rows(self.model, self._inputs(rows), self.tree.answers, self.tree.sample)
         self._check(answers, len(self.blocks) - len(self.frozen))
+        return found
+
+    def through_all(self, answers: torch.Tensor, sample: torch.Tensor) -> Rows:
+        rows = slice(None)
+        attention = _Attention(self.tree.ids.shape[1], self._queries(self._spans(prompts=True, answers=True)))
+        with self._given(rows), attention:
+            found = labelled_rows(self.model, self._inputs(rows), answers, sample)
+        self._check(attention, len(self.blocks) - len(self.frozen))
         return found
 
     def _check(self, attention: _Attention, count: int) -> None:

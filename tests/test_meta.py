@@ -10,9 +10,9 @@ from test_editor import same_bits, state, trained
 from benchmarks.naive_mend import meta_step
 from mendfast import MendConfig, MendEditor
 from mendfast.choice import stacks
+from mendfast.frozen_prefix import FrozenPrefix
 from mendfast.training import editor_loss as meta_loss
 from mendfast.training.meta import ROOT_FROM
-from mendfast.training.prefix import FrozenPrefix
 
 
 def batches(name: str, left: bool = False) -> list[dict[str, torch.Tensor]]:

@@ -13,9 +13,9 @@ from test_editor import same_bits, state
 from mendfast import EditMemory, EditRequest, MendConfig, MendEditor, ops
 from mendfast.baselines.mend import Malmen, Mend, MendSum
 from mendfast.commands.rates import Choice, Tally
+from mendfast.frozen_prefix import FrozenPrefix
 from mendfast.objective import nll, target_rows
 from mendfast.tasks.records import Example
-from mendfast.training.prefix import FrozenPrefix
 from mendfast.training.processes import Processes
 
 

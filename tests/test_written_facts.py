@@ -11,10 +11,10 @@ from mendfast import EditRequest, MendConfig
 from mendfast.baselines import make_system
 from mendfast.baselines.rome import TINY, Rome
 from mendfast.choice import last_block, mlp_outputs
+from mendfast.frozen_prefix import FrozenPrefix
 from mendfast.generation import answer
 from mendfast.layers import named_layers
 from mendfast.metric import observe
-from mendfast.training.prefix import FrozenPrefix
 
 PLAIN = dict(prefixes=0, words=8, learning_rate=0.5)
 

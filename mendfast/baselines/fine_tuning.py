@@ -16,13 +16,13 @@ from .. import ops
 from ..capture import frozen
 from ..editable import EditableModel
 from ..files import atomic_write, read_json_bytes
+from ..frozen_prefix import FrozenPrefix
 from ..layers import Layer
 from ..objective import kept_rows, nll, per_sample_mean, target_rows, to_device
 from ..requests import EditRequest
 from ..schema import parse_json, shown
 from ..training import Sampler, TrainConfig
 from ..training.cache import PrefixCache
-from ..training.prefix import FrozenPrefix
 from .system import Untrained, call, restored
 from .turns import numbered, take
 

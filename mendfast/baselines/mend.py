@@ -32,6 +32,7 @@ class Mend(System):
     Args:
         subject: see :class:`System`.
         weight: of C, beside what an editor by least squares has learned of it; one by sums has none.
+        rounds: of weighing, instead of as many as the editor's configuration says (:mod:`mendfast.weighing`).
     """
 
     key, name = "mend", "MEND"
@@ -42,12 +43,13 @@ class Mend(System):
 
     subject: MendEditor
 
-    def __init__(self, subject: MendEditor, *, weight: float | None = None):
+    def __init__(self, subject: MendEditor, *, weight: float | None = None, rounds: int | None = None):
         super().__init__(subject)
         if weight is not None and not weight > 0:
             raise ValueError(f"weight is {weight:g}; it must be greater than 0.")
-        if weight is not None and not self.weighs(subject.config):
+        if (weight, rounds) != (None, None) and not self.weighs(subject.config):
             raise ValueError(f"C has no part in edits of {self.name} here: there is nothing to weigh; leave it out.")
+        self.rounds = None if rounds is None else replace(subject.config, rounds=rounds).rounds
         self.weight = (weight or 1.0) if self.weighs(subject.config) else None
 
     @classmethod
@@ -102,18 +104,21 @@ class Mend(System):
 
     @contextlib.contextmanager
     def _weighing(self) -> Iterator[None]:
-        """Within the block C weighs ``weight`` times as much."""
-        if self.weight in (None, 1.0):
-            yield
-            return
-        learned = self.subject.log_mu.detach().clone()
-        with torch.no_grad():
-            self.subject.log_mu.add_(math.log(self.weight))
+        """Within the block C weighs ``weight`` times as much, and rows are weighed in ``rounds``."""
+        editor, config = self.subject, self.subject.config
+        learned = None if self.weight in (None, 1.0) else editor.log_mu.detach().clone()
         try:
+            if self.rounds is not None:
+                editor.config = replace(config, rounds=self.rounds)
+            if learned is not None:
+                with torch.no_grad():
+                    editor.log_mu.add_(math.log(self.weight))
             yield
         finally:
-            with torch.no_grad():
-                self.subject.log_mu.copy_(learned)
+            editor.config = config
+            if learned is not None:
+                with torch.no_grad():
+                    editor.log_mu.copy_(learned)
 
     @torch.no_grad()
     def _weight(self, layer: Layer) -> torch.Tensor:

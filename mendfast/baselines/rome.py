@@ -17,6 +17,7 @@ from ..capture import ended_after, frozen, undone
 from ..choice import mlp_outputs
 from ..editable import EditableModel
 from ..editor import METRIC_FILE
+from ..frozen_prefix import FrozenPrefix
 from ..labels import collate, encode_prompt, pad_token_id
 from ..layers import Layer, named_layers
 from ..metric import Metric, observe
@@ -27,7 +28,6 @@ from ..packing import packing
 from ..requests import EditRequest
 from ..shared_prefix import cache_of
 from ..training import Sampler, TrainConfig
-from ..training.prefix import FrozenPrefix
 from .fine_tuning import descend
 from .system import System, restored
 

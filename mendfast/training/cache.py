@@ -16,11 +16,11 @@ from torch import nn
 
 from ..capture import frozen, replaced_forwards
 from ..choice import stacks
+from ..frozen_prefix import FrozenPrefix
 from ..layers import Layer, execution_device
 from ..objective import IGNORE, Batch, kept_rows, model_kind, to_device
 from ..packing import packing
 from .kept_states import KeptStates, bytes_of, fingerprint
-from .prefix import FrozenPrefix
 
 log = logging.getLogger("mendfast")
 

@@ -13,6 +13,7 @@ from .. import ops
 from ..capture import Factors, frozen, lowrank_updates
 from ..editable import EditableModel
 from ..editor import MendEditor
+from ..frozen_prefix import FrozenPrefix
 from ..layers import execution_device, first_layer
 from ..objective import (
     Batch,
@@ -29,7 +30,6 @@ from ..packing import packing
 from ..types import C_EDIT
 from .cache import PrefixCache
 from .precision import lowered
-from .prefix import FrozenPrefix
 from .recompute import recomputed_updates
 
 ROOT_FROM = 5e-4

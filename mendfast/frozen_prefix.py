@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 
 from torch import nn
 
-from ..capture import replaced_forwards
-from ..choice import frozen_ends
-from ..layers import Layer
+from .capture import replaced_forwards
+from .choice import frozen_ends
+from .layers import Layer
 
 log = logging.getLogger("mendfast")
 
