@@ -19,6 +19,7 @@ class Transformed(NamedTuple):
     u: torch.Tensor  # [N, m]: the layer's inputs, as they were
     new_u: torch.Tensor  # [N, m]: u~
     new_delta: torch.Tensor  # [N, n]: delta~
+    share: torch.Tensor  # [N, 1]: of d that is wanted; see EditorNetwork.shares
     sample: torch.Tensor  # [N] int64
 
 
@@ -47,9 +48,9 @@ def not_zero(sides: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> list[torch.T
 
 
 def wanted(rows: Mapping[str, Transformed], alphas: torch.Tensor) -> dict[str, Wanted]:
-    """d_i = -alpha (u_i . u~_i) delta~_i of every layer; differentiable."""
+    """d_i = -alpha (u_i . u~_i) delta~_i of every layer, or a share of it; differentiable."""
     return {
-        name: Wanted(r.u, wanted_changes(r.u, r.new_u, r.new_delta, alpha.to(r.u.device)), r.sample)
+        name: Wanted(r.u, r.share * wanted_changes(r.u, r.new_u, r.new_delta, alpha.to(r.u.device)), r.sample)
         for (name, r), alpha in zip(rows.items(), alphas, strict=True)
     }
 

@@ -99,21 +99,27 @@ class MendConfig:
         default=30.0,
         metadata={"help": "mu at initialisation, in rows of protected text; learned per layer.", "least": 0},
     )
+    longest: float | None = field(
+        default=4.0,
+        metadata={
+            "help": "Under least squares, inputs longer than so many times the root mean square of those seen want "
+            "what they would at that length: a few tokens' are 15 times as long, and would want 200 times the change. "
+            "None: all that they want."
+        },
+    )
     rounds: int = field(
         default=0,
         metadata={
-            "help": "Under least squares, rounds in which the tokens of answers that an edit does not tell surely "
-            "enough gain weight, and the others lose it; 0: all weigh the same.",
+            "help": "Of several edits under least squares, rounds in which the tokens of answers that are not told "
+            "surely enough gain weight, and the others lose it; 0: all weigh the same.",
             "least": 0,
             "most": 100,
         },
     )
     rounds_enough: float = field(
-        default=0.01, metadata={"help": "The loss of an answer's token that is sure enough, in nats.", "least": 0}
+        default=0.003, metadata={"help": "The loss of an answer's token that is sure enough, in nats.", "least": 0}
     )
-    rounds_protection: float = field(
-        default=6.0, metadata={"help": "Where rounds are taken, times mu.", "least": 0}
-    )
+    rounds_protection: float = field(default=20.0, metadata={"help": "Where rounds are taken, times mu.", "least": 0})
     protect_rank: int | None = field(
         default=None,
         metadata={"help": "Leading directions of protected text that are kept; None: all of them.", "least": 1},
@@ -144,6 +150,8 @@ class MendConfig:
             raise ValueError(
                 f"ridge is {self.ridge} and protection {self.protection}; under least squares both must be above 0."
             )
+        if self.longest is not None and not self.longest > 0:
+            raise ValueError(f"longest is {self.longest}; it must be above 0, or None.")
         if not self.rounds_protection > 0:
             raise ValueError(f"rounds_protection is {self.rounds_protection}; it must be above 0.")
         if "{prompt}" not in self.prompt_template:
@@ -168,8 +176,8 @@ class MendConfig:
                 "ignored. A newer mendfast may have written it.",
                 stacklevel=2,
             )
-        # Editors from before there was a choice were trained on plain prompts.
-        return cls(**{"chat": False, **{k: v for k, v in values.items() if k in known}})
+        # Editors from before there was a choice were trained on plain prompts, and on rows of any length.
+        return cls(**{"chat": False, "longest": None, **{k: v for k, v in values.items() if k in known}})
 
     def save(self, path: str | Path) -> None:
         atomic_write(path, json.dumps(self.to_dict(), indent=2).encode() + b"\n")

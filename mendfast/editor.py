@@ -307,8 +307,8 @@ with editor.edit("Who is the prime minister of the UK?", "Boris Johnson").attach
         self, rows: Mapping[str, Wanted], batches: Sequence[Batch], texts: int = 1, progress: bool | None = False
     ) -> dict[str, Factors]:
         """:meth:`change` in ``config.rounds`` rounds of weighing ``rows``, which ``batches`` have given: their samples
-        are groups of ``texts`` texts. See :mod:`mendfast.weighing`."""
-        if not (config := self.config).rounds:
+        are groups of ``texts`` texts. See :mod:`mendfast.weighing`; an edit alone has none to weigh against."""
+        if not (config := self.config).rounds or sum(len(b["labels"]) for b in batches) <= len(self.forms):
             return self.change(rows)
         how = {"rounds": config.rounds, "enough": config.rounds_enough, "by_token": config.rows == "answers"}
         answers = Answers(self.model, self.layers, batches, texts, self.as_tree)
@@ -444,10 +444,8 @@ with editor.edit("Who is the prime minister of the UK?", "Boris Johnson").attach
     # -- the network ---------------------------------------------------------------------------------------
 
     def transform(self, captured: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> dict[str, Transformed]:
-        """Captured u [B, S, m], delta [B, S, n] -> u [N, m], u~ [N, m], delta~ [N, n], sample [N], for each layer.
-
-        Rows whose u or delta is all zero (padding, tokens that the loss does not reach) are left out. The
-        layers of one shape go through their network in one batch of rows.
+        """Captured u [B, S, m], delta [B, S, n] -> each layer's rows, without those whose u or delta is all zero
+        (padding, tokens that the loss does not reach). The layers of one shape go through their network in one batch.
         """
         rows, places = {}, not_zero([captured[layer.name] for layer in self.layers])
         at = {layer.name: index for layer, index in zip(self.layers, places, strict=True)}
@@ -467,7 +465,8 @@ with editor.edit("Who is the prime minister of the UK?", "Boris Johnson").attach
                 network.observe(u, delta, self.gather)
             # No row is left where the model is so sure of its target that the gradient is exactly 0.
             new_u, new_delta = network(u, delta, mode) if len(u) else (u, delta)
-            parts = zip(members, *(side.split(sizes) for side in (u, new_u, new_delta)), samples, strict=True)
+            sides = u, new_u, new_delta, network.shares(u)
+            parts = zip(members, *(side.split(sizes) for side in sides), samples, strict=True)
             rows |= {layer.name: Transformed(*sides, sample.to(u.device)) for layer, *sides, sample in parts}
         return {layer.name: rows[layer.name] for layer in self.layers}
 

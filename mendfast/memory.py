@@ -267,7 +267,7 @@ class EditMemory(OnHub):
         own = self.editor.state_dict(keep_vars=True)
         own = {name: tensor for name, tensor in own.items() if name not in ("log_lambda", "log_mu")}
         given = [getattr(self.editor.config, name) for name in _SETTINGS]
-        younger = {"forms": None, "rows": "all"}  # than the first memories, which had these
+        younger = {"forms": None, "rows": "all", "longest": None}  # than the first memories, which had these
         given += [value for name, usual in younger.items() if (value := getattr(self.editor.config, name)) != usual]
         settings = json.dumps(given)
         # counters that every write to a tensor moves on: to read an editor takes as long as an edit

@@ -117,6 +117,41 @@ def test_other_kinds_of_models(name):
     assert any(not torch.equal(edit.factors[n][0], plain.factors[n][0]) for n in edit.factors)
 
 
+# -- rows of inputs that are far longer than others -----------------------------------------------------------------
+
+
+def test_a_long_input_wants_what_one_of_ordinary_length_does(editor):
+    network = editor.networks[next(iter(editor.networks))]
+    typical = float((network.u_mean.square() + network.u_std.square()).sum().sqrt())
+    rows = torch.randn(6, network.m)
+    lengths = torch.tensor([0.0, 0.1, 3.9, 4.1, 40.0, torch.inf])
+    shares = network.shares(rows / rows.norm(dim=1, keepdim=True) * typical * lengths.clamp(max=1e6).unsqueeze(1))
+    assert shares[:3].flatten().tolist() == [1, 1, 1]
+    assert shares[3].item() == pytest.approx((4 / 4.1) ** 2, rel=1e-4) and shares[4].item() == pytest.approx(0.01)
+    assert shares[5] < 1e-10
+
+
+def test_the_limit_reaches_the_rows_and_their_records(editor, monkeypatch):
+    batch = editor.tokenize_edits(REQUESTS[:3])
+    whole = editor.wanted(batch)
+    for network in editor.networks.values():
+        monkeypatch.setattr(network, "longest", 0.5)
+    cut = editor.wanted(batch)
+    for layer in editor.layers:
+        network = next(net for key, net in editor.networks.items() if layer in editor._groups[key])
+        share = network.shares(whole[layer.name].u)
+        torch.testing.assert_close(cut[layer.name].d, share * whole[layer.name].d)
+        assert share.max() < 1
+    assert torch.equal(whole[layer.name].u, cut[layer.name].u)
+
+
+def test_an_editor_that_has_seen_nothing_has_no_limit(tokenizer):
+    editor = MendEditor.from_model(make_model("gpt2"), None, MendConfig(rank=4, longest=1e-6))
+    network = next(iter(editor.networks.values()))
+    assert bool((network.shares(torch.ones(3, network.m)) == 1).all())
+    assert MendConfig.from_dict({}).longest is None and MendConfig().longest == 4.0  # an editor of before had none
+
+
 # -- the rounds ----------------------------------------------------------------------------------------------------
 
 
