@@ -110,8 +110,8 @@ class MendConfig:
     rounds: int = field(
         default=0,
         metadata={
-            "help": "Of several edits under least squares, rounds in which the tokens of answers that are not told "
-            "surely enough gain weight, and the others lose it; 0: all weigh the same.",
+            "help": "Of several edits under least squares, at most so many rounds in which the tokens of answers that "
+            "are not told surely enough gain weight, and the others lose it (8 are enough); 0: all weigh the same.",
             "least": 0,
             "most": 100,
         },

@@ -22,7 +22,7 @@ POWER = 0.5
 """Of the quotient of a token's loss and the one that is enough, by which its weight moves in a round."""
 SLACK = 0.01
 """Nats that both are taken to be larger by, so that tokens with next to no loss don't lose all weight at once."""
-STEP, MOST = 4.0, 64.0
+STEP, MOST = 4.0, 1024.0
 """The most that a weight moves by in a round, and in all, either way."""
 
 
@@ -115,13 +115,19 @@ def balanced(
 ) -> dict[str, Factors]:
     """The factors that ``solve`` gives for ``rows`` after so many rounds of weighing them.
 
-    The first solution weighs all alike; each round reads the tokens' losses under the last one and solves again.
+    The first solution weighs all alike; each round reads the tokens' losses under the last one and solves again. Where
+    the rows have no room for all, weight for some is at the others' cost: a round after which the mean loss is no
+    smaller is taken back, and is the last.
     """
-    factors = solve(rows)
-    weights: torch.Tensor | None = None
+    best = factors = solve(rows)
+    losses = answers.losses(factors)
+    weights = torch.ones_like(losses)
     hidden = None if progress is None else not progress
     for _ in tqdm(range(rounds), desc="weighing", unit="round", disable=hidden):
-        losses = answers.losses(factors)
-        weights = moved(torch.ones_like(losses) if weights is None else weights, losses, enough)
+        weights = moved(weights, losses, enough)
         factors = solve(weighed(rows, weights, answers.sample, by_token))
-    return factors
+        before, losses = losses, answers.losses(factors)
+        if not losses.mean() < before.mean():
+            break
+        best = factors
+    return best

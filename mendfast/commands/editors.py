@@ -42,6 +42,7 @@ EDITOR = MendConfig(
     protect_rank=420,
     ridge=1e-4,
     protection=60.0,
+    rounds=8,
 )
 TRAINING = TrainConfig(
     steps=640,

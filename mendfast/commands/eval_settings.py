@@ -93,7 +93,7 @@ class EvalSettings(EditorSettings):
         default=None, metadata={"help": "Adam's rate for fine-tuning; default: chosen, see --validation", "least": 0}
     )
     validation: int = field(
-        default=4,
+        default=25,
         metadata={
             "help": "edits of --data, measured in no row, that fine-tuning's and UltraEdit's rates and steps and "
             "MEMIT's weight of C are chosen on; 0: none, each takes its own default",

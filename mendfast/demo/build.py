@@ -31,6 +31,7 @@ EDITOR = MendConfig(
     aggregation="least_squares",
     ridge=1e-3,
     protection=20.0,
+    longest=None,
 )
 STRENGTH = 1.05
 """Of the step sizes once training is over: of 1, 1.05, 1.1 and 1.15 the largest at which 125 validation facts at once
