@@ -1,4 +1,4 @@
-"""Edits by least squares whose rows weigh as much as their answers need. docs/ops/least_squares.md, section 7."""
+"""Edits by least squares whose rows weigh as much as their answers need. docs/ops/least_squares.md, section 5."""
 
 from __future__ import annotations
 

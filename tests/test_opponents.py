@@ -85,6 +85,26 @@ def test_the_weight_of_c_is_that_of_an_editor_with_so_much_more_mu(tokenizer, in
     close(made()[0], weighed)
 
 
+@pytest.mark.parametrize("in_turn", [False, True])
+def test_rounds_of_weighing_may_be_given(tokenizer, in_turn):
+    config = MendConfig(rank=8, step_size=1e-2, aggregation="least_squares", rounds=3)
+    editor = stirred(MendEditor.from_model(base("gpt2", tokenizer), tokenizer, config))
+    editor.protect(["Lima is a city. Oslo is another one."])
+    requests = [EditRequest(*pair) for pair in edits("gpt2")]
+
+    def made(**options) -> torch.Tensor:
+        with Mend(editor, **options).edit(requests, in_turn=in_turn), torch.no_grad():
+            return target_rows(editor.model, editor.tokenize(edits("gpt2"))).logits
+
+    own, without = made(), made(rounds=0)
+    assert editor.config.rounds == 3 and not own.allclose(without)
+    assert own.equal(made(rounds=3))
+    editor.config.rounds = 0
+    assert without.equal(made())
+    with pytest.raises(ValueError, match="rounds"):
+        Mend(editor, rounds=-1)
+
+
 def test_of_many_edits_at_once_the_weight_of_c_is_chosen(tokenizer, monkeypatch):
     """An editor has learned one for edits of all sizes."""
     config = MendConfig(rank=8, aggregation="least_squares")
@@ -121,7 +141,7 @@ def test_malmen_solves_the_normal_equations_with_a_ridge_alone(tokenizer, tmp_pa
     rows = editor.transform(editor.gradients(editor.tokenize(edits("gpt2"))))
     edit = editor.edit(edits("gpt2"))
     for name, lam, alpha in zip(rows, editor.log_lambda.exp(), editor.alphas(), strict=True):
-        u, new_u, new_delta, _ = rows[name]
+        u, new_u, new_delta, *_ = rows[name]
         d = -alpha * (u * new_u).sum(1, keepdim=True) * new_delta
         expected = torch.linalg.solve(lam * torch.eye(u.shape[1]) + u.T @ u, u.T @ d).T
         got, delta, step = edit.factors[name]

@@ -167,7 +167,9 @@ class Malmen(Mend):
     """
 
     key, name, weighed = "malmen", "MALMEN", False
-    changes: ClassVar[Mapping[str, Any]] = {"aggregation": "least_squares", "ridge": 1.0, "protection": 1e-30}
+    changes: ClassVar[Mapping[str, Any]] = {
+        "aggregation": "least_squares", "ridge": 1.0, "protection": 1e-30, "longest": None, "rounds": 0,
+    }  # fmt: skip
 
     @classmethod
     def make(cls, model: nn.Module, tokenizer: Any, config: MendConfig, **options: Any) -> System:
