@@ -11,9 +11,11 @@ from test_baselines import base, edits, make, sampler, training
 from test_editor import same_bits, state
 
 from mendfast import EditMemory, EditRequest, MendConfig, MendEditor, ops
+from mendfast.baselines.measure import Before
 from mendfast.baselines.mend import Malmen, Mend, MendSum
 from mendfast.commands.rates import Choice, Tally
 from mendfast.frozen_prefix import FrozenPrefix
+from mendfast.generation import answer
 from mendfast.objective import nll, target_rows
 from mendfast.tasks.records import Example
 from mendfast.training.processes import Processes
@@ -83,6 +85,22 @@ def test_the_weight_of_c_is_that_of_an_editor_with_so_much_more_mu(tokenizer, in
     with torch.no_grad():
         editor.log_mu.add_(math.log(8.0))
     close(made()[0], weighed)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bert"])
+def test_a_trial_sees_which_other_answers_an_edit_changes(tokenizer, name):
+    """Of a classifier too, whose edited model's class was once held against itself: every rate left all of them."""
+    system = make("ft", name, tokenizer)
+    system.learning_rate, system.max_steps = 0.3, 20
+    others = [f"Is {city} a city of {country}?" for city in ("Lima", "Oslo", "Rome") for country in ("Peru", "Chad")]
+    examples = [Example(*pair) for pair in edits(name)]
+    asked = types.SimpleNamespace(after=lambda *_, **__: {"rephrasings": [], "locality": [(q, "") for q in others]})
+    before = Before(system.subject)
+    tally = Choice(examples[:1], asked, Processes())._tally(system, before, [0])
+    said = [given.text for given in before.answers(others, 16)]
+    with system.edit([(examples[0].prompt, examples[0].target)]):
+        now = answer(system.subject, others, 16)
+    assert tally.kept == [one == other for one, other in zip(said, now, strict=True)] and not all(tally.kept)
 
 
 @pytest.mark.parametrize("in_turn", [False, True])

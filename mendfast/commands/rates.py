@@ -17,8 +17,9 @@ from ..baselines.measure import Before
 from ..baselines.mend import Mend
 from ..baselines.rome import Memit
 from ..baselines.ultraedit import UltraEdit
-from ..generation import follow
+from ..generation import Answer, answer, follow
 from ..metrics import tell
+from ..objective import Below
 from ..tasks.records import Example
 from ..training.processes import Processes
 from .questions import Questions
@@ -180,13 +181,24 @@ class Choice:
                 pairs = [*requests, *rephrasings]
                 found.right += tell(system.subject, pairs, logits=False, below=below).correct.tolist()
                 if others:
-                    rows = follow(system.subject, others, [answer.ids for answer in said], below=below)
-                    chosen = rows.logits.argmax(-1)
-                    wrong = torch.bincount(rows.sample[chosen != rows.labels], minlength=len(others))
-                    found.kept += (wrong == 0).tolist()
-                    found.same += int((chosen == rows.labels).sum())
-                    found.tokens += len(chosen)
+                    stays, sample = _stays(system, others, said, below)
+                    found.kept += (torch.bincount(sample[~stays], minlength=len(others)) == 0).tolist()
+                    found.same += int(stays.sum())
+                    found.tokens += len(stays)
         return found
+
+
+def _stays(
+    system: System, prompts: Sequence[str], said: Sequence[Answer], below: Below
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of each token of what was said [K] whether it is still the model's first choice, and the prompt that it answers;
+    of a classifier its classes."""
+    if system.subject.kind == "classifier":
+        now = answer(system.subject, prompts)
+        same = torch.tensor([one == before.text for one, before in zip(now, said, strict=True)])
+        return same, torch.arange(len(same))
+    rows = follow(system.subject, prompts, [before.ids for before in said], below=below)
+    return rows.logits.argmax(-1) == rows.labels, rows.sample
 
 
 def _set(system: System, values: dict[str, Any]) -> None:
