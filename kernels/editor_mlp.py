@@ -29,9 +29,9 @@ def uses_library(n_rows: int, precision: str) -> bool:
     """Whether the products go to a library GEMM: where that was the faster way on an H200.
 
     Graphs of forward passes, widths of SmolLM2, distilGPT-2, GPT-2-XL and GPT-J. In tf32x3, three of a library's
-    products over split factors, the kernels took a fifth of its time for a row, 0.9 of it for 500 rows and 1.15 for
-    1,000; in tf32 1.0 for 16 to 64 rows, 2 and more from 256 on; plain multiply-adds were the library's from the
-    fewest rows timed, 16, by three times.
+    products over split factors, the kernels took 0.14 to 0.34 of its time for a row, 0.4 to 0.9 for 500 rows and 0.75
+    to 1.15 for 1,000; in tf32 0.9 to 1.2 for 16 to 64 rows, 1.7 to 2.3 from 256 on; by plain multiply-adds 2.4 to 6.7
+    from the fewest rows timed, 16, on.
     """
     return n_rows > LIBRARY_ROWS[precision]
 
