@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import types
 from dataclasses import replace
 
 import pytest
@@ -193,3 +194,12 @@ def test_no_gradient_passes_the_prompts_of_an_edit_that_is_made_of_its_answer(ea
         torch.testing.assert_close(u[answers], every[layer][0][answers], rtol=1e-9, atol=1e-12)
         torch.testing.assert_close(delta[answers], every[layer][1][answers], rtol=1e-9, atol=1e-12)
         assert not delta[~answers].any()
+
+
+@pytest.mark.parametrize(("shape", "on_gpu"), [((6400, 1600), False), ((16384, 4096), True)])
+def test_a_gpu_packs_where_more_is_left_out_than_it_does_while_the_copies_are_launched(shape, on_gpu):
+    """Of 800 tokens half are padding: 8 * 10^9 multiply-adds in GPT-2-XL's shape, 5 * 10^10 in GPT-J's."""
+    kept = [torch.arange(400), torch.arange(0)]
+    for is_cuda, expected in ((False, True), (True, on_gpu)):
+        weight = types.SimpleNamespace(dim=lambda: 2, shape=shape, is_cuda=is_cuda)
+        assert packing._fewer(types.SimpleNamespace(weight=weight), kept, 800) is expected
