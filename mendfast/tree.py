@@ -10,6 +10,7 @@ token before: the prompts pass the edited blocks without, and leave their keys a
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import itertools
 import os
@@ -365,6 +366,10 @@ class _Run:
             spans.append(group)
         return spans
 
+    @functools.cached_property
+    def _whole(self) -> list[Queries]:
+        return self._queries(self._spans(prompts=True, answers=True))
+
     def through_frozen(self) -> None:
         if not self.frozen:
             return
@@ -373,7 +378,7 @@ class _Run:
         def keep(module: nn.Module, args: tuple, output: object) -> None:
             seen.append(output)
 
-        attention = _Attention(self.tree.ids.shape[1], self._queries(self._spans(prompts=True, answers=True)))
+        attention = _Attention(self.tree.ids.shape[1], self._whole)
         with undone() as changes, attention:
             changes.hook(self.frozen[-1], keep)  # before the one that ends the pass
             with ended_after(self.frozen[-1]):
@@ -406,7 +411,7 @@ class _Run:
 
     def through_all(self, answers: torch.Tensor, sample: torch.Tensor) -> Rows:
         rows = slice(None)
-        attention = _Attention(self.tree.ids.shape[1], self._queries(self._spans(prompts=True, answers=True)))
+        attention = _Attention(self.tree.ids.shape[1], self._whole)
         with self._given(rows), attention:
             found = labelled_rows(self.model, self._inputs(rows), answers, sample)
         self._check(attention, len(self.blocks) - len(self.frozen))
