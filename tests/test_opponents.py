@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import types
+from functools import partial
 
 import pytest
 import torch
 from test_baselines import base, edits, make, sampler, training
 from test_editor import same_bits, state
+from tqdm import tqdm
 
 from mendfast import EditMemory, EditRequest, MendConfig, MendEditor, ops
 from mendfast.baselines.measure import Before
@@ -334,3 +336,41 @@ def test_rome_is_the_least_change_that_maps_the_key_to_the_value(name, tokenizer
     with system.edit([edits(name)[0]]):
         change = oriented(layer, layer.weight) - before
     close(change, (missing[:, None] * (u / (u @ key))[None]).float())
+
+
+def test_processes_share_the_validation_edits_of_one_trial(tokenizer, monkeypatch):
+    """As many trials as processes or not: no process has more than one edit more than another, and the sum is as one
+    process makes it; a trial that breaks the model in one process has broken it."""
+    system = make("ft", "gpt2", tokenizer)
+    examples = [Example(*pair) for pair in edits("gpt2")] * 2
+    asked = types.SimpleNamespace(after=lambda *_, **__: {"rephrasings": [], "locality": []})
+    trials = [{"learning_rate": rate} for rate in (1e-3, 1e-2, 1.0)]
+    made = []
+
+    def tally(self, system, before, groups):
+        made.append((system.learning_rate, list(groups)))
+        if system.learning_rate == 1.0 and 1 in groups:
+            raise ValueError("it broke the model")
+        return Tally(right=[i % 3 == 0 for i in groups], same=len(groups), tokens=2 * len(groups), steps=max(groups))
+
+    monkeypatch.setattr(Choice, "_tally", tally)
+
+    def found(trials, processes):
+        del made[:]
+        choice = Choice(examples, asked, processes)
+        tallies = choice._trials(system, None, trials, range(len(examples)), tqdm(disable=True))
+        return [(sorted(t.right), t.same, t.tokens, t.steps) for t in tallies], list(made)
+
+    def said(shares, mine):
+        shares.append(mine)
+        return [*shares, {}]
+
+    for some in (trials, trials[1:], trials[:1]):
+        alone, _ = found(some, Processes())
+        shares: list[dict] = []
+        ranks = [types.SimpleNamespace(rank=rank, count=2, objects=partial(said, shares)) for rank in range(2)]
+        (_, first), (tallies, second) = (found(some, each) for each in ranks)  # the second one hears of both
+        counts = [sum(len(groups) for _, groups in part) for part in (first, second)]
+        assert tallies == alone
+        assert max(counts) - min(counts) <= 1 and sum(counts) == len(some) * len(examples)
+    assert found(trials, Processes())[0][2] == ([], 0, 0, 0)

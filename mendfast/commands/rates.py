@@ -6,6 +6,8 @@ import random
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -157,17 +159,20 @@ class Choice:
     def _trials(
         self, system: System, before: Before, trials: Sequence[dict[str, Any]], groups: Sequence[int], bar: tqdm
     ) -> list[Tally]:
-        """What each trial does to these groups; each process makes its share of them."""
-        mine = {}
-        for i in range(self.processes.rank, len(trials), self.processes.count):
+        """What each trial does to these groups. The processes share trials and groups alike: the last trials, of most
+        edits, are fewer than they."""
+        mine: dict[int, Tally | None] = {}
+        turns = [(i, group) for i in range(len(trials)) for group in groups]
+        for i, pairs in groupby(turns[self.processes.rank :: self.processes.count], key=itemgetter(0)):
+            own = [group for _, group in pairs]
             _set(system, trials[i])
             try:
-                mine[i] = self._tally(system, before, groups)
+                mine[i] = self._tally(system, before, own)
             except (ValueError, RuntimeError, ArithmeticError):  # a rate that breaks the model, a fact too long
-                mine[i] = Tally()
-            bar.update(len(groups) / len(self.groups))
-        found = {i: tally for part in self.processes.objects(mine) for i, tally in part.items()}
-        return [found[i] for i in range(len(trials))]
+                mine[i] = None
+            bar.update(len(own) * self.processes.count / len(self.groups))
+        shares = self.processes.objects(mine)
+        return [_sum([share[i] for share in shares if i in share]) for i in range(len(trials))]
 
     def _tally(self, system: System, before: Before, groups: Iterable[int]) -> Tally:
         found = Tally()
@@ -199,6 +204,11 @@ def _stays(
         return same, torch.arange(len(same))
     rows = follow(system.subject, prompts, [before.ids for before in said], below=below)
     return rows.logits.argmax(-1) == rows.labels, rows.sample
+
+
+def _sum(tallies: Sequence[Tally | None]) -> Tally:
+    """Of all groups; nothing where one of them broke the model."""
+    return Tally() if None in tallies else sum(tallies, Tally())
 
 
 def _set(system: System, values: dict[str, Any]) -> None:
