@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -101,9 +102,9 @@ def test_strides(dtype):
 @pytest.mark.skipif(CPU != "cpu", reason="the extension is not there")
 @pytest.mark.parametrize("rounding", op.ROUNDINGS)
 def test_the_cpu_s_kernel_at_any_number_of_threads(rounding):
-    """A weight of many blocks and odd edges, with as many terms as it takes."""
-    for dtype in DTYPES[:2]:
-        _, weight, u, delta = make(131, 1201, 90, dtype, torch.float32, pad=5)
+    """A weight of many blocks and odd edges, with as many terms as it takes, and with one."""
+    for dtype, terms in itertools.product(DTYPES[:2], (90, 1)):
+        _, weight, u, delta = make(131, 1201, terms, dtype, torch.float32, pad=5)
 
         def run(weight=weight, u=u, delta=delta):
             return ops.rank1_update_(weight.clone(), u, delta, 0.1, rounding=rounding, seed=3, backend="cpu")
@@ -112,6 +113,21 @@ def test_the_cpu_s_kernel_at_any_number_of_threads(rounding):
         assert all(torch.equal(result, results[0]) for result in results)
         units = 1.0 if rounding == "stochastic" and dtype != torch.float32 else 0.5
         assert_close(results[0], weight, u, delta, 0.1, units=units)
+
+
+@pytest.mark.skipif(CPU != "cpu", reason="the extension is not there")
+@pytest.mark.parametrize("layout", op.LAYOUTS)
+@pytest.mark.parametrize("terms", [1, 2])
+@pytest.mark.usefixtures("instructions")
+def test_few_terms_give_the_bits_of_many(terms, layout):
+    """Without tiles, a row at a time: as with terms of zeros beside them."""
+    for dtype, (n, m) in itertools.product(DTYPES, ((13, 77), (48, 64), (5, 3))):
+        _, weight, u, delta = make(n, m, terms, dtype, torch.float32, layout, pad=3)
+        more = [torch.cat([side, side.new_zeros(4, side.shape[1])]) for side in (u, delta)]
+        few, many = (
+            ops.rank1_update_(weight.clone(), *sides, 0.3, layout=layout, backend="cpu") for sides in ((u, delta), more)
+        )
+        assert torch.equal(few, many) and not torch.equal(few, weight)
 
 
 def test_what_watches_every_op_sees_the_update():

@@ -1,6 +1,6 @@
 // The matrix is read and written once, a tile of TALL x WIDE elements at a time, whose sums stay in registers while
 // they go through the terms. Rows of tiles follow memory. Factors are copied first into the order in which tiles ask
-// for them.
+// for them. With very few terms there is little to keep and memory sets the pace: a row at a time then, from end to end.
 #include "outer_update.h"
 
 #include <omp.h>
@@ -16,6 +16,7 @@ constexpr int64_t BLOCK = 64 * 1024;               // floats of right that stay 
 constexpr int64_t MOST_COLUMNS = 1024;             // of a block,
 constexpr int64_t MOST_DRAWN = 512;                // and of one with draws
 constexpr int64_t TASK_ROWS = 8 * TALL;
+constexpr int64_t FEW_TERMS = 2;
 
 // left as [rows / TALL][terms][TALL], then right as [cols / WIDE][terms][WIDE]; zeros beyond the edges.
 struct Packed {
@@ -171,6 +172,45 @@ void write(const OuterUpdate& u, float* scratch, int threads) {
   }
 }
 
+template <class Element>
+void write_lines(const OuterUpdate& u, int threads) {
+  const Vector alpha = all(u.alpha);
+  const int64_t whole = u.cols / LANES * LANES;
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t row = 0; row < u.rows; ++row) {
+    const Element* from = static_cast<const Element*>(u.from) + row * u.from_stride;
+    Element* to = static_cast<Element*>(u.to) + row * u.to_stride;
+    Vector factors[FEW_TERMS];
+    for (int64_t t = 0; t < u.terms; ++t) factors[t] = all(u.left[row * u.left_row + t * u.left_term]);
+    for (int64_t col = 0; col < whole; col += LANES) {
+      Vector sum = {};
+      for (int64_t t = 0; t < u.terms; ++t)
+        sum = multiply_add(factors[t], load(u.right + t * u.right_stride + col), sum);
+      store(to + col, multiply_subtract(alpha, sum, load(from + col)));
+    }
+    if (const int64_t cols = u.cols - whole) {
+      Element edge[LANES] = {};
+      __builtin_memcpy(edge, from + whole, cols * sizeof(Element));
+      Vector sum = {};
+      for (int64_t t = 0; t < u.terms; ++t) {
+        float right[LANES] = {};
+        __builtin_memcpy(right, u.right + t * u.right_stride + whole, cols * sizeof(float));
+        sum = multiply_add(factors[t], load(right), sum);
+      }
+      store(edge, multiply_subtract(alpha, sum, load(edge)));
+      __builtin_memcpy(to + whole, edge, cols * sizeof(Element));
+    }
+  }
+}
+
+template <class Element>
+void write_nearest(const OuterUpdate& u, float* scratch, int threads) {
+  if (u.terms <= FEW_TERMS)
+    write_lines<Element>(u, threads);
+  else
+    write<false, Element>(u, scratch, threads);
+}
+
 // Whether all exponents are less than that of infinity.
 bool finite(const float* values, int64_t count) {
   uint32_t most = 0;
@@ -203,9 +243,9 @@ int64_t outer_update_scratch<ISA>(const OuterUpdate& u) {
 
 template <>
 void outer_update<ISA>(const OuterUpdate& u, Kind kind, bool stochastic, float* scratch, int threads) {
-  if (kind == Kind::float32) write<false, float>(u, scratch, threads);
-  if (kind == Kind::float16) write<false, F16>(u, scratch, threads);
-  if (kind == Kind::bfloat16 && !stochastic) write<false, BF16>(u, scratch, threads);
+  if (kind == Kind::float32) write_nearest<float>(u, scratch, threads);
+  if (kind == Kind::float16) write_nearest<F16>(u, scratch, threads);
+  if (kind == Kind::bfloat16 && !stochastic) write_nearest<BF16>(u, scratch, threads);
   if (kind == Kind::bfloat16 && stochastic) write<true, BF16>(u, scratch, threads);
 }
 
