@@ -23,9 +23,11 @@ from mendfast.base_model import make_base
 from mendfast.baselines import SYSTEMS
 from mendfast.baselines.measure import measuring
 from mendfast.baselines.mend import Mend, NoSharing
+from mendfast.baselines.rome import Memit
 from mendfast.cli import main, read
 from mendfast.commands import eval_report
 from mendfast.commands.evaluate import evaluate
+from mendfast.commands.rates import RATES, Choice
 
 ANSWERS = ("Paris", "Rome", "Berlin", "Madrid")
 UNCERTAIN = {"seconds", "peak_bytes"}  # measured by the clock and the allocator
@@ -116,6 +118,18 @@ def test_the_table_of_systems(tokenizer, data, tmp_path):
     assert all(torch.equal(tensor, before[name]) for name, tensor in editor.model.state_dict().items())
     assert result["seed"] == 0 and result["edits"] == 3
     assert json.loads((out / "results.json").read_text()) == json.loads(json.dumps(result))
+
+
+def test_memit_s_weight_of_c_is_chosen_on_edits_that_have_a_subject(tokenizer, data, monkeypatch):
+    """Each weight is tried; no subject was known of the validation edits once, and the first weight was taken."""
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=len(tokenizer), n_positions=256, n_embd=32, n_layer=2, n_head=4)
+    editor = MendEditor.from_model(GPT2LMHeadModel(config).eval(), tokenizer, MendConfig(rank=4))
+    tallies, trials = [], Choice._trials
+    monkeypatch.setattr(Choice, "_trials", lambda *given: tallies.append(trials(*given)) or tallies[-1])
+    (row,) = run(editor, data, "--systems", "memit", "--limit", 2, "--validation", 2)["rows"]
+    assert all(len(tally.right) >= 2 for found in tallies for tally in found)
+    assert row["chosen"]["trials"] == len(RATES[Memit]) and row["chosen"]["weight"] in RATES[Memit]
 
 
 def test_trained_systems_are_kept(editor, data, tmp_path, monkeypatch):

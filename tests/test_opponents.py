@@ -339,8 +339,8 @@ def test_rome_is_the_least_change_that_maps_the_key_to_the_value(name, tokenizer
 
 
 def test_processes_share_the_validation_edits_of_one_trial(tokenizer, monkeypatch):
-    """As many trials as processes or not: no process has more than one edit more than another, and the sum is as one
-    process makes it; a trial that breaks the model in one process has broken it."""
+    """As many trials as processes or not: each has half of the edits, and the sum is as one process makes it; a trial
+    that breaks the model in one process has broken it."""
     system = make("ft", "gpt2", tokenizer)
     examples = [Example(*pair) for pair in edits("gpt2")] * 2
     asked = types.SimpleNamespace(after=lambda *_, **__: {"rephrasings": [], "locality": []})
@@ -372,5 +372,21 @@ def test_processes_share_the_validation_edits_of_one_trial(tokenizer, monkeypatc
         (_, first), (tallies, second) = (found(some, each) for each in ranks)  # the second one hears of both
         counts = [sum(len(groups) for _, groups in part) for part in (first, second)]
         assert tallies == alone
-        assert max(counts) - min(counts) <= 1 and sum(counts) == len(some) * len(examples)
+        assert counts[0] == counts[1] == len(some) * len(examples) / 2
+        each = [{group for _, groups in part for group in groups} for part in (first, second)]
+        assert not each[0] & each[1]  # what a process remembers of an edit serves all trials
     assert found(trials, Processes())[0][2] == ([], 0, 0, 0)
+
+
+def test_a_system_that_can_try_no_rate_says_so_and_keeps_its_own(tokenizer, monkeypatch):
+    system = make("ft", "gpt2", tokenizer)
+    asked = types.SimpleNamespace(after=lambda *_, **__: {"rephrasings": [], "locality": []})
+
+    def tally(self, system, before, groups):
+        raise ValueError("the data names no subject")
+
+    monkeypatch.setattr(Choice, "_tally", tally)
+    system.learning_rate = 0.5
+    with pytest.warns(UserWarning, match=r"No rate of FT could be tried.*the data names no subject"):
+        assert Choice([Example(*edits("gpt2")[0])], asked, Processes()).choose(system, None) is None
+    assert system.learning_rate == 0.5

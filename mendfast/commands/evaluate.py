@@ -242,7 +242,8 @@ class _Run:
         if journal.has_system(key) and not asks and all(place in journal for place in wanted):
             return
         system = self._prepare(key)
-        system.subjects = {e.prompt: e.subject for example in self.examples for e in example.parts if e.subject}
+        examples = [*self.examples, *(self.choice.examples if self.choice else ())]
+        system.subjects = {e.prompt: e.subject for example in examples for e in example.parts if e.subject}
         if self.before is None or not self.before.serves(system.subject):
             self.before = Before(system.subject, self.questions.texts())
         if isinstance(system, Rome):

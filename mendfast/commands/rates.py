@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import random
 import time
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
-from operator import itemgetter
 from typing import Any
 
 import torch
@@ -68,6 +67,8 @@ class Tally:
     tokens: int = 0
     steps: int = 0
     """The most that an edit took."""
+    error: str = ""
+    """Of an edit that failed, and with it the trial."""
 
     def __add__(self, other: Tally) -> Tally:
         return Tally(
@@ -110,7 +111,7 @@ class Choice:
         in_turn: bool = False,
         seed: int = 0,
     ):
-        self.processes, self.at_once, self.in_turn, self.edits = processes, at_once, in_turn, len(examples)
+        self.processes, self.at_once, self.in_turn, self.examples = processes, at_once, in_turn, list(examples)
         groups = [list(examples)] if at_once or in_turn else [[example] for example in examples]
         self.groups = [[part for example in group for part in example.parts] for group in groups]
         self.asked = []
@@ -129,6 +130,12 @@ class Choice:
         bar = tqdm(total=TRIALS, desc=f"{system.name}, rates", disable=None if self.processes.main else True)
         with bar, system.remembering():
             found, tally, tried = self._best(system, before, [own | trial for trial in trials or [{}]], bar)
+            if tally.error:
+                _set(system, own)
+                if self.processes.main:
+                    said = f"No rate of {system.name} could be tried, so it keeps its own: {tally.error}"
+                    warnings.warn(said, stacklevel=2)
+                return None
             if steps and getattr(system, steps) >= 4:
                 fewer = {**found, steps: getattr(system, steps) // 4}
                 tried += 1
@@ -137,7 +144,8 @@ class Choice:
                     (other,) = self._trials(system, before, [fewer], range(len(self.groups)), bar)
                     found = fewer if other.score() > tally.score() else found
         _set(system, found)
-        return {**found, "trials": tried, "edits": self.edits, "seconds": round(time.perf_counter() - started, 3)}
+        seconds = round(time.perf_counter() - started, 3)
+        return {**found, "trials": tried, "edits": len(self.examples), "seconds": seconds}
 
     def _best(
         self, system: System, before: Before, trials: list[dict[str, Any]], bar: tqdm
@@ -159,18 +167,20 @@ class Choice:
     def _trials(
         self, system: System, before: Before, trials: Sequence[dict[str, Any]], groups: Sequence[int], bar: tqdm
     ) -> list[Tally]:
-        """What each trial does to these groups. The processes share trials and groups alike: the last trials, of most
-        edits, are fewer than they."""
-        mine: dict[int, Tally | None] = {}
-        turns = [(i, group) for i in range(len(trials)) for group in groups]
-        for i, pairs in groupby(turns[self.processes.rank :: self.processes.count], key=itemgetter(0)):
-            own = [group for _, group in pairs]
-            _set(system, trials[i])
+        """What each trial does to these groups. The processes share the groups, of which each keeps to its own: what is
+        remembered of them serves all trials. Of one group alone they share the trials."""
+        count, rank = self.processes.count, self.processes.rank
+        mine: dict[int, Tally] = {}
+        for i, trial in enumerate(trials):
+            own = [group for group in groups if (group if len(self.groups) > 1 else i) % count == rank]
+            if not own:
+                continue
+            _set(system, trial)
             try:
                 mine[i] = self._tally(system, before, own)
-            except (ValueError, RuntimeError, ArithmeticError):  # a rate that breaks the model, a fact too long
-                mine[i] = None
-            bar.update(len(own) * self.processes.count / len(self.groups))
+            except (ValueError, RuntimeError, ArithmeticError) as error:  # it breaks the model, a fact is too long
+                mine[i] = Tally(error=str(error))
+            bar.update(len(own) * count / len(self.groups))
         shares = self.processes.objects(mine)
         return [_sum([share[i] for share in shares if i in share]) for i in range(len(trials))]
 
@@ -206,9 +216,9 @@ def _stays(
     return rows.logits.argmax(-1) == rows.labels, rows.sample
 
 
-def _sum(tallies: Sequence[Tally | None]) -> Tally:
-    """Of all groups; nothing where one of them broke the model."""
-    return Tally() if None in tallies else sum(tallies, Tally())
+def _sum(tallies: Sequence[Tally]) -> Tally:
+    """Of all groups; nothing but the error where one of them failed."""
+    return next((tally for tally in tallies if tally.error), None) or sum(tallies, Tally())
 
 
 def _set(system: System, values: dict[str, Any]) -> None:
