@@ -81,7 +81,11 @@ def _pooled_row(rows: Sequence[dict]) -> dict:
             "high": max(figure["high"] for figure in found),
             "n": sum(figure["n"] for figure in found),
         }
-    return {**rows[0], "failed": sum(row["failed"] for row in rows), "figures": figures}
+    pooled = {**rows[0], "failed": sum(row["failed"] for row in rows), "figures": figures}
+    if chosen := [row["chosen"] for row in rows if row.get("chosen")]:
+        values = {name: [each.get(name) for each in chosen] for name in chosen[0]}
+        pooled["chosen"] = {name: each[0] if len({*each}) == 1 else each for name, each in values.items()}
+    return pooled
 
 
 def page(results: Sequence[dict]) -> str:

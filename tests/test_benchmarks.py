@@ -258,10 +258,13 @@ def test_a_table_of_several_seeds_holds_their_means_within_the_widest_interval()
     first, second = evaluation(seed=1), evaluation(seed=2)
     second["rows"][0]["figures"]["edit_success"] = {"mean": 0.5, "low": 0.3, "high": 0.7, "n": 3}
     second["rows"][0]["failed"] = 1
+    chosen = {"learning_rate": 0.01, "max_steps": 100, "trials": 6, "edits": 4, "seconds": 2.0}
+    first["rows"][0]["chosen"], second["rows"][0]["chosen"] = chosen, {**chosen, "learning_rate": 3e-4, "seconds": 41.0}
     both = tables.pooled([first, second])
     assert both["rows"][0]["figures"]["edit_success"] == {"mean": 0.7, "low": 0.3, "high": 0.9, "n": 6}
     page = tables.page([both | {"title": "t", "commands": []}])
     assert "means of seeds 1, 2." in page and "1 measurements failed" in page
+    assert "| MEND | 0.01, 0.0003 | 100 | 6 | 4 | 2, 41 |" in page
     with pytest.raises(ValueError, match="seeds are 1, 1"):
         tables.pooled([first, first])
     with pytest.raises(ValueError, match="differ in limit: None, 3"):

@@ -197,10 +197,15 @@ def rates(result: dict[str, Any]) -> Part | None:
         chosen = row["chosen"]
         steps = chosen.get("epochs", chosen.get("max_steps", ""))
         rate = chosen.get("learning_rate", chosen.get("weight"))
-        body.append([row["name"], f"{rate:g}", str(steps), str(chosen["trials"]),
-                     str(chosen["edits"]), f"{chosen['seconds']:,.0f}"])  # fmt: skip
+        body.append([row["name"], _each(rate, "g"), _each(steps), _each(chosen["trials"]), _each(chosen["edits"]),
+                     _each(chosen["seconds"], ",.0f")])  # fmt: skip
     title = "Chosen on validation edits, which are measured in no row:"
     return title, ["system", "rate, or weight of C", "steps at most", "trials", "edits of each", "seconds"], body
+
+
+def _each(value: Any, form: str = "") -> str:
+    """A value, or those of several seeds."""
+    return ", ".join(format(one, form) for one in (value if isinstance(value, list) else [value]))
 
 
 def harness(result: dict[str, Any]) -> Part | None:
