@@ -30,7 +30,7 @@ TRIALS = 6
 RATES = {
     FineTuning: (1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
     UltraEdit: (1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2),
-    Memit: (1.0, 10.0, 100.0, 1e3, 1e4),
+    Memit: (0.1, 1.0, 10.0, 100.0, 1e3, 1e4),
     Mend: (1.0, 2.0, 4.0, 8.0, 16.0),
 }
 """Of MEMIT the weight of C; of MEND too, where edits are made at once: it has learned one for all sizes."""
