@@ -179,7 +179,7 @@ class Choice:
             try:
                 mine[i] = self._tally(system, before, own)
             except (ValueError, RuntimeError, ArithmeticError) as error:  # it breaks the model, a fact is too long
-                mine[i] = Tally(error=str(error))
+                mine[i] = Tally(error=str(error) or type(error).__name__)
             bar.update(len(own) * count / len(self.groups))
         shares = self.processes.objects(mine)
         return [_sum([share[i] for share in shares if i in share]) for i in range(len(trials))]
