@@ -271,7 +271,9 @@ SHARED = """
     from mendfast.baselines.measure import measuring
     from mendfast.cli import main
     measuring.__kwdefaults__["max_new_tokens"] = {tokens}
-    sys.exit(main(sys.argv[1:]))
+    status = main(sys.argv[1:])
+    # of one that ends within the group a thread may abort it
+    sys.exit(7 if torch.distributed.is_initialized() else status)
 """
 
 

@@ -31,7 +31,7 @@ from ..tasks.records import Example, Problem
 from ..tasks.task import usable
 from ..training import TrainConfig
 from ..training.data import digest
-from ..training.processes import Processes, launched
+from ..training.processes import Processes, together
 from ..updates import checksum
 from . import sequences
 from .console import make_console, text
@@ -55,9 +55,9 @@ SHOWN = 8  # edits whose answers before and after go into the report
 
 def compare(settings: EvalSettings) -> dict[str, Any] | None:
     """What the command does; see :func:`evaluate`. None of all processes but the first."""
-    accelerator = launched()
-    device = str(accelerator.device) if accelerator else None
-    return evaluate(load_editor(settings, device), settings, Processes(accelerator))
+    with together() as accelerator:
+        device = str(accelerator.device) if accelerator else None
+        return evaluate(load_editor(settings, device), settings, Processes(accelerator))
 
 
 def evaluate(

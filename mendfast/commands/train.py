@@ -21,7 +21,7 @@ from ..tasks.load import TASKS, load_task
 from ..tasks.task import FactTask, Task
 from ..training import FormSampler, MixedSampler, Sampler, TrainConfig, Trainer
 from ..training.lock import occupied
-from ..training.processes import launched
+from ..training.processes import together
 from .base import BaseSettings, base_model
 from .console import make_console, plain
 from .evaluate import SEEDS, tell
@@ -224,10 +224,10 @@ def train(settings: TrainSettings) -> dict[str, Any]:
         ValueError, FileNotFoundError: data that can't be read, or a model that can't serve the task.
         Occupied: another training is at work in the output directory.
     """
-    accelerator = launched()
-    main = accelerator is None or accelerator.is_main_process
-    with occupied(settings.output) if main else contextlib.nullcontext():
-        return _train(settings, accelerator, main)
+    with together() as accelerator:
+        main = accelerator is None or accelerator.is_main_process
+        with occupied(settings.output) if main else contextlib.nullcontext():
+            return _train(settings, accelerator, main)
 
 
 def _train(settings: TrainSettings, accelerator: Accelerator | None, main: bool) -> dict[str, Any]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +24,18 @@ def launched() -> Accelerator | None:
             "Training in several processes needs accelerate: pip install accelerate (mendfast[train] has it)."
         ) from error
     return Accelerator(cpu=not torch.cuda.is_available())
+
+
+@contextlib.contextmanager
+def together() -> Iterator[Accelerator | None]:
+    """:func:`launched`, and at the end the processes part: one that ends within their group may be aborted by a thread
+    of it, while another still writes its results."""
+    accelerator = launched()
+    try:
+        yield accelerator
+    finally:
+        if accelerator and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
 
 class Processes:
