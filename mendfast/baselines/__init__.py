@@ -61,7 +61,9 @@ def make_system(key: str, model: nn.Module, tokenizer: Any, config: MendConfig |
     """The system that :data:`SYSTEMS` lists under ``key``, new and not yet fitted.
 
     Args:
-        model, tokenizer, config: as :meth:`mendfast.MendEditor.from_model` takes them.
+        model: as :meth:`mendfast.MendEditor.from_model` takes it.
+        tokenizer: likewise.
+        config: likewise.
         options: those of the system's class, such as ``learning_rate`` of :class:`FineTuning`.
 
     Raises:

@@ -62,8 +62,9 @@ def rank1_update_(
     Args:
         weight: float32, bfloat16 or float16; rows may lie apart (a stride larger than the width). float64 by the
             "aten" and "reference" backends.
-        u, delta: any floating dtype, any strides; used as they are when float32 or both of the weight's dtype
-            with contiguous rows, else copied to float32. T = 0 changes nothing.
+        u: [T, m], any floating dtype, any strides; used as it is when float32 or, with ``delta``, of the weight's
+            dtype with contiguous rows, else copied to float32. T = 0 changes nothing.
+        delta: [T, n], likewise.
         alpha: a number, or a tensor with one element, which is not read on the host.
         rounding: "nearest", or "stochastic": a 16-bit weight is rounded up or down with the probability that
             makes the mean right, so that updates below half a unit in the last place don't vanish.
