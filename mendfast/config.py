@@ -119,6 +119,14 @@ class MendConfig:
     rounds_enough: float = field(
         default=0.003, metadata={"help": "The loss of an answer's token that is sure enough, in nats.", "least": 0}
     )
+    rounds_enough_beside: float = field(
+        default=0.3,
+        metadata={
+            "help": "The same in an edit's forms beside the first: rows of plain text are most like running text, and "
+            "half of what many edits do to it is theirs.",
+            "least": 0,
+        },
+    )
     rounds_protection: float = field(default=20.0, metadata={"help": "Where rounds are taken, times mu.", "least": 0})
     protect_rank: int | None = field(
         default=None,
@@ -176,8 +184,11 @@ class MendConfig:
                 "ignored. A newer mendfast may have written it.",
                 stacklevel=2,
             )
-        # Editors from before there was a choice were trained on plain prompts, and on rows of any length.
-        return cls(**{"chat": False, "longest": None, **{k: v for k, v in values.items() if k in known}})
+        # Editors from before there was a choice were trained on plain prompts, and on rows of any length; their rounds
+        # asked the same of all forms.
+        enough = values.get("rounds_enough", cls.rounds_enough)
+        before = {"chat": False, "longest": None, "rounds_enough_beside": enough}
+        return cls(**{**before, **{k: v for k, v in values.items() if k in known}})
 
     def save(self, path: str | Path) -> None:
         atomic_write(path, json.dumps(self.to_dict(), indent=2).encode() + b"\n")

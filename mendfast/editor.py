@@ -308,12 +308,13 @@ with editor.edit("Who is the prime minister of the UK?", "Boris Johnson").attach
     ) -> dict[str, Factors]:
         """:meth:`change` in ``config.rounds`` rounds of weighing ``rows``, which ``batches`` have given: their samples
         are groups of ``texts`` texts. See :mod:`mendfast.weighing`; an edit alone has none to weigh against."""
-        if not (config := self.config).rounds or sum(len(b["labels"]) for b in batches) <= len(self.forms):
+        config, forms = self.config, len(self.forms)
+        if not config.rounds or sum(len(batch["labels"]) for batch in batches) <= forms:
             return self.change(rows)
-        how = {"rounds": config.rounds, "enough": config.rounds_enough, "by_token": config.rows == "answers"}
-        answers = Answers(self.model, self.layers, batches, texts, self.as_tree)
+        answers = Answers(self.model, self.layers, batches, texts, self.as_tree, forms)
         solve = functools.partial(self.change, protection=config.rounds_protection)
-        return balanced(rows, answers, solve, progress=progress, **how)
+        how = {"rounds": config.rounds, "enough": (config.rounds_enough, config.rounds_enough_beside)}
+        return balanced(rows, answers, solve, by_token=config.rows == "answers", progress=progress, **how)
 
     def _protected(self) -> Metric:
         if self.metric is None:
@@ -360,7 +361,7 @@ with editor.edit("Who is the prime minister of the UK?", "Boris Johnson").attach
 
     @torch.inference_mode(False)
     def edit_tokens(self, batch: Batch) -> Edit:
-        """The edit for tokenised examples: the sum of the separate updates. The model is untouched.
+        """The edit for tokenised examples, each edit's :attr:`forms` one after the other. The model is untouched.
 
         Args:
             batch: "input_ids" [B, S], "attention_mask" [B, S] and "labels" [B, S] (-100 = not a target, as

@@ -148,7 +148,8 @@ class EditMemory(OnHub):
         model don't matter: they are taken out for as long as this takes.
 
         Args:
-            prompt, target: as :meth:`mendfast.MendEditor.edit` takes them (:func:`mendfast.requests.as_requests`).
+            prompt: as :meth:`mendfast.MendEditor.edit` takes it (:func:`mendfast.requests.as_requests`).
+            target: likewise.
             save_to: keep the memory in this file. What is made is on the disk after each pass, in a journal beside the
                 file, and the same call after a crash or an interrupt goes on from there (a new process begins with
                 :meth:`open`).
@@ -346,8 +347,8 @@ class EditMemory(OnHub):
             return ()
         config = editor.config
         learned = *editor.log_lambda.tolist(), *editor.log_mu.tolist()
-        rounds = config.rounds, config.rounds_enough, config.rounds_protection
-        return id(editor.metric), editor.metric.tokens, *learned, *rounds
+        enough = config.rounds_enough, config.rounds_enough_beside
+        return id(editor.metric), editor.metric.tokens, *learned, config.rounds, config.rounds_protection, *enough
 
     @contextlib.contextmanager
     def attached(self) -> Iterator[nn.Module]:

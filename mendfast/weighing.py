@@ -19,7 +19,8 @@ from .tree import Passes
 from .wide import widening
 
 POWER = 0.5
-"""Of the quotient of a token's loss and the one that is enough, by which its weight moves in a round."""
+"""Of the quotient of a token's loss and the one that is enough, by which its weight moves in a round; halved whenever
+that has gone too far."""
 SLACK = 0.01
 """Nats that both are taken to be larger by, so that tokens with next to no loss don't lose all weight at once."""
 STEP, MOST = 4.0, 1024.0
@@ -31,11 +32,13 @@ class Answers:
 
     Args:
         batches: texts with labels, as :meth:`EditableModel.tokenize` gives them.
-        texts: how many of them in a row make one edit.
+        texts: how many of them in a row make one sample of the edits' rows.
         as_tree: whether a batch's texts can go through the model as a tree (:mod:`mendfast.tree`).
+        forms: how many of them in a row are one edit in as many forms.
 
     Attributes:
-        sample: of each token the edit that it belongs to, [K] int64, in the order of the batches.
+        sample: of each token the sample that it belongs to, [K] int64, in the order of the batches.
+        form: the form of its edit, counted from 0, [K] int64.
     """
 
     def __init__(
@@ -45,24 +48,26 @@ class Answers:
         batches: Iterable[Batch],
         texts: int = 1,
         as_tree: Callable[[Batch], bool] = lambda batch: False,
+        forms: int = 1,
     ):
-        self._model, self._layers, self._texts = model, layers, texts
+        self._model, self._layers, self._texts, self._forms = model, layers, texts, forms
         kinds = ((Passes if as_tree(batch) else _Padded, batch) for batch in batches)
         self._passes = [(kind(model, layers, batch), len(batch["labels"])) for kind, batch in kinds]
-        self.sample = torch.empty(0, dtype=torch.int64)
+        self.sample = self.form = torch.empty(0, dtype=torch.int64)
 
     @torch.no_grad()
     def losses(self, factors: Mapping[str, Factors]) -> torch.Tensor:
         """-log p of each token, [K] float32 on the CPU; the blocks below the edited ones run the first time alone."""
-        losses, samples, first = [], [], 0
+        losses, texts, first = [], [], 0
         change = lowrank_updates(self._layers, factors, self._model, private=True)
         with frozen(self._model), widening(self._model), packing(), change:
             for passes, size in self._passes:
                 rows = passes.rows()
                 losses.append(ops.token_nll_rows(rows.logits, rows.labels).float().cpu())
-                samples.append((first + rows.sample.cpu()) // self._texts)
+                texts.append(first + rows.sample.cpu())
                 first += size
-        self.sample = torch.cat(samples)
+        text = torch.cat(texts)
+        self.sample, self.form = text // self._texts, text % self._forms
         return torch.cat(losses)
 
 
@@ -97,10 +102,12 @@ def weighed(
     return result
 
 
-def moved(weights: torch.Tensor, losses: torch.Tensor, enough: float) -> torch.Tensor:
-    """The weights of the next round: more for tokens whose loss is above ``enough``, less for those below."""
+def moved(
+    weights: torch.Tensor, losses: torch.Tensor, enough: torch.Tensor | float, power: float = POWER
+) -> torch.Tensor:
+    """The weights of the next round: more for tokens whose loss is above what is enough, less for those below."""
     quotient = (losses.nan_to_num(torch.inf) + SLACK) / (enough + SLACK)
-    return (weights * quotient.pow(POWER).clamp(1 / STEP, STEP)).clamp(1 / MOST, MOST)
+    return (weights * quotient.pow(power).clamp(1 / STEP, STEP)).clamp(1 / MOST, MOST)
 
 
 def balanced(
@@ -109,25 +116,32 @@ def balanced(
     solve: Callable[[Mapping[str, Wanted]], dict[str, Factors]],
     *,
     rounds: int,
-    enough: float,
+    enough: tuple[float, float],
     by_token: bool,
     progress: bool | None = False,
 ) -> dict[str, Factors]:
     """The factors that ``solve`` gives for ``rows`` after so many rounds of weighing them.
 
-    The first solution weighs all alike; each round reads the tokens' losses under the last one and solves again. Where
-    the rows have no room for all, weight for some is at the others' cost: a round after which the mean loss is no
-    smaller is taken back, and is the last.
+    The first solution weighs all alike; each round reads the tokens' losses under the best one so far and solves again.
+    Where the rows have no room for all, weight for some is at the others' cost, and what one round gives the next may
+    take: a round after which more is missing of what is enough is taken back, and the next moves half as far.
+
+    Args:
+        enough: the loss of a token that is sure enough, in an edit's first form and in its others.
     """
-    best = factors = solve(rows)
-    losses = answers.losses(factors)
-    weights = torch.ones_like(losses)
+    best = solve(rows)
+    losses = answers.losses(best)
+    weights, power = torch.ones_like(losses), POWER
+    limits = torch.where(answers.form == 0, *torch.tensor(enough).unbind())
+    missing = (losses - limits).clamp(min=0).mean()
     hidden = None if progress is None else not progress
     for _ in tqdm(range(rounds), desc="weighing", unit="round", disable=hidden):
-        weights = moved(weights, losses, enough)
-        factors = solve(weighed(rows, weights, answers.sample, by_token))
-        before, losses = losses, answers.losses(factors)
-        if not losses.mean() < before.mean():
-            break
-        best = factors
+        tried = moved(weights, losses, limits, power)
+        factors = solve(weighed(rows, tried, answers.sample, by_token))
+        found = answers.losses(factors)
+        lacks = (found - limits).clamp(min=0).mean()
+        if lacks <= missing or (missing.isnan() and not lacks.isnan()):
+            best, weights, losses, missing = factors, tried, found, lacks
+        else:
+            power /= 2
     return best

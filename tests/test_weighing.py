@@ -78,6 +78,13 @@ def test_weights_move_with_the_losses():
     assert weights[3:].tolist() == [weighing.MOST] * 3 and weights[:2].tolist() == [1 / weighing.MOST, 1]
 
 
+def test_what_is_enough_may_differ_by_token():
+    losses, enough = torch.tensor([0.1, 0.1, 0.1]), torch.tensor([0.01, 0.1, 1.0])
+    far, half = (moved(torch.ones(3), losses, enough, power) for power in (0.5, 0.25))
+    assert far[0] > 1 == far[1] > far[2]
+    torch.testing.assert_close(half.square(), far)
+
+
 # -- the losses it goes by ---------------------------------------------------------------------------------------
 
 
@@ -99,7 +106,19 @@ def test_losses_are_the_edited_models(editor, as_tree):
                 expected.append(-logits[kept].gather(1, labels[kept].unsqueeze(1)).squeeze(1))
                 edits += [i] * int(kept.sum())
         torch.testing.assert_close(found, torch.cat(expected), rtol=1e-4, atol=1e-5)
-        assert answers.sample.tolist() == edits
+        assert answers.sample.tolist() == edits and not answers.form.any()
+
+
+@pytest.mark.parametrize("texts", [1, 3])
+def test_each_token_knows_its_form(editor, texts):
+    """Of edits in three forms, each text a sample of the rows or each edit."""
+    asked = [request for request in REQUESTS[:4] for _ in range(3)]
+    batches = [editor.tokenize(some) for some in (asked[:9], asked[9:])]
+    counts = torch.cat([(batch["labels"] != -100).sum(1) for batch in batches])
+    answers = Answers(editor.model, editor.layers, batches, texts, forms=3)
+    answers.losses(editor.edit(REQUESTS[:2]).factors)
+    text = torch.arange(12).repeat_interleave(counts)
+    assert answers.sample.tolist() == (text // texts).tolist() and answers.form.tolist() == (text % 3).tolist()
 
 
 @pytest.mark.parametrize("name", ["t5", "bart", "bert", "bert_one_logit"])
@@ -170,35 +189,70 @@ def test_tokens_told_badly_gain(editor):
 
     before = answers.losses(plain_steps.change(rows))
     enough = float(before.median())
-    factors = balanced(rows, answers, solve, rounds=4, enough=enough, by_token=True)
+    factors = balanced(rows, answers, solve, rounds=4, enough=(enough, 0.0), by_token=True)
     after = answers.losses(factors)
-    assert 1 < len(solved) <= 5 and after.max() < before.max()
+    assert len(solved) == 5 and after.max() < before.max()
     assert (after - enough).clamp(min=0).mean() < 0.98 * (before - enough).clamp(min=0).mean()
     name = next(iter(rows))
     weights = (solved[-1][name].u.norm(dim=1) / rows[name].u.norm(dim=1)).square()
     assert weights[before.argmin()] < 1 < weights[before.argmax()]
 
 
-@pytest.mark.parametrize(
-    ("means", "taken", "solutions"),
-    [((1.0, 0.5, 0.7, 0.1), 1, 3), ((1.0, 2.0), 0, 2), ((1.0, 0.5, 0.4, 0.3), 3, 4), ((1.0, torch.nan), 0, 2)],
-)
-def test_a_round_that_raises_the_mean_loss_is_taken_back(means, taken, solutions):
-    """And is the last: where the rows have no room for all tokens, weight for some is at the others' cost."""
-    rows, solved = {"weight": Wanted(torch.ones(2, 3), torch.ones(2, 4), torch.tensor([0, 1]))}, []
+class Told:
+    """Answers of two tokens, in the first and the second form of an edit, whose losses are what a test says."""
 
-    class Told:
-        sample = torch.tensor([0, 1])
+    sample, form = torch.tensor([0, 0]), torch.tensor([0, 1])
 
-        def losses(self, factors):
-            return torch.full((2,), means[factors["at"]])
+    def __init__(self, losses):
+        self._losses = losses
+
+    def losses(self, factors):
+        return torch.tensor(self._losses[factors["at"]])
+
+
+def told(losses, enough=(0.01, 0.01)):
+    """Which solution :func:`balanced` takes, and the weights of each."""
+    weights = []
 
     def solve(given):
-        solved.append(given)
-        return {"at": len(solved) - 1}
+        weights.append(given["weight"].u[:, 0].square())
+        return {"at": len(weights) - 1}
 
-    found = balanced(rows, Told(), solve, rounds=3, enough=0.01, by_token=True)
-    assert found["at"] == taken and len(solved) == solutions
+    rows = {"weight": Wanted(torch.ones(2, 3), torch.ones(2, 4), torch.tensor([0, 0]))}
+    found = balanced(rows, Told(losses), solve, rounds=len(losses) - 1, enough=enough, by_token=True)
+    return found["at"], weights
+
+
+@pytest.mark.parametrize(
+    ("means", "taken"),
+    [
+        ((1.0, 0.5, 0.7, 0.1), 3),
+        ((1.0, 2.0), 0),
+        ((1.0, 0.5, 0.4, 0.6), 2),
+        ((1.0, torch.nan), 0),
+        ((torch.nan, 9.0), 1),
+        ((0.01, 0.001), 1),
+    ],
+)
+def test_a_round_after_which_more_is_missing_is_taken_back(means, taken):
+    """Where the rows have no room for all tokens, weight for some is at the others' cost; with no more missing, less
+    weight is a smaller change."""
+    assert told([(mean, mean) for mean in means])[0] == taken
+
+
+def test_after_one_that_went_too_far_the_next_goes_half_as_far():
+    _, weights = told([(0.03, 0.03), (0.05, 0.03), (0.02, 0.03)])
+    factor = ((0.03 + weighing.SLACK) / (0.01 + weighing.SLACK)) ** 0.5
+    torch.testing.assert_close(weights[1], torch.full((2,), factor))
+    torch.testing.assert_close(weights[2], torch.full((2,), factor**0.5))
+
+
+def test_what_is_missing_is_counted_form_by_form():
+    """The second form's tokens may lose what the first one's gain."""
+    losses = [(0.5, 0.1), (0.2, 0.2), (0.1, 0.9)]
+    at, weights = told(losses, (0.01, 0.3))
+    assert at == 1 and weights[1][0] > 1 > weights[1][1]
+    assert told(losses, (0.01, 0.01))[0] == 1 and told(losses, (0.01, 1.0))[0] == 2
 
 
 def test_no_rounds_is_one_solution(editor, monkeypatch):
@@ -281,6 +335,8 @@ def test_settings_are_kept(tmp_path, editor):
     editor.save_pretrained(tmp_path)
     again = MendEditor.from_pretrained(tmp_path, editor.model, editor.tokenizer)
     assert (again.config.rounds, again.config.rounds_protection) == (4, 1.0)
-    for wrong in ({"rounds": -1}, {"rounds": 1.5}, {"rounds_enough": -0.1}, {"rounds_protection": 0.0}):
+    assert MendConfig.from_dict({"rounds_enough": 0.2}).rounds_enough_beside == 0.2  # once they were one
+    wrongs = {"rounds": -1}, {"rounds": 1.5}, {"rounds_enough": -0.1}, {"rounds_enough_beside": -1.0}
+    for wrong in (*wrongs, {"rounds_protection": 0.0}):
         with pytest.raises((ValueError, TypeError), match=next(iter(wrong))):
             replace(editor.config, **wrong)
