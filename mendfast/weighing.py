@@ -132,7 +132,7 @@ def balanced(
     best = solve(rows)
     losses = answers.losses(best)
     weights, power = torch.ones_like(losses), POWER
-    limits = torch.where(answers.form == 0, *torch.tensor(enough).unbind())
+    limits = torch.tensor(enough)[answers.form.clamp(max=1)]
     missing = (losses - limits).clamp(min=0).mean()
     hidden = None if progress is None else not progress
     for _ in tqdm(range(rounds), desc="weighing", unit="round", disable=hidden):
