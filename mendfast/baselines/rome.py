@@ -24,7 +24,6 @@ from ..metric import Metric, observe
 from ..moments import SecondMoment
 from ..objective import IGNORE, Batch, Rows, kept_rows, nll, to_device
 from ..own_words import own_words
-from ..packing import packing
 from ..requests import EditRequest
 from ..shared_prefix import cache_of
 from ..training import Sampler, TrainConfig
@@ -240,7 +239,7 @@ class Rome(System):
             below, texts = FrozenPrefix(model, self.layers[-1:]), _Rest.of(model, fact)
             with torch.enable_grad():
                 for step in range(self.steps + 1):
-                    with _at(site, texts.place, lambda x: x + change.to(x.dtype)), below.kept(), packing():
+                    with _at(site, texts.place, lambda x: x + change.to(x.dtype)), below.kept():
                         rows = kept_rows(model, texts.batch(), texts.keep)
                     loss = nll(Rows(rows.logits[:-1], texts.labels, rows.sample[:-1]), size).mean()
                     if step == self.steps or loss.item() < ENOUGH:
