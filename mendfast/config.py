@@ -186,7 +186,7 @@ class MendConfig:
             )
         # Editors from before there was a choice were trained on plain prompts, and on rows of any length; their rounds
         # asked the same of all forms.
-        enough = values.get("rounds_enough", cls.rounds_enough)
+        enough = values.get("rounds_enough", cls.rounds_enough_beside)
         before = {"chat": False, "longest": None, "rounds_enough_beside": enough}
         return cls(**{**before, **{k: v for k, v in values.items() if k in known}})
 

@@ -336,6 +336,7 @@ def test_settings_are_kept(tmp_path, editor):
     again = MendEditor.from_pretrained(tmp_path, editor.model, editor.tokenizer)
     assert (again.config.rounds, again.config.rounds_protection) == (4, 1.0)
     assert MendConfig.from_dict({"rounds_enough": 0.2}).rounds_enough_beside == 0.2  # once they were one
+    assert MendConfig.from_dict({}).rounds_enough_beside == MendConfig().rounds_enough_beside
     wrongs = {"rounds": -1}, {"rounds": 1.5}, {"rounds_enough": -0.1}, {"rounds_enough_beside": -1.0}
     for wrong in (*wrongs, {"rounds_protection": 0.0}):
         with pytest.raises((ValueError, TypeError), match=next(iter(wrong))):
