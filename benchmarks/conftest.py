@@ -32,6 +32,7 @@ def pytest_configure(config) -> None:
     config.addinivalue_line("python_files", "bench_*.py")
     config.addinivalue_line("markers", "gpu: needs a CUDA device")
     config.stash[_ROWS], config.stash[_LEFT] = [], []
+    machine.keep_memory()
 
 
 def pytest_collection_modifyitems(config, items) -> None:
