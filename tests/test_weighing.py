@@ -237,7 +237,8 @@ def told(losses, enough=(0.01, 0.01)):
 def test_a_round_after_which_more_is_missing_is_taken_back(means, taken):
     """Where the rows have no room for all tokens, weight for some is at the others' cost; with no more missing, less
     weight is a smaller change."""
-    assert told([(mean, mean) for mean in means])[0] == taken
+    at, weights = told([(mean, mean) for mean in means])
+    assert at == taken and len(weights) == len(means)
 
 
 def test_after_one_that_went_too_far_the_next_goes_half_as_far():
